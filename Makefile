@@ -1,0 +1,48 @@
+# Everything runs in an own virtual environment; nothing else on the machine is touched.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PYTEST_ARGS ?=
+
+# One thread per process: with several ranks on few cores more threads only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## own .venv with the core and all extras; again only when pyproject or constraints changed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is older than Python 3.10: choose another with make PYTHON=python3.x" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# DS_BUILD_OPS=0: DeepSpeed compiles the few operations it needs when they are first used, not here.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]" -c constraints.txt
+	@touch $@
+
+demo: install ## train a small GPT on 8 processes of this machine
+	$(BIN)/dist-gpt launch demo --set run_dir=$(RUN) $(ARGS)
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## lint, and the tests that cover every pair of options
+	$(BIN)/python -m pytest tests/unit tests/ranks -m "not all_cells" $(PYTEST_ARGS)
+
+test-all: lint ## every test and every cell
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+bench: install ## what the README compares, measured here
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove caches; run directories and the environment stay
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,239 @@
+"""The `dist-gpt` command: reads options, calls the verb's own module, prints its document, sets the exit code.
+
+Each verb imports its code inside its function, so that `--help`, `plan` and `flops` start at once and without torch.
+Exit codes: 0 done; 1 failed or verdict fail; 2 bad input (one message on stderr, no traceback); 75 preempted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dist_gpt.config.schema import Config
+
+app = typer.Typer(
+    name="dist-gpt",
+    help="Plan, run and report distributed GPT training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: fast, and the same in a pipe
+)
+
+ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or a preset's name.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, value read as YAML: --set train.steps=10."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document; progress goes to stderr.")]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="World size; default as the configuration says.")
+]
+RankOption = Annotated[int, typer.Option("--rank", min=0, help="Whose counts and bytes.")]
+
+
+@app.command()
+def launch(
+    config: ConfigArg,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    via: Annotated[str, typer.Option("--via", help="How ranks are started: local.")] = "local",
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; same as --set launch.nodes=N.")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Same as --set launch.ranks_per_node=G.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started; start nothing.")] = False,
+) -> None:
+    """Train CONFIG on processes of this machine.
+
+    Prepares the data, makes the run directory, starts every rank and follows it to its end.
+    """
+    from dist_gpt.plan import api
+    from dist_gpt.track import require_wandb
+    from launch import run
+    from launch.local import launch_local
+
+    sets = list(overrides or [])
+    sets += [f"launch.nodes={nodes}"] if nodes else []
+    sets += [f"launch.ranks_per_node={ranks_per_node}"] if ranks_per_node else []
+    loaded, device = run.load_for_launch(config, sets)
+    _only_local(via, loaded.launch.nodes)
+    require_wandb(loaded.log.wandb.mode)
+    run_dir = run.refuse_existing(loaded)
+    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json)
+    if dry_run:
+        document = run.job_document(job)
+        _print(document, as_json, run.job_text(document))
+        return
+    with _progress(as_json):
+        print(f"{loaded.name}: {loaded.world_size} ranks. {device.sentence}", flush=True)
+        plan_document = api.plan_document(loaded, 0)
+        _prepare_data(loaded)
+        run.create_run_dir(loaded, plan_document)
+        print(f"run directory {run_dir}, logs in {run_dir / 'logs'}", flush=True)
+    code = launch_local(job)
+    document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir)}
+    text = f"{run.summary_text(document)}\n" if code == 0 else ""
+    _print(document, as_json, f"{text}run_dir: {run_dir}")
+    raise typer.Exit(code)
+
+
+@app.command()
+def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """What one rank runs.
+
+    Directly under torchrun: `torchrun --nproc-per-node 8 -m dist_gpt train CONFIG`.
+    """
+    from dist_gpt.config.load import load
+
+    loaded = load(config, overrides or [], world=int(os.environ.get("WORLD_SIZE", "1")))
+    with _progress(as_json):
+        from dist_gpt.train import main as train_main
+
+        code = train_main(loaded)
+    if as_json and os.environ.get("RANK", "0") == "0":
+        _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    config: ConfigArg,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    gpus: GpusOption = None,
+    rank: RankOption = 0,
+) -> None:
+    """Say beforehand what a rank sends, computes, holds."""
+    from dist_gpt.plan import api
+
+    loaded = _load_for_rank(config, overrides, gpus, rank)
+    document = api.plan_document(loaded, rank)
+    _print(document, as_json, "" if as_json else api.plan_text(document, loaded))
+
+
+@app.command()
+def dryrun(
+    config: ConfigArg,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    gpus: GpusOption = None,
+    rank: RankOption = 0,
+) -> None:
+    """Count one rank's real code on meta tensors.
+
+    Any rank of any world size, without a GPU: what it sends, computes and holds.
+    """
+    loaded = _load_for_rank(config, overrides, gpus, rank)
+    with _progress(as_json):
+        from dist_gpt.dryrun import dryrun_document
+
+        document = dryrun_document(loaded, rank)
+    _print(document, as_json, "" if as_json else _as_yaml(document))
+
+
+@app.command()
+def verify(
+    config: ConfigArg,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    full: Annotated[bool, typer.Option("--full", help="Do not shrink a large model or world.")] = False,
+) -> None:
+    """The parity certificate.
+
+    This layout against one process, in float64. Exit code 1 when it fails.
+    """
+    from dist_gpt.config.load import load
+
+    loaded = load(config, overrides or [])
+    with _progress(as_json):
+        from launch.verify import verify as run_verify
+
+        document = run_verify(loaded, full)
+    _print(document, as_json, "" if as_json else _as_yaml(document))
+    raise typer.Exit(0 if document["verdict"] == "pass" else 1)
+
+
+@app.command()
+def flops(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Every matmul: shape, FLOPs, share."""
+    from dist_gpt.config.load import load
+    from dist_gpt.plan import api
+
+    document = api.flops_document(load(config, overrides or []))
+    _print(document, as_json, "" if as_json else api.flops_text(document))
+
+
+def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, rank: int) -> Config:
+    from dist_gpt.config.errors import ConfigError
+    from dist_gpt.config.load import load
+
+    loaded = load(config, overrides or [], world=gpus)
+    if rank >= loaded.world_size:
+        raise ConfigError([f"--rank {rank}: the world has {loaded.world_size} ranks, 0 to {loaded.world_size - 1}"])
+    return loaded
+
+
+def _only_local(via: str, nodes: int) -> None:
+    from dist_gpt.config.errors import ConfigError
+
+    if via != "local":
+        raise ConfigError([f"--via {via}: not available in this version; use --via local, or torchrun by hand"])
+    if nodes != 1:
+        raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine: --nodes 1"])
+
+
+def _prepare_data(config: Config) -> None:
+    from dist_gpt.data.tokens import describe, prepare
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    say(f"data: {describe(prepare(config, say))}")
+
+
+def _progress(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside, what is printed goes to stderr when stdout belongs to a JSON document."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _print(document: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(document, indent=1) if as_json else text, flush=True)
+
+
+def _as_yaml(document: dict[str, Any]) -> str:
+    from dist_gpt.config.yaml_io import write
+
+    return write(document).rstrip()
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from dist_gpt.config.errors import ConfigError
+    from dist_gpt.schedule.action import ScheduleError
+
+    return isinstance(error, (ConfigError, ScheduleError, FileNotFoundError))  # DataError is a ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; ends with SystemExit."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="dist-gpt")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("DIST_GPT_ERROR_FILE"):
+            from dist_gpt.track import record_failure
+
+            record_failure(error)
+        if not _is_bad_input(error):
+            raise
+        print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

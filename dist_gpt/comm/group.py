@@ -1,0 +1,126 @@
+"""A group of ranks along one axis, and its collectives.
+
+Every collective is one line through `_issue`, which records it in the ledger. A group of size 1 is the identity and
+records nothing. Collectives return a `Pending`; `wait` makes the result usable (on CUDA: orders the current stream
+after it, without blocking the host).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_gpt.comm.ledger import Ledger
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Pending:
+    """An issued collective. `finish` runs once, after the backend is done (the local part of an emulated one)."""
+
+    __slots__ = ("_finish", "_work")
+
+    def __init__(self, work: Any = None, finish: Callable[[], object] | None = None) -> None:
+        self._work = work
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Until the result can be used. May be called again."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+
+    def done(self) -> bool:
+        """Whether the backend is finished (never blocks)."""
+        return self._work is None or self._work.is_completed()
+
+
+class Group:
+    """The ranks that this rank meets along `axis`. `backend` is a c10d process group, or None for a single rank."""
+
+    def __init__(self, axis: str, ranks: tuple[int, ...], rank: int, backend: Any, ledger: Ledger) -> None:
+        if len(ranks) > 1 and backend is None:
+            raise ValueError(f"group {axis} {ranks}: no backend for {len(ranks)} ranks")
+        self.axis = axis
+        self.ranks = ranks
+        self.index = ranks.index(rank)
+        self.backend = backend
+        self.ledger = ledger
+        # gloo's own reduce-scatter is an all-reduce inside: twice the wire bytes
+        self.emulates_reduce_scatter = backend is not None and backend.name() == "gloo"
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def _issue(self, op: str, payload: int, start: Callable[[], Any], finish: Callable[[], object] | None = None) -> Pending:
+        """THE line through which every collective goes."""
+        self.ledger.record(self.axis, op, payload, self.size)
+        return Pending(start(), finish)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Pending:
+        """In place over `tensor` (contiguous). Never MAX over floats that can be NaN: gloo drops them."""
+        if self.size == 1:
+            return Pending()
+        options = dist.AllreduceOptions()
+        options.reduceOp = _REDUCTIONS[op]
+        return self._issue("all_reduce", tensor.nbytes, lambda: self.backend.allreduce([tensor], options))
+
+    def all_gather(self, out: Tensor, shard: Tensor) -> Pending:
+        """out[i-th part] = rank i's `shard`, along dim 0. `shard` may be this rank's part of `out`."""
+        if self.size == 1:
+            if out.data_ptr() != shard.data_ptr():
+                out.copy_(shard.view_as(out))
+            return Pending()
+        return self._issue("all_gather", out.nbytes, lambda: self.backend._allgather_base(out, shard))
+
+    def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:
+        """`out` = this rank's part of the sum of `full` over the group, along dim 0. `out` may be a part of `full`."""
+        if self.size == 1:
+            if out.data_ptr() != full.data_ptr():
+                out.copy_(full.view_as(out))
+            return Pending()
+        if self.emulates_reduce_scatter:
+            parts = torch.empty_like(full).view(self.size, *out.shape)
+            return self._issue(
+                "reduce_scatter",
+                full.nbytes,
+                lambda: self.backend.alltoall_base(parts, full, [], []),
+                lambda: torch.sum(parts, dim=0, out=out),
+            )
+        options = dist.ReduceScatterOptions()
+        options.reduceOp = dist.ReduceOp.SUM
+        return self._issue(
+            "reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options)
+        )
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Pending:
+        """`tensor` of the group's member `root` to all, in place."""
+        if self.size == 1:
+            return Pending()
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        return self._issue("broadcast", tensor.nbytes, lambda: self.backend.broadcast([tensor], options))
+
+    def send(self, tensor: Tensor) -> Pending:
+        """To the other rank of a pair. The tensor must live until the result is done."""
+        return self._issue("send", tensor.nbytes, lambda: self.backend.send([tensor], 1 - self.index, 0))
+
+    def recv(self, tensor: Tensor) -> Pending:
+        """From the other rank of a pair, into `tensor`."""
+        return self._issue("recv", 0, lambda: self.backend.recv([tensor], 1 - self.index, 0))
+
+    def barrier(self) -> None:
+        """Until every member is here. Control traffic only."""
+        if self.size > 1:
+            self._issue("barrier", 0, lambda: self.backend.barrier(dist.BarrierOptions())).wait()
+
+    def __repr__(self) -> str:
+        return f"Group({self.axis}, ranks {self.ranks}, index {self.index})"

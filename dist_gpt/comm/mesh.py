@@ -1,0 +1,160 @@
+"""All groups of one rank.
+
+Groups are built straight on a store, by their members only: the cost of creation depends on the groups a rank is in,
+never on the size of the world, and no global process group exists. (`torch.distributed.new_group` with local
+synchronisation names a group after a per-process counter, which differs between ranks that are in different numbers
+of groups.) Every rank creates its groups in one global order, (axis, ranks), so creation cannot deadlock.
+
+Pipeline messages travel on one two-rank group per directed edge and direction of the pass; that is the channel
+layout `edge` that `schedule.check` proves free of deadlock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from dist_gpt.comm.group import Group
+from dist_gpt.comm.ledger import Ledger
+from dist_gpt.layout import Layout
+
+COLLECTIVE_AXES = ("world", "data", "embed", "tp")
+Edge = tuple[int, int, str]
+
+
+class Backends(Protocol):
+    """Makes the process group of a tuple of ranks; None for a single rank."""
+
+    def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any: ...
+
+
+class Mesh:
+    """The groups of `rank`, by axis, and its pipeline edges (source pp, destination pp, 'f' or 'b')."""
+
+    def __init__(self, layout: Layout, rank: int, ledger: Ledger, groups: dict[str, Group], edges: dict[Edge, Group]):
+        self.layout = layout
+        self.rank = rank
+        self.coords = layout.coords(rank)
+        self.ledger = ledger
+        self.groups = groups
+        self.edges = edges
+
+    def __getitem__(self, axis: str) -> Group:
+        return self.groups[axis]
+
+    @property
+    def tp(self) -> Group:
+        return self.groups["tp"]
+
+    @property
+    def data(self) -> Group:
+        return self.groups["data"]
+
+    @property
+    def world(self) -> Group:
+        return self.groups["world"]
+
+    def edge(self, source: int, destination: int, direction: str) -> Group:
+        """The pair that carries activations ('f') or gradients ('b') from pp rank `source` to `destination`."""
+        return self.edges[source, destination, direction]
+
+    def close(self) -> None:
+        """Give every backend back; a process that leaves without it aborts now and then (pytorch PR 179291)."""
+        for group in [*self.groups.values(), *self.edges.values()]:
+            if group.backend is not None and hasattr(group.backend, "shutdown"):
+                group.backend.shutdown()
+            group.backend = None
+
+
+def group_sizes(layout: Layout) -> dict[str, int]:
+    """Ranks per axis, as the ledger needs them."""
+    sizes = {axis: layout.size(axis) for axis in ("world", "data", "dp", "cp", "tp")}
+    return {**sizes, "embed": 2 if layout.pp > 1 else 1, "pp": 2}
+
+
+def edges_of(holders: Iterable[int], pp: int) -> list[Edge]:
+    """Directed edges that pipeline rank `pp` uses when chunk i is held by holders[i]."""
+    held = list(holders)
+    found: set[Edge] = set()
+    for source, destination in zip(held, held[1:], strict=False):
+        if source != destination and pp in (source, destination):
+            found |= {(source, destination, "f"), (destination, source, "b")}
+    return sorted(found)
+
+
+def build_mesh(layout: Layout, rank: int, holders: Iterable[int], backends: Backends, ledger: Ledger | None = None) -> Mesh:
+    """Create the groups of `rank`; `holders` is the pipeline rank of each chunk."""
+    ledger = ledger or Ledger(group_sizes(layout))
+    here = layout.coords(rank)
+    groups = {}
+    for axis in COLLECTIVE_AXES:
+        ranks = layout.group(axis, rank)
+        groups[axis] = Group(axis, ranks, rank, backends.create(axis, ranks, rank), ledger)
+    edges = {}
+    for source, destination, direction in edges_of(holders, here.pp):
+        ranks = (
+            layout.rank(source, here.dp, here.cp, here.tp),
+            layout.rank(destination, here.dp, here.cp, here.tp),
+        )
+        backend = backends.create(f"pp_{direction}", ranks, rank)
+        edges[source, destination, direction] = Group("pp", ranks, rank, backend, ledger)
+    return Mesh(layout, rank, ledger, groups, edges)
+
+
+class GlooBackends:
+    """Gloo over `host`'s interface (loopback on one node), on a store that all ranks share."""
+
+    def __init__(self, store: dist.Store, host: str, timeout_s: float) -> None:
+        self.store = store
+        self.timeout = timedelta(seconds=timeout_s)
+        self.device = dist.ProcessGroupGloo.create_device(hostname=host)
+
+    def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        if len(ranks) == 1:
+            return None
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [self.device]
+        options._timeout = self.timeout
+        options._threads = 1
+        store = dist.PrefixStore(_key(name, ranks), self.store)
+        return dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), options)
+
+
+class NcclBackends:
+    """NCCL, one GPU per process. Never run with several ranks by the authors; see the README's status table."""
+
+    def __init__(self, store: dist.Store, device: torch.device, timeout_s: float) -> None:
+        self.store = store
+        self.device = device
+        self.timeout = timedelta(seconds=timeout_s)
+
+    def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        if len(ranks) == 1:
+            return None
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self.timeout
+        store = dist.PrefixStore(_key(name, ranks), self.store)
+        backend = dist.ProcessGroupNCCL(store, ranks.index(rank), len(ranks), options)
+        backend.eager_connect_single_device(self.device)
+        return backend
+
+
+class FakeBackends:
+    """Torch's fake process group: returns at once and moves nothing. For dry runs on meta tensors."""
+
+    def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
+
+        if len(ranks) == 1:
+            return None
+        return FakeProcessGroup._create_internal(ranks.index(rank), len(ranks), FakeProcessGroup.Options())
+
+
+def _key(name: str, ranks: tuple[int, ...]) -> str:
+    """Same on every member, different for every group, and short for a group of thousands."""
+    return f"{name}:{hashlib.sha256(repr(ranks).encode()).hexdigest()}"

@@ -1,0 +1,151 @@
+"""Says in plain words what is wrong with a tree of YAML values: unknown keys, wrong types, values out of range."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from dist_gpt.config.schema import Config, Section
+
+
+def section_keys(path: tuple[str, ...] = ()) -> list[str] | None:
+    """Keys of the section at `path`; None when no section is there."""
+    section = _section_at(path)
+    return None if section is None else list(section.model_fields)
+
+
+def leaf_paths(path: tuple[str, ...] = ()) -> list[str]:
+    """Every key that takes a value, dotted, in the schema's order."""
+    found: list[str] = []
+    for key in section_keys(path) or []:
+        inner = (*path, key)
+        found += leaf_paths(inner) if _section_at(inner) else [".".join(inner)]
+    return found
+
+
+def unknown_key(path: tuple[str, ...]) -> tuple[str, str | None]:
+    """The message for a key the schema does not have, and the key that was probably meant."""
+    full = ".".join(path)
+    above = path[:-1]
+    keys = section_keys(above)
+    if keys is None:  # something inside a plain value, or inside a section that is unknown itself
+        depth = next(n for n in range(len(above), -1, -1) if section_keys(above[:n]) is not None)
+        if depth < len(path) and path[depth] in (section_keys(path[:depth]) or []):
+            owner = ".".join(path[: depth + 1])
+            return f"{full}: unknown key; {owner} is one value and not a section, set {owner} whole", owner
+        above, keys = path[:depth], section_keys(path[:depth]) or []
+    meant = _suggestion(path[len(above)], above, keys)
+    hint = f"; did you mean {meant}?" if meant else "."
+    name = f"Keys of {'.'.join(above)}" if above else "Sections"
+    return f"{full}: unknown key{hint} {name}: {', '.join(keys)}", meant
+
+
+def expected(path: tuple[str, ...]) -> str:
+    """What may stand at `path`, in words, for example "an integer >= 1"."""
+    if _section_at(path):
+        return f"a section with the keys {', '.join(section_keys(path) or [])}"
+    root = node = _json_schema()
+    for key in path:
+        node = node["properties"][key]
+        if "$ref" in node:
+            node = root["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return _describe(node)
+
+
+def shown(value: Any) -> str:
+    """`value` as a person wrote it, with its type; long values are cut."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "a section" if value else "an empty section"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def explain(error: ValidationError, tree: Any) -> dict[str, tuple[str, str | None]]:
+    """What pydantic found wrong with `tree`, as dotted key -> (message, key that was meant instead).
+
+    One entry per key, however often pydantic complains about it (each option of a union is a complaint of its own).
+    """
+    found: dict[str, tuple[str, str | None]] = {}
+    for item in error.errors(include_url=False, include_context=False):
+        location = tuple(str(part) for part in item["loc"])
+        if item["type"] in ("extra_forbidden", "invalid_key"):
+            path = location[:-1] if location[-1] == "[key]" else location
+            found.setdefault(".".join(path), unknown_key(path))
+            continue
+        path = _known_prefix(location)
+        value, wanted = value_at(tree, path), expected(path)
+        if wanted == "text" and isinstance(value, (bool, int, float)):
+            wanted = f"text; write it in quotes, '{value}'"
+        given = "missing" if item["type"] == "missing" else f"got {shown(value)}"
+        found.setdefault(".".join(path), (f"{'.'.join(path)}: {given}, expected {wanted}", None))
+    return found
+
+
+def value_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The value at `path` of nested mappings; None where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+@cache
+def _json_schema() -> dict[str, Any]:
+    return Config.model_json_schema()
+
+
+def _section_at(path: tuple[str, ...]) -> type[Section] | None:
+    section: type[Section] = Config
+    for key in path:
+        field = section.model_fields.get(key)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return None
+        section = field.annotation
+    return section
+
+
+def _known_prefix(location: tuple[str, ...]) -> tuple[str, ...]:
+    for n in range(len(location)):
+        if location[n] not in (section_keys(location[:n]) or []):
+            return location[:n]
+    return location
+
+
+def _suggestion(key: str, above: tuple[str, ...], keys: list[str]) -> str | None:
+    prefix = "".join(f"{part}." for part in above)
+    for name in keys:
+        if name.lower() == key.lower().replace("-", "_"):
+            return prefix + name
+    elsewhere = [path for path in leaf_paths() if path.rsplit(".", 1)[-1] == key]
+    if elsewhere:  # the right key in the wrong section
+        return elsewhere[0]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if near:
+        return prefix + near[0]
+    by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(leaf_paths())}
+    far = difflib.get_close_matches(key, by_name, n=1, cutoff=0.8)
+    return by_name[far[0]] if far else None
+
+
+def _describe(node: Mapping[str, Any]) -> str:
+    if "anyOf" in node:
+        return " or ".join(_describe(option) for option in node["anyOf"])
+    if "enum" in node:
+        return "one of " + ", ".join(str(option) for option in node["enum"])
+    if "const" in node:
+        return str(node["const"])
+    kind = node.get("type")
+    if kind == "array":
+        low, high = node.get("minItems"), node.get("maxItems")
+        count = f"{low} " if low is not None and low == high else ""
+        return f"a list of {count}values, each {_describe(node['items'])}"
+    names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node]
+    name = names.get(str(kind), str(kind))
+    return f"{name} {' and '.join(limits)}" if limits else name

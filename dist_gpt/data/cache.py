@@ -1,0 +1,206 @@
+"""The cache of prepared tokens: entries are written whole, checked, and mapped read-only.
+
+An entry is the folder <cache>/<sha256 of what it was made from>/ with train.bin, val.bin (headerless little-endian),
+tokenizer.json for a BPE, and meta.json. Tokenised sources are used where they lie; their entry holds meta.json alone.
+An entry is written beside its place and renamed, so that it is whole or absent, and of two processes that prepare the
+same data the slower one takes the other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_gpt.data.binary import Span
+from dist_gpt.data.corpus import DataError
+
+SCAN_TOKENS = 1 << 23  # tokens looked at at once
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # a rename found another entry in its place
+
+Tokens = NDArray[Any]  # (tokens,), any integer dtype
+Built = tuple[dict[str, "Part"], dict[str, object]]  # what a recipe returns: parts, and what meta.json says of them
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens [offset, offset + count) of `file` (inside the entry, or an absolute path), and what was seen in them."""
+
+    file: str
+    dtype: str
+    offset: int
+    count: int
+    min_id: int
+    max_id: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens ready for training. `train` and `val` are read-only maps, (tokens,), of an integer dtype.
+
+    `digest` depends on the tokens alone: ranks compare it in the roll call. `vocab_size` is the tokenizer's, and for
+    tokenised sources the largest id + 1. `tokenizer` is "none" for tokenised and synthetic sources.
+    """
+
+    path: Path
+    train: Tokens
+    val: Tokens
+    digest: str
+    vocab_size: int
+    min_id: int
+    max_id: int
+    source: str
+    tokenizer: str
+
+
+def open_prepared(path: str | Path) -> Prepared:
+    """Map what `prepare` made (its `.path`). DataError if it is missing, unreadable or of another size."""
+    folder = Path(path)
+    try:
+        meta, parts = _read_meta(folder)
+        train, val = _map(folder, parts["train"]), _map(folder, parts["val"])
+        return Prepared(
+            path=folder,
+            train=train,
+            val=val,
+            digest=str(meta["digest"]),
+            vocab_size=int(str(meta["vocab_size"])),
+            min_id=min(part.min_id for part in parts.values() if part.count),
+            max_id=max(part.max_id for part in parts.values()),
+            source=str(meta["source"]),
+            tokenizer=str(meta["tokenizer"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"prepared data {folder} cannot be read: {error}; start again to have it made, and let data.cache (and a "
+            "tokenised data.source) be a folder that every node sees"
+        ) from error
+
+
+def write_part(path: Path, dtype: str, chunks: Iterable[NDArray[np.int64]]) -> Part:
+    """Write a part's file and say what went into it."""
+    digest = hashlib.sha256()
+    count, low, high = 0, 0, -1
+    with path.open("wb") as file:
+        for chunk in chunks:
+            if len(chunk) == 0:
+                continue
+            low = min(low, int(chunk.min())) if count else int(chunk.min())
+            high = max(high, int(chunk.max()))
+            data = chunk.astype(dtype).tobytes()
+            digest.update(data)
+            file.write(data)
+            count += len(chunk)
+    return Part(path.name, dtype, 0, count, low, high, digest.hexdigest())
+
+
+def scan_part(span: Span) -> Part:
+    """Largest and smallest id and digest of tokens that exist already."""
+    tokens = _map(span.path.parent, Part(str(span.path), span.dtype, span.offset, span.count, 0, 0, ""))
+    digest = hashlib.sha256()
+    low, high = 0, -1
+    for first in range(0, len(tokens), SCAN_TOKENS):
+        chunk = np.ascontiguousarray(tokens[first : first + SCAN_TOKENS])
+        low = min(low, int(chunk.min())) if first else int(chunk.min())
+        high = max(high, int(chunk.max()))
+        digest.update(chunk.data)
+    return Part(str(span.path), span.dtype, span.offset, span.count, low, high, digest.hexdigest())
+
+
+def _map(folder: Path, part: Part) -> Tokens:
+    """The part's tokens, read-only. ValueError if the file is too short for them."""
+    path = folder / part.file  # an absolute part.file stands for itself
+    dtype = np.dtype(part.dtype)
+    if dtype.kind not in "iu":
+        raise ValueError(f"{path} has dtype {part.dtype}, which is no integer")
+    size, stop = path.stat().st_size, (part.offset + part.count) * dtype.itemsize
+    if size < stop or (part.file == path.name and size != stop):
+        raise ValueError(f"{path} has {size} bytes instead of {stop}")
+    if part.count == 0:
+        return np.zeros(0, dtype=dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r", offset=part.offset * dtype.itemsize, shape=(part.count,))
+
+
+def _read_meta(folder: Path) -> tuple[dict[str, object], dict[str, Part]]:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    parts = {name: Part(**meta["parts"][name]) for name in ("train", "val")}
+    if meta["digest"] != _digest(parts):
+        raise ValueError("meta.json does not agree with itself")
+    return meta, parts
+
+
+def _digest(parts: dict[str, Part]) -> str:
+    """Of the tokens: dtype, counts and contents, not where they lie."""
+    what = [
+        [name, part.dtype, part.count, part.min_id, part.max_id, part.sha256] for name, part in sorted(parts.items())
+    ]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def entry_problem(folder: Path) -> str | None:
+    """Why the entry cannot be used, or None.
+
+    Its own files are digested again; sources that lie elsewhere are covered by the key, which holds their size
+    and time.
+    """
+    try:
+        meta, parts = _read_meta(folder)
+        for part in parts.values():
+            _map(folder, part)
+            if not Path(part.file).is_absolute() and _file_digest(folder / part.file) != part.sha256:
+                return f"{part.file} does not have the digest in meta.json"
+        if meta["tokenizer_sha256"] and _file_digest(folder / "tokenizer.json") != meta["tokenizer_sha256"]:
+            return "tokenizer.json does not have the digest in meta.json"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def build_entry(build: Callable[[Path], Built], folder: Path) -> None:
+    """Let `build` fill a folder and rename it to `folder`; if another process was faster, its entry is used."""
+    made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    aside: list[Path] = []
+    try:
+        parts, meta = build(made)
+        tokenizer = made / "tokenizer.json"
+        meta["tokenizer_sha256"] = _file_digest(tokenizer) if tokenizer.exists() else None
+        meta |= {"digest": _digest(parts), "parts": {name: asdict(part) for name, part in parts.items()}}
+        (made / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        made.chmod(0o755)  # mkdtemp's 0700 would lock out others who share the cache
+        for _ in range(100):
+            try:
+                os.rename(made, folder)
+                return
+            except OSError as error:
+                if error.errno not in TAKEN:
+                    raise
+            if entry_problem(folder) is None:
+                return
+            # A damaged entry stands in the way. It is moved as a whole, since a running job may have it mapped.
+            aside.append(Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)))
+            with contextlib.suppress(FileNotFoundError):  # another process moved it first
+                os.rename(folder, aside[-1])
+        raise OSError(f"{folder} is replaced again and again by other processes")
+    finally:
+        for left in (made, *aside):
+            shutil.rmtree(left, ignore_errors=True)

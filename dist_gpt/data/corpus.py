@@ -1,0 +1,216 @@
+"""Text sources: the standard library's own sources, a text file, or a folder of text files.
+
+A corpus is a list of documents (byte ranges of files), each checked to be UTF-8 text, and a digest of their contents.
+Documents are read again when they are tokenised, so a corpus needs the memory of its largest file only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_gpt.config.errors import ConfigError
+
+STDLIB_LIMIT = 16_000_000  # bytes; keeps the first preparation within seconds on every interpreter
+STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"}
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".html", ".xml", ".yaml", ".yml", ".toml"}
+SOURCES = (
+    "stdlib, synthetic, a text file, a folder of text files, a .bin of uint16 tokens, a folder with train.bin and "
+    "val.bin, or a Megatron .bin with its .idx"
+)
+
+
+class DataError(ConfigError):
+    """The data cannot be used as configured; the message says what was found and what to change (exit code 2)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__([message])
+
+
+@dataclass(frozen=True)
+class Document:
+    """Bytes [start, stop) of one text file."""
+
+    name: str
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
+
+    def read(self) -> str:
+        """The text. DataError if the file no longer holds what was checked."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                data = file.read(self.size)
+            if len(data) == self.size:
+                return data.decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            pass
+        raise DataError(f"data.source: {self.path} changed while it was being prepared; start again")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order. `digest` depends on their contents and order, not on where they lie."""
+
+    source: str
+    documents: tuple[Document, ...]
+    digest: str
+    skipped: tuple[str, ...] = ()  # files of a folder that are no text
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(document.size for document in self.documents)
+
+
+def read_corpus(source: str) -> Corpus:
+    """Find and check every document of `source` ("stdlib", a text file or a folder).
+
+    In a folder, empty files and hidden files are passed over; so are files that are no text, unless their suffix
+    says that they are. Raises DataError for a missing path, a binary or empty file, a folder without text.
+    """
+    if source == "stdlib":
+        return _check_files(source, *_stdlib_files(), strict=set(), limit=STDLIB_LIMIT)
+    path = Path(source).expanduser().absolute()
+    if path.is_dir():
+        return _check_files(source, path, _text_files(path), strict=TEXT_SUFFIXES)
+    if not path.exists():
+        raise DataError(f"data.source: {source!r} does not exist (looked at {path}); allowed: {SOURCES}")
+    if not path.is_file():
+        raise DataError(f"data.source: {path} is neither a file nor a folder; allowed: {SOURCES}")
+    if path.stat().st_size == 0:
+        raise DataError(f"data.source: {path} is empty (0 bytes); give a file with text")
+    return _check_files(source, path.parent, [path], strict={path.suffix})
+
+
+def split_documents(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Train and validation documents: whole documents, spread evenly, so that validation holds its share of the bytes.
+
+    A document goes to validation whenever that brings its share closer to `val_fraction`. Where documents are too few
+    or too large for that (a single file is), validation is the last `val_fraction` of the bytes instead.
+    """
+    train: list[Document] = []
+    val: list[Document] = []
+    wanted = held = 0.0
+    for document in documents:
+        wanted += val_fraction * document.size
+        if held + document.size / 2 <= wanted:
+            val.append(document)
+            held += document.size
+        else:
+            train.append(document)
+    return (train, val) if val and held >= wanted / 2 else _split_tail(documents, val_fraction)
+
+
+def _split_tail(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Cut the joined documents once, at a character's boundary."""
+    total = sum(document.size for document in documents)
+    left = total - int(total * val_fraction)  # bytes still to be given to train
+    train: list[Document] = []
+    val: list[Document] = []
+    for document in documents:
+        cut = document.start + min(left, document.size)
+        left -= cut - document.start
+        if document.start < cut < document.stop:
+            cut = _character_start(document.path, cut)
+        if cut > document.start:
+            train.append(replace(document, stop=cut))
+        if cut < document.stop:
+            val.append(replace(document, start=cut))
+    return train, val
+
+
+def _character_start(path: Path, offset: int) -> int:
+    """The largest offset <= `offset` at which a UTF-8 character begins (continuation bytes are 10xxxxxx)."""
+    first = max(0, offset - 3)
+    with path.open("rb") as file:
+        file.seek(first)
+        data = file.read(offset - first + 1)
+    while offset > first and data[offset - first] & 0xC0 == 0x80:
+        offset -= 1
+    return offset
+
+
+def _stdlib_files() -> tuple[Path, list[Path]]:
+    """The running interpreter's standard library: its root and its .py files, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in _walk(root, STDLIB_SKIP) if path.suffix == ".py"]
+    if not files:
+        raise DataError(
+            f"data.source: 'stdlib' needs the standard library's .py files, but {root} has none; "
+            "set data.source to a text file or a folder"
+        )
+    return root, files
+
+
+def _text_files(root: Path) -> list[Path]:
+    """Every visible file below `root`, sorted by its relative path."""
+    files = _walk(root, set())
+    if not files:
+        raise DataError(f"data.source: the folder {root} holds no files; allowed: {SOURCES}")
+    return files
+
+
+def _walk(root: Path, skip: set[str]) -> list[Path]:
+    """Regular files below `root`, hidden ones, bytecode and folders named in `skip` left out, in a fixed order."""
+    found: list[Path] = []
+    for folder, names, files in os.walk(root):
+        names[:] = [n for n in names if n not in skip and n != "__pycache__" and not n.startswith(".")]
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
+
+
+def _check_files(source: str, root: Path, files: list[Path], strict: set[str], limit: int | None = None) -> Corpus:
+    """Read every file once: check for text, and digest it. Binary ones are errors if `strict` has their suffix."""
+    digest = hashlib.sha256()
+    documents: list[Document] = []
+    skipped: list[str] = []
+    total = 0
+    for path in files:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"data.source: cannot read {path}: {error.strerror}; change its permissions") from error
+        if limit is not None and total + len(data) > limit:
+            break
+        name = path.relative_to(root).as_posix()
+        problem = text_problem(data)
+        if problem and path.suffix in strict:
+            raise DataError(
+                f"data.source: {path} is no text: {problem}; convert it to UTF-8, remove it, or, if it holds tokens, "
+                "name it .bin"
+            )
+        if problem:
+            skipped.append(name)
+        elif data:
+            digest.update(len(data).to_bytes(8, "little") + data)
+            documents.append(Document(name, path, 0, len(data)))
+            total += len(data)
+    if not documents:
+        raise DataError(
+            f"data.source: {root} holds no text: of {len(files)} files {len(skipped)} are binary and "
+            f"{len(files) - len(skipped)} empty; allowed: {SOURCES}"
+        )
+    return Corpus(source, tuple(documents), digest.hexdigest(), tuple(skipped))
+
+
+def text_problem(data: bytes) -> str | None:
+    """Why `data` is no UTF-8 text ("NUL byte at offset 12", "not UTF-8 at byte 5 (0xff)"), or None."""
+    nul = data.find(b"\0")
+    if nul >= 0:
+        return f"NUL byte at offset {nul}"
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
+    return None

@@ -1,0 +1,245 @@
+"""Text to tokens: `prepare` makes a configuration's tokens once, before the ranks start, or finds them in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_gpt.config.schema import Config
+from dist_gpt.data.binary import Span, find_tokenised, synthetic
+from dist_gpt.data.cache import (
+    SCAN_TOKENS,
+    Built,
+    Prepared,
+    build_entry,
+    entry_problem,
+    open_prepared,
+    scan_part,
+    write_part,
+)
+from dist_gpt.data.corpus import SOURCES, Corpus, DataError, Document, read_corpus, split_documents
+from dist_gpt.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, bpe_size
+
+__all__ = ["Prepared", "cache_folder", "check_fits", "describe", "load_tokenizer", "open_prepared", "prepare"]
+
+FORMAT = 1  # part of every key: raise it when what is written changes
+SYNTHETIC_TOKENS = 2_000_000
+BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once
+
+Say = Callable[[str], None]
+Progress = Callable[[str], None] | None
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What an entry is made from (its key), and how: `build` fills a folder and returns what meta.json adds."""
+
+    key: dict[str, object]
+    build: Callable[[Path], Built]
+
+
+def prepare(config: Config, progress: Progress = None) -> Prepared:
+    """The tokens of a resolved configuration, from the cache or made now. Runs before ranks start; needs no torch.
+
+    `progress` receives lines for a person. Raises DataError for data that cannot be used, for sequences longer than
+    the data, and for token ids outside the vocabulary: before any rank exists, so the same at every layout.
+    """
+    say = progress or (lambda line: None)
+    recipe = _recipe(config, say)
+    key = hashlib.sha256(json.dumps({"format": FORMAT, **recipe.key}, sort_keys=True).encode()).hexdigest()
+    root = cache_folder(config)
+    folder = root / key
+    problem = entry_problem(folder)
+    if problem:
+        if folder.exists():
+            say(f"cache entry {folder} is damaged ({problem}): it is made again")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            build_entry(recipe.build, folder)
+        except OSError as error:
+            raise DataError(
+                f"data.cache: cannot write {root}: {error.strerror or error}; set data.cache to a folder with room"
+            ) from error
+    prepared = replace(open_prepared(folder), source=config.data.source)  # equal data may have another name
+    check_fits(prepared, config)
+    return prepared
+
+
+def load_tokenizer(prepared: Prepared) -> Tokenizer:
+    """The tokenizer that made these tokens. DataError for tokenised and synthetic sources, which come without one."""
+    if prepared.tokenizer == "none":
+        raise DataError(f"data.source: {prepared.source} holds tokens only, so text cannot be encoded or decoded")
+    if bpe_size(prepared.tokenizer) is None:
+        return ByteTokenizer()
+    return BpeTokenizer.load(prepared.path / "tokenizer.json")
+
+
+def check_fits(prepared: Prepared, config: Config) -> None:
+    """DataError if the tokens do not suit model.seq_len, model.vocab_size and train.eval_batches."""
+    needed = config.model.seq_len + 1
+    parts = [("train", prepared.train)] + ([("validation", prepared.val)] if config.train.eval_batches else [])
+    for name, tokens in parts:
+        if len(tokens) < needed:
+            advice = "" if name == "train" else ", raise data.val_fraction, or set train.eval_batches to 0"
+            raise DataError(
+                f"data.source: {name} part of {prepared.source} has {len(tokens)} tokens, but one sequence needs "
+                f"{needed} (model.seq_len {config.model.seq_len} + 1 for the target); lower model.seq_len, use more "
+                f"data{advice}"
+            )
+    vocabulary = config.model.vocab_size
+    if vocabulary is None or (prepared.max_id < vocabulary and prepared.min_id >= 0):
+        return
+    for name, tokens in (("train", prepared.train), ("validation", prepared.val)):
+        for first in range(0, len(tokens), SCAN_TOKENS):
+            ids = tokens[first : first + SCAN_TOKENS]
+            bad = np.flatnonzero((ids < 0) | (ids >= vocabulary))
+            if len(bad):
+                token = int(ids[bad[0]])
+                advice = "write the data again without negative ids"
+                if token >= vocabulary:
+                    advice = f"set model.vocab_size to at least {prepared.max_id + 1}, or use other data"
+                raise DataError(
+                    f"data.source: token id {token} at position {first + bad[0]} of {name} is outside the vocabulary "
+                    f"of {vocabulary} (model.vocab_size: ids 0 to {vocabulary - 1}); {advice}"
+                )
+
+
+def describe(prepared: Prepared) -> str:
+    """One line for the console."""
+    tokenizer = "no tokenizer" if prepared.tokenizer == "none" else f"{prepared.tokenizer} tokenizer"
+    return (
+        f"{prepared.source}: {_millions(len(prepared.train))} train tokens, {_millions(len(prepared.val))} validation, "
+        f"{tokenizer}, vocabulary {prepared.vocab_size}, cache {prepared.path}"
+    )
+
+
+def cache_folder(config: Config) -> Path:
+    """data.cache, or $XDG_CACHE_HOME/dist_gpt, or ~/.cache/dist_gpt; absolute, since ranks may start elsewhere."""
+    if config.data.cache is not None:
+        return Path(config.data.cache).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").absolute() / "dist_gpt"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count:,}"
+
+
+# What an entry is made from ------------------------------------------------------------------------------------------
+
+
+def _recipe(config: Config, say: Say) -> _Recipe:
+    data = config.data
+    if data.source == "synthetic":
+        return _synthetic_recipe(config)
+    if not data.source:
+        raise DataError(f"data.source: '' names nothing; allowed: {SOURCES}")
+    with _reading():
+        spans = None if data.source == "stdlib" else find_tokenised(data.source, data.val_fraction)
+    if spans is not None:
+        return _tokenised_recipe(data.source, spans)
+    bpe_size(data.tokenizer)  # a wrong one is reported before the corpus is read
+    corpus = read_corpus(data.source)
+    if corpus.skipped:
+        examples = ", ".join(corpus.skipped[:3])
+        say(f"{data.source}: {len(corpus.skipped)} files are no text and left out (such as {examples})")
+    key = {"corpus": corpus.digest, "tokenizer": data.tokenizer, "val_fraction": data.val_fraction}
+    return _Recipe({"kind": "text", **key}, lambda folder: _text(folder, corpus, config, say))
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Reports the source, and not the cache, as what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data.source: cannot read {error.filename}: {error.strerror}; change its permissions"
+        ) from error
+
+
+def _synthetic_recipe(config: Config) -> _Recipe:
+    vocabulary = config.model.vocab_size
+    if vocabulary is None:
+        raise DataError("model.vocab_size: synthetic data need it; set it to the number of different tokens wanted")
+    fraction = config.data.val_fraction
+    count = max(SYNTHETIC_TOKENS, math.ceil(2 * (config.model.seq_len + 1) / fraction))  # any seq_len has its data
+    held = int(count * fraction)
+
+    def build(folder: Path) -> Built:
+        tokens = synthetic(count, vocabulary)
+        dtype = _dtype(vocabulary)
+        parts = {
+            "train": write_part(folder / "train.bin", dtype, [tokens[: count - held]]),
+            "val": write_part(folder / "val.bin", dtype, [tokens[count - held :]]),
+        }
+        return parts, {"source": "synthetic", "tokenizer": "none", "vocab_size": vocabulary}
+
+    return _Recipe({"kind": "synthetic", "vocabulary": vocabulary, "count": count, "val_fraction": fraction}, build)
+
+
+def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
+    """The key holds size and modification time instead of the contents: these files may have tens of GB."""
+    key: list[object] = []
+    for span in spans:
+        stat = span.path.stat()
+        key.append([str(span.path), span.dtype, span.offset, span.count, stat.st_size, stat.st_mtime_ns, stat.st_ino])
+
+    def build(folder: Path) -> Built:
+        with _reading():
+            parts = {name: scan_part(span) for name, span in zip(("train", "val"), spans, strict=True)}
+        largest = max(part.max_id for part in parts.values())
+        return parts, {"source": source, "tokenizer": "none", "vocab_size": largest + 1}
+
+    return _Recipe({"kind": "tokenised", "spans": key}, build)
+
+
+def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:
+    """Split, train the tokenizer on the train part if it is a BPE, and tokenise both parts."""
+    documents = dict(zip(("train", "val"), split_documents(corpus.documents, config.data.val_fraction), strict=True))
+    size = bpe_size(config.data.tokenizer)
+    tokenizer: Tokenizer
+    if size is None:
+        tokenizer = ByteTokenizer()
+    else:
+        say(f"training a BPE of {size} tokens on {corpus.size / 1e6:.1f} MB of text")
+        trained = BpeTokenizer.train((document.read() for document in documents["train"]), size)
+        trained.save(folder / "tokenizer.json")
+        if trained.vocab_size < size:
+            say(f"the text yields {trained.vocab_size} tokens only; the other {size - trained.vocab_size} stay unused")
+        tokenizer = trained
+    say(f"tokenising {len(corpus.documents)} documents, {corpus.size / 1e6:.1f} MB")
+    dtype = _dtype(tokenizer.vocab_size)
+    parts = {name: write_part(folder / f"{name}.bin", dtype, _encode(tokenizer, documents[name])) for name in documents}
+    meta = {"source": corpus.source, "tokenizer": config.data.tokenizer, "vocab_size": tokenizer.vocab_size}
+    return parts, meta
+
+
+def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[NDArray[np.int64]]:
+    """Tokens of documents in order, with a separator between two of them."""
+    between = np.array([], dtype=np.int64)  # nothing stands before the first
+    batch: list[str] = []
+    waiting = 0
+    for number, document in enumerate(documents, 1):
+        batch.append(document.read())
+        waiting += document.size
+        if waiting < BATCH_BYTES and number < len(documents):
+            continue
+        for tokens in tokenizer.encode_many(batch):
+            yield between
+            yield tokens
+            between = np.array([tokenizer.separator], dtype=np.int64)
+        batch, waiting = [], 0
+
+
+def _dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"

@@ -1,0 +1,101 @@
+"""Ranks on the mesh (pp, dp, cp, tp): pure arithmetic, tp fastest.
+
+An *axis* is a direction of the mesh. Besides the four base axes there are named combinations: `data`
+(dp x cp, what gradients are summed over), `model` (pp x tp, everything of one replica), `world`, and `embed`
+(the first and the last stage, which both hold a tied embedding).
+
+    >>> Layout(pp=2, dp=1, cp=1, tp=2).group("tp", rank=3)
+    (2, 3)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+BASE_AXES = ("pp", "dp", "cp", "tp")
+AXES: dict[str, tuple[str, ...]] = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "dp": ("dp",),
+    "pp": ("pp",),
+    "data": ("dp", "cp"),
+    "model": ("pp", "tp"),
+    "world": BASE_AXES,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Coords:
+    """Where a rank stands on the mesh."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+    def __str__(self) -> str:
+        return f"pp {self.pp}, dp {self.dp}, cp {self.cp}, tp {self.tp}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The four degrees of parallelism; their product is the world size."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def data(self) -> int:
+        """N = dp x cp, the ranks over which gradients are summed and state is sharded."""
+        return self.dp * self.cp
+
+    def coords(self, rank: int) -> Coords:
+        """Coordinates of `rank`. Raises ValueError outside [0, world)."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"rank {rank} is outside the world of {self.world} ranks ({self})")
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return Coords(pp, dp, cp, tp)
+
+    def rank(self, pp: int, dp: int, cp: int, tp: int) -> int:
+        """The rank at these coordinates (the inverse of `coords`)."""
+        return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
+
+    def data_index(self, rank: int) -> int:
+        """Position of `rank` in its data group: which shard of the state it owns."""
+        c = self.coords(rank)
+        return c.dp * self.cp + c.cp
+
+    def group(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks, in order, that `rank` meets along `axis` (itself included)."""
+        here = self.coords(rank)
+        if axis == "embed":
+            ends = sorted({0, self.pp - 1})
+            if here.pp not in ends:
+                return (rank,)
+            return tuple(self.rank(p, here.dp, here.cp, here.tp) for p in ends)
+        free = AXES[axis]
+        ranges = [range(getattr(self, a)) if a in free else [getattr(here, a)] for a in BASE_AXES]
+        return tuple(self.rank(*at) for at in product(*ranges))
+
+    def size(self, axis: str) -> int:
+        """Ranks in a group of `axis` (for `embed`: of the first stage's group)."""
+        return len(self.group(axis, 0))
+
+    def __str__(self) -> str:
+        return f"pp {self.pp} x dp {self.dp} x cp {self.cp} x tp {self.tp}"
+
+
+def even_split(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and stop of piece `index` when `total` is cut into `parts` pieces that differ by at most one."""
+    base, extra = divmod(total, parts)
+    start = index * base + min(index, extra)
+    return start, start + base + (1 if index < extra else 0)

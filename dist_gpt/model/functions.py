@@ -1,0 +1,200 @@
+"""The pure functions of a block: normalisation, rotary positions, attention core, dropout.
+
+No groups, no parameters of their own, no generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) x weight over the last dim: (N, H) -> (N, H). Source: arXiv:1910.07467."""
+    result: Tensor = _RmsNorm.apply(x, weight, eps)
+    return result
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps x and one number a row; autograd of the formula would keep three more activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        ctx.weight = weight
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, inverse = ctx.saved_tensors
+        normal = x * inverse
+        grad_normal = grads[0] * ctx.weight
+        projection = (grad_normal * normal).mean(dim=-1, keepdim=True)
+        grad_x = grad_normal.sub_(normal * projection).mul_(inverse)
+        return grad_x, (grads[0] * normal).sum(0), None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps gate and up only; the activated gate is computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        torch.mul(grads[0], gate * sigmoid, out=grad_up)
+        slope = sigmoid * (1 + gate * (1 - sigmoid))
+        torch.mul(grads[0] * up, slope, out=grad_gate)
+        return grad_x
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) x up with x = [gate | up]: (N, 2F) -> (N, F). Source: arXiv:2002.05202."""
+    result: Tensor = _SwiGlu.apply(x)
+    return result
+
+
+@lru_cache(maxsize=8)
+def rotary_table(seq_len: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """cos and sin of position x theta^(-2i/K), each half repeated: (2, T, K), computed in float64."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies).repeat(1, 2)
+    return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions, half-split form: x (B, T, heads, K), table (2, T, K). Source: arXiv:2104.09864."""
+    result: Tensor = _Rotate.apply(x, table)
+    return result
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps nothing but the table: the transpose of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        ctx.table = table
+        return _turn(x, table[0], table[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _turn(grads[0], ctx.table[0], -ctx.table[1]), None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    swapped = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos.unsqueeze(1), swapped, sin.unsqueeze(1))
+
+
+def attention_core(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Causal softmax(q k^T / sqrt(K)) v: q (B, heads, T, K), k and v (B, kv_heads, T, K) -> (B, heads, T, K).
+
+    With dropout the mask depends on `seed` alone, not on the generator's state before the call.
+    """
+    if q.is_meta:
+        result: Tensor = _MetaAttention.apply(q, k, v)
+        return result
+    grouped = q.shape[1] != k.shape[1]
+    if dropout == 0.0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    with torch.random.fork_rng(devices=[q.device] if q.is_cuda else []):
+        torch.manual_seed(seed)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
+
+
+class _MetaAttention(torch.autograd.Function):
+    """What a fused kernel computes and keeps, for dry runs: two products forward, four backward; q, k, v, the output
+    and one log-sum-exp a row are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ _expand(k, q).transpose(-1, -2)
+        batch, heads, time, width = q.shape
+        out = q.new_empty((batch, time, heads, width)).transpose(1, 2)
+        out.copy_(scores @ _expand(v, q))
+        ctx.save_for_backward(q, k, v, out, q.new_empty((batch, heads, time), dtype=log_sum_exp_dtype(q.dtype)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, _ = ctx.saved_tensors
+        grad_scores = grads[0] @ _expand(v, q).transpose(-1, -2)
+        grad_v = grad_scores.transpose(-1, -2) @ grads[0]
+        grad_q = grad_scores @ _expand(k, q)
+        grad_k = grad_scores.transpose(-1, -2) @ q
+        return grad_q, grad_k[:, : k.shape[1]], grad_v[:, : v.shape[1]]
+
+
+def _expand(kv: Tensor, q: Tensor) -> Tensor:
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+def log_sum_exp_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Fused attention keeps its statistics in float32, and in float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+_LOW = 0xFFFFFFFF
+
+
+def dropout(x: Tensor, rate: float, key: tuple[int, ...], first_row: int) -> Tensor:
+    """Inverted dropout of x (N, H), rows `first_row` .. of the global batch.
+
+    The mask is a hash of `key` and the global element index: the same for every layout, for a recomputed forward and
+    after a resume. It is computed again in the backward, so nothing is kept.
+    """
+    if rate == 0.0:
+        return x
+    result: Tensor = _Dropout.apply(x, rate, seed_of(key), first_row)
+    return result
+
+
+def seed_of(key: tuple[int, ...]) -> int:
+    """63 bits from a tuple of integers."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
+        ctx.key = (rate, seed, first_row)
+        return x * _keep(x, rate, seed, first_row)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] * _keep(grads[0], *ctx.key), None, None, None
+
+
+def _keep(x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
+    """0 or 1/(1 - rate) per element: a 32-bit finaliser (MurmurHash3's fmix32) over the element index and the seed."""
+    rows, columns = x.shape
+    index = torch.arange(first_row * columns, (first_row + rows) * columns, device=x.device, dtype=torch.int64)
+    bits = _fmix32((index & _LOW) ^ (seed & _LOW))
+    bits = _fmix32(bits ^ ((index >> 32) & _LOW) ^ (seed >> 32))
+    keep = bits >= int(rate * 2**32)
+    return keep.view(rows, columns).to(x.dtype).mul_(1.0 / (1.0 - rate))
+
+
+def _fmix32(h: Tensor) -> Tensor:
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & _LOW
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & _LOW
+    return h ^ (h >> 16)

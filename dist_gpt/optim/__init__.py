@@ -1,0 +1,1 @@
+"""The update: learning rate, global norm and clipping, the sharded step."""

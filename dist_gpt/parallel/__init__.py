@@ -1,0 +1,1 @@
+"""Parallel layers and the executor: explicit groups in, no module state."""

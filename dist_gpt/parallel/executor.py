@@ -1,0 +1,179 @@
+"""Runs a rank's list of steps: the same list that was checked, simulated and drawn.
+
+Autograd never crosses a block. The tape holds, per (block, micro-batch), the block's detached input and the graph
+edge of its output; a backward step walks one entry. So every step is one block, and what runs when is decided by the
+list alone: there are no gradient hooks and no synchronisation flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dist_gpt.comm.group import Pending
+from dist_gpt.comm.mesh import Mesh
+from dist_gpt.events import EVAL, TRAIN
+from dist_gpt.parallel.buckets import TORCH_DTYPE, FlatBuffers
+from dist_gpt.parallel.sink import GradSink
+from dist_gpt.plan.steps import RankPlan, p2p_direction
+from dist_gpt.schedule import expand
+from dist_gpt.schedule.action import Action, Op
+from dist_gpt.schedule.expand import Step
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What blocks need besides the activation. `tokens` is for the first block and `targets` for the last, each (N,)
+    int64; `first_sample` is the place of its first sequence in the global batch; `scale` is 1 / tokens of the step."""
+
+    tokens: Tensor | None
+    targets: Tensor | None
+    step: int
+    first_sample: int
+    scale: float
+    training: bool = True
+
+
+class Stage(Protocol):
+    """The blocks of this rank: `stage(block, x, micro)` runs one; `x` is None for block 0, the head returns the loss."""
+
+    def __call__(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor: ...
+
+
+Batches = Callable[[int], MicroBatch]
+Update = Callable[[Tensor], None]
+Key = tuple[int, int]  # (chunk or block, micro-batch)
+
+
+class Executor:
+    """Executes steps of one rank. `loss` is the scaled loss summed over the micro-batches seen so far (0 on ranks
+    without the head)."""
+
+    def __init__(
+        self, plan: RankPlan, stage: Stage, buffers: FlatBuffers, mesh: Mesh, sink: GradSink, device: torch.device
+    ) -> None:
+        self.plan, self.stage, self.buffers, self.mesh, self.sink = plan, stage, buffers, mesh, sink
+        self.device = device
+        self.dtype = TORCH_DTYPE[plan.config.train.dtype]
+        self.blocks = dict(plan.chunks)
+        self.loss = torch.zeros((), dtype=self.dtype, device=device)
+        self._tape: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
+        self._activations: dict[Key, Tensor] = {}  # what a chunk's next forward step reads
+        self._gradients: dict[Key, Tensor] = {}  # what a chunk's next backward step reads
+        self._receiving: dict[Action, tuple[Tensor, Pending]] = {}
+        self._sending: list[tuple[Pending, Tensor]] = []
+        self.peak_message_bytes = 0  # of receives posted and not yet read
+
+    def train(self, batch: Batches, update: Update) -> Tensor:
+        """One training step; `update` is called with the loss where the list says so. Returns the loss part."""
+        self.sink.begin()
+        return self._run(self.plan.steps, TRAIN, batch, update)
+
+    def evaluate(self, batch: Batches) -> Tensor:
+        """Forwards only. Returns this rank's part of the summed loss."""
+        with torch.no_grad():
+            return self._run(self.plan.eval_steps, EVAL, batch, None)
+
+    def _run(self, steps: Sequence[Step], phase: str, batch: Batches, update: Update | None) -> Tensor:
+        self.loss = torch.zeros_like(self.loss)
+        for step in steps:
+            with self.mesh.ledger.step(phase, step, self.plan.declare(step).comm):
+                self._dispatch(step, batch, update)
+        self._finish_sends()
+        if self._tape or self._activations or self._gradients or self._receiving:
+            raise RuntimeError(f"rank {self.mesh.rank}: the step list left work behind on the tape")
+        return self.loss
+
+    def _dispatch(self, step: Step, batch: Batches, update: Update | None) -> None:
+        if step.kind == expand.FORWARD:
+            self._forward(step, batch(step.action.micro_batch))
+        elif step.kind == expand.BACKWARD:
+            self._backward(step)
+        elif step.kind == expand.WEIGHT:
+            self.sink.run((step.block, step.action.micro_batch))
+        elif step.kind == expand.SEND:
+            self._send(step.action)
+        elif step.kind == expand.RECV:
+            self._receive(step.action)
+        elif step.kind == expand.REDUCE:
+            self.buffers.buckets[step.bucket or 0].start_reduction(self.mesh)
+        elif update is not None:
+            update(self.loss)
+
+    # --- compute ------------------------------------------------------------------------------------------------
+
+    def _forward(self, step: Step, micro: MicroBatch) -> None:
+        block, chunk, m = step.block or 0, step.action.chunk, step.action.micro_batch
+        x = None if block == 0 else self._input(chunk, m)
+        if x is not None and micro.training:
+            x = x.detach().requires_grad_()
+        y = self.stage(block, x, micro)
+        if micro.training:
+            self._tape[block, m] = (x, get_gradient_edge(y))
+        if self.plan.is_head(block):
+            self.loss += y.detach()
+        elif block == self.blocks[chunk][-1] and self._holds(chunk + 1):
+            self._activations[chunk + 1, m] = y.detach()
+        else:
+            self._activations[chunk, m] = y.detach()
+
+    def _backward(self, step: Step) -> None:
+        block, chunk, m = step.block or 0, step.action.chunk, step.action.micro_batch
+        x, edge = self._tape.pop((block, m))
+        gradient = torch.ones_like(self.loss) if self.plan.is_head(block) else self._output_gradient(chunk, m)
+        self.sink.defer((block, m) if step.split else None)
+        torch.autograd.backward([edge], [gradient])  # type: ignore[list-item]
+        self.sink.defer(None)
+        if x is None or x.grad is None:
+            return
+        first = block == self.blocks[chunk][0]
+        self._gradients[(chunk - 1, m) if first and self._holds(chunk - 1) else (chunk, m)] = x.grad
+
+    def _input(self, chunk: int, m: int) -> Tensor:
+        received = self._receiving.pop(Action(chunk, Op.RECV_F, m), None)
+        return self._arrived(received) if received else self._activations.pop((chunk, m))
+
+    def _output_gradient(self, chunk: int, m: int) -> Tensor:
+        received = self._receiving.pop(Action(chunk, Op.RECV_B, m), None)
+        return self._arrived(received) if received else self._gradients.pop((chunk, m))
+
+    def _holds(self, chunk: int) -> bool:
+        return chunk in self.blocks
+
+    # --- pipeline messages ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _arrived(received: tuple[Tensor, Pending]) -> Tensor:
+        tensor, pending = received
+        pending.wait()
+        return tensor
+
+    def _send(self, action: Action) -> None:
+        """Starts and goes on. The tensor is kept only until the message is gone."""
+        forward = action.op is Op.SEND_F
+        held = self._activations if forward else self._gradients
+        tensor = held.pop((action.chunk, action.micro_batch)).contiguous()
+        peer = self.plan.holders[action.chunk + (1 if forward else -1)]
+        group = self.mesh.edge(self.mesh.coords.pp, peer, p2p_direction(action.op))
+        self._sending = [(pending, t) for pending, t in self._sending if not pending.done()]
+        self._sending.append((group.send(tensor), tensor))
+
+    def _receive(self, action: Action) -> None:
+        """Posts the receive; the step that reads it waits."""
+        forward = action.op is Op.RECV_F
+        peer = self.plan.holders[action.chunk + (-1 if forward else 1)]
+        group = self.mesh.edge(peer, self.mesh.coords.pp, p2p_direction(action.op))
+        p = self.plan.config.parallel
+        tokens = self.plan.tokens // (p.tp if p.sequence_parallel else 1)
+        tensor = torch.empty((tokens, self.plan.config.model.hidden_size), dtype=self.dtype, device=self.device)
+        self._receiving[action] = (tensor, group.recv(tensor))
+        self.peak_message_bytes = max(self.peak_message_bytes, len(self._receiving) * tensor.nbytes)
+
+    def _finish_sends(self) -> None:
+        for pending, _ in self._sending:
+            pending.wait()
+        self._sending.clear()

@@ -1,0 +1,169 @@
+"""Column- and row-parallel linear layers.
+
+    column   W (out/tp, in)   y = x W^T + b        forward: nothing, or an all-gather of x (sequence parallel)
+    row      W (out, in/tp)   y = sum_tp x W^T + b  forward: an all-reduce, or a reduce-scatter (sequence parallel)
+
+Each one's backward communicates as the other's forward does. The rule in both backwards: start the collective, run
+the matmul that does not need it, then wait. Source: Megatron-LM (arXiv:1909.08053; sequence parallel:
+arXiv:2205.05198). Activations are (tokens, features); sequence parallel splits the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from dist_gpt.comm.group import Group, Pending
+from dist_gpt.parallel.sink import GradSink
+
+
+def gather_tokens(group: Group, x: Tensor) -> tuple[Tensor, Pending]:
+    """Start collecting all tokens: x (N/tp, F) -> (N, F)."""
+    if group.size == 1:
+        return x, Pending()
+    x = x.contiguous()
+    full = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    return full, group.all_gather(full, x)
+
+
+def scatter_tokens(group: Group, x: Tensor) -> tuple[Tensor, Pending]:
+    """Start the sum over the group, each rank keeping its tokens: x (N, F) -> (N/tp, F)."""
+    if group.size == 1:
+        return x, Pending()
+    x = x.contiguous()
+    part = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    return part, group.reduce_scatter(part, x)
+
+
+def reduce_tokens(group: Group, x: Tensor, sequence_parallel: bool) -> tuple[Tensor, Pending]:
+    """Start the sum over the group: (N, F) -> (N/tp, F) with sequence parallel, else (N, F) in place."""
+    if sequence_parallel:
+        return scatter_tokens(group, x)
+    return x, group.all_reduce(x)
+
+
+class _Column(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, split: bool, sink: GradSink
+    ) -> Tensor:
+        ctx.save_for_backward(x)  # the split tokens: backward gathers them again
+        ctx.weight, ctx.bias, ctx.tp, ctx.split, ctx.sink = weight, bias, tp, split, sink
+        full = x
+        if split:
+            full, pending = gather_tokens(tp, x)
+            pending.wait()
+        return torch.addmm(bias, full, weight.t()) if bias is not None else full @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (grad_out,) = grads  # (N, out/tp)
+        (x,) = ctx.saved_tensors
+        weight, bias, tp, split, sink = ctx.weight, ctx.bias, ctx.tp, ctx.split, ctx.sink
+
+        if not split:
+            grad_x, sum_x = reduce_tokens(tp, grad_out @ weight, False)
+            sink.submit(lambda: _weight_gradients(sink, weight, bias, grad_out, x))
+            sum_x.wait()
+            return grad_x, None, None, None, None, None
+
+        if sink.deferring:  # the gather belongs to the weight step
+            grad_x, sum_x = scatter_tokens(tp, grad_out @ weight)
+            sink.submit(lambda: _gathered_weight_gradients(sink, weight, bias, grad_out, x, tp))
+        else:
+            full, gathered = gather_tokens(tp, x)
+            partial = grad_out @ weight
+            gathered.wait()
+            grad_x, sum_x = scatter_tokens(tp, partial)
+            _weight_gradients(sink, weight, bias, grad_out, full)
+        sum_x.wait()
+        return grad_x, None, None, None, None, None
+
+
+class _Row(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, split: bool, sink: GradSink
+    ) -> Tensor:
+        ctx.save_for_backward(x)  # (N, in/tp)
+        ctx.weight, ctx.bias, ctx.tp, ctx.split, ctx.sink = weight, bias, tp, split, sink
+        if tp.size == 1:
+            return torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+        y, pending = reduce_tokens(tp, x @ weight.t(), split)
+        pending.wait()
+        if bias is not None:
+            y += bias  # once, after the sum
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (grad_out,) = grads  # (N/tp, out) with sequence parallel, else (N, out)
+        (x,) = ctx.saved_tensors
+        weight, bias, sink = ctx.weight, ctx.bias, ctx.sink
+        if bias is not None:
+            sink.add(bias, grad_out.sum(0))
+        if ctx.split:
+            grad_out, gathered = gather_tokens(ctx.tp, grad_out)
+            gathered.wait()
+        grad_x = grad_out @ weight
+        sink.submit(lambda: sink.add_product(weight, grad_out, x))
+        return grad_x, None, None, None, None, None
+
+
+def _weight_gradients(
+    sink: GradSink, weight: Parameter, bias: Parameter | None, grad_out: Tensor, inputs: Tensor
+) -> None:
+    sink.add_product(weight, grad_out, inputs)
+    if bias is not None:
+        sink.add(bias, grad_out.sum(0))
+
+
+def _gathered_weight_gradients(
+    sink: GradSink, weight: Parameter, bias: Parameter | None, grad_out: Tensor, x: Tensor, tp: Group
+) -> None:
+    full, gathered = gather_tokens(tp, x)
+    gathered.wait()
+    _weight_gradients(sink, weight, bias, grad_out, full)
+
+
+def column_linear(
+    x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink
+) -> Tensor:
+    """(N/tp or N, in) -> (N, out/tp); `weight` (out/tp, in) and `bias` (out/tp) are this rank's rows."""
+    result: Tensor = _Column.apply(x, weight, bias, tp, sequence_parallel, sink)
+    return result
+
+
+def row_linear(
+    x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink
+) -> Tensor:
+    """(N, in/tp) -> (N/tp or N, out); `weight` (out, in/tp) is this rank's columns, `bias` (out) is whole."""
+    result: Tensor = _Row.apply(x, weight, bias, tp, sequence_parallel, sink)
+    return result
+
+
+class ColumnLinear(torch.nn.Module):
+    """`column_linear` with its weights."""
+
+    def __init__(self, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.tp, self.sequence_parallel, self.sink = tp, sequence_parallel, sink
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_linear(x, self.weight, self.bias, self.tp, self.sequence_parallel, self.sink)
+
+
+class RowLinear(torch.nn.Module):
+    """`row_linear` with its weights."""
+
+    def __init__(self, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.tp, self.sequence_parallel, self.sink = tp, sequence_parallel, sink
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_linear(x, self.weight, self.bias, self.tp, self.sequence_parallel, self.sink)

@@ -1,0 +1,115 @@
+"""Where weight gradients go.
+
+Layers hand their weight gradients to a `GradSink` instead of leaving them to autograd. So a gradient is accumulated
+straight into its place in a flat buffer, the first write of a step overwrites (nothing is zeroed), and a schedule that
+computes weight gradients apart from input gradients (W apart from B) queues them as jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class GradSink:
+    """Accumulates gradients into bound buffers; parameters that are not bound use their `.grad`."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Parameter, Tensor] = {}
+        self._written: set[Parameter] = set()
+        self._queue: dict[Hashable, list[Callable[[], None]]] = {}
+        self._deferred_to: Hashable | None = None
+
+    def bind(self, parameter: Parameter, buffer: Tensor) -> None:
+        """Gradients of `parameter` go to `buffer` (same shape) and to `parameter.grad`, which views it."""
+        self._buffers[parameter] = buffer
+        parameter.grad = buffer
+
+    def begin(self) -> None:
+        """Start of a step: the next write to each gradient overwrites."""
+        self._written.clear()
+
+    def unwritten(self) -> list[Parameter]:
+        """Bound parameters that got no gradient since `begin`."""
+        return [p for p in self._buffers if p not in self._written]
+
+    # --- what layers call in their backward --------------------------------------------------------------------
+
+    def add(self, parameter: Parameter, gradient: Tensor) -> None:
+        """gradient of `parameter` += `gradient`."""
+        buffer, first = self._target(parameter)
+        if first:
+            buffer.copy_(gradient)
+        else:
+            buffer.add_(gradient)
+
+    def add_product(self, parameter: Parameter, grad_out: Tensor, inputs: Tensor) -> None:
+        """gradient of a weight (out, in) += grad_out (tokens, out)^T @ inputs (tokens, in), without a temporary."""
+        buffer, first = self._target(parameter)
+        if first:
+            torch.mm(grad_out.t(), inputs, out=buffer)
+        else:
+            buffer.addmm_(grad_out.t(), inputs)
+
+    def add_rows(self, parameter: Parameter, rows: Tensor, gradient: Tensor) -> None:
+        """gradient[rows[i]] += gradient[i]: the gradient of a lookup."""
+        buffer, first = self._target(parameter)
+        if first:
+            buffer.zero_()
+        buffer.index_add_(0, rows, gradient)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job`, which computes weight gradients, now, or queue it if the running step defers them."""
+        if self._deferred_to is None:
+            job()
+        else:
+            self._queue.setdefault(self._deferred_to, []).append(job)
+
+    @property
+    def deferring(self) -> bool:
+        """Whether jobs are being queued: the running backward leaves weight gradients to a later step."""
+        return self._deferred_to is not None
+
+    # --- what the executor calls ---------------------------------------------------------------------------------
+
+    def defer(self, key: Hashable | None) -> None:
+        """Queue jobs under `key` from now on; None runs them at once again."""
+        self._deferred_to = key
+
+    def run(self, key: Hashable) -> None:
+        """Run the jobs queued under `key`, in the order they came."""
+        for job in self._queue.pop(key):
+            job()
+
+    def _target(self, parameter: Parameter) -> tuple[Tensor, bool]:
+        buffer = self._buffers.get(parameter)
+        if buffer is None:
+            buffer = torch.empty_like(parameter, requires_grad=False)
+            self.bind(parameter, buffer)
+        first = parameter not in self._written
+        self._written.add(parameter)
+        return buffer, first
+
+
+class _Use(torch.autograd.Function):
+    """Identity on a parameter; its gradient goes to the sink."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Parameter, sink: GradSink) -> Tensor:
+        ctx.parameter, ctx.sink = parameter, sink
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.sink.add(ctx.parameter, grads[0])
+        return None, None
+
+
+def use(parameter: Parameter, sink: GradSink) -> Tensor:
+    """`parameter` for an ordinary differentiable function, its gradient delivered to `sink`."""
+    result: Tensor = _Use.apply(parameter, sink)
+    return result

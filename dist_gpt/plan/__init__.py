@@ -1,0 +1,1 @@
+"""The plan: what every rank will send, compute and hold, from config arithmetic alone."""

@@ -1,0 +1,117 @@
+"""How the parameters of a rank lie in flat buckets: pure arithmetic, shared by the plan and the run.
+
+A bucket is the unit of gradient reduction, optimizer sharding and parameter gathering. It holds whole blocks, in
+reverse order of the forward pass, so that its reduction can start while the backward of earlier blocks goes on.
+Inside a bucket parameters of one sort stand together, as *segments*: what is whole on every tp rank first (its
+partial gradients are then one contiguous tp sum), then what is sharded; each split by weight decay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from dist_gpt.config.schema import DTYPE_BYTES, Config
+from dist_gpt.params import PARTIAL, SHARDED, Param, params_of_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One parameter's place: elements [start, start + numel) of the bucket."""
+
+    param: Param
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring elements of one gradient kind and one decay group."""
+
+    start: int
+    stop: int
+    kind: str
+    decay: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A flat buffer of one chunk. `last_block` is the block whose backward completes it; `padded` is a multiple of
+    the shards it is cut into; `tied` marks the embedding that the first and the last stage both hold."""
+
+    index: int
+    chunk: int
+    last_block: int
+    slots: tuple[Slot, ...]
+    segments: tuple[Segment, ...]
+    numel: int
+    padded: int
+    tied: bool
+
+    @property
+    def partial_numel(self) -> int:
+        """Leading elements whose gradients are summed over tp."""
+        return sum(s.stop - s.start for s in self.segments if s.kind == PARTIAL)
+
+    def shard(self, shards: int, index: int) -> tuple[int, int]:
+        """Elements [start, stop) that shard `index` of `shards` owns (padding included)."""
+        width = self.padded // shards
+        return index * width, (index + 1) * width
+
+
+def state_shards(config: Config) -> int:
+    """Into how many pieces optimizer state is cut: N = dp x cp, or 1 without sharding."""
+    return 1 if config.optim.sharding == "none" else int(config.parallel.dp) * config.parallel.cp
+
+
+def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_index: int) -> tuple[Bucket, ...]:
+    """Buckets of a rank that holds `chunks` (pairs of chunk number and its blocks), in the order of their reduction.
+
+    A tied embedding has a bucket of its own on every layout.
+    """
+    limit = config.optim.bucket_mb * 1e6 / DTYPE_BYTES[config.train.dtype]
+    buckets: list[Bucket] = []
+
+    def close(chunk: int, last_block: int, members: list[Param], tied: bool = False) -> None:
+        if members:
+            buckets.append(_lay_out(config, len(buckets), chunk, last_block, members, tp_index, tied))
+
+    for chunk, blocks in reversed(chunks):
+        table = params_of_blocks(config, blocks)
+        tied = [p for p in table if p.name == "embed.weight"] if config.model.tie_embeddings else []
+        if tied and 0 not in blocks:  # the head's copy is complete as soon as the head's backward is
+            close(chunk, max(blocks), tied, tied=True)
+        members: list[Param] = []
+        for block in reversed(blocks):
+            members += [p for p in table if p.block == block and p not in tied]
+            if sum(prod(p.local_shape(config.parallel.tp, tp_index)) for p in members) >= limit:
+                close(chunk, block, members)
+                members = []
+        close(chunk, blocks[0], members)
+        if tied and 0 in blocks:
+            close(chunk, 0, tied, tied=True)
+    return tuple(buckets)
+
+
+def _lay_out(
+    config: Config, index: int, chunk: int, last_block: int, members: list[Param], tp_index: int, tied: bool
+) -> Bucket:
+    ordered = sorted(members, key=lambda p: (p.kind == SHARDED, p.decay))  # stable: forward order inside a sort
+    slots: list[Slot] = []
+    segments: list[Segment] = []
+    at = 0
+    for p in ordered:
+        slot = Slot(p, p.local_shape(config.parallel.tp, tp_index), at)
+        slots.append(slot)
+        at += slot.numel
+        if segments and (segments[-1].kind, segments[-1].decay) == (p.kind, p.decay):
+            segments[-1] = Segment(segments[-1].start, at, p.kind, p.decay)
+        else:
+            segments.append(Segment(slot.start, at, p.kind, p.decay))
+    shards = state_shards(config)
+    padded = -(-at // shards) * shards
+    return Bucket(index, chunk, last_block, tuple(slots), tuple(segments), at, padded, tied)

@@ -1,0 +1,143 @@
+"""Folds over declared steps: traffic, FLOPs and memory of a rank, of the whole job, and of its worst rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from dist_gpt.config.schema import Config
+from dist_gpt.events import Counts
+from dist_gpt.params import parameter_table
+from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.schedule.action import Op
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, WEIGHT, Step
+
+_INPUT = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}  # the message that an action may read
+
+
+def size_of(plan: RankPlan, axis: str) -> int:
+    """Ranks in a group of `axis` that issues collectives (a pipeline message joins two)."""
+    return 2 if axis in ("pp", "embed") else plan.layout.size(axis)
+
+
+def count_comm(plan: RankPlan, steps: Sequence[Step]) -> Counts:
+    """Calls and bytes that `steps` declare."""
+    counts = Counts()
+    for step, times in _distinct(steps).items():
+        for call in plan.declare(step).comm:
+            counts.add(call.axis, call.op, times * call.calls, call.payload, size_of(plan, call.axis))
+    return counts
+
+
+def count_flops(plan: RankPlan, steps: Sequence[Step]) -> int:
+    """Model FLOPs that `steps` declare."""
+    return sum(times * plan.declare(step).flops for step, times in _distinct(steps).items())
+
+
+def _distinct(steps: Sequence[Step]) -> Counter[Step]:
+    """Steps that differ only in their micro-batch declare the same: count them as one."""
+    counter: Counter[tuple[object, ...]] = Counter()
+    example: dict[tuple[object, ...], Step] = {}
+    for step in steps:
+        key = (step.kind, step.action.op, step.action.chunk, step.block, step.bucket, step.split)
+        counter[key] += 1
+        example.setdefault(key, step)
+    return Counter({example[key]: times for key, times in counter.items()})
+
+
+def peak_activations(plan: RankPlan, steps: Sequence[Step]) -> int:
+    """Largest sum of bytes on the tape, walking `steps`; a block's bytes go with its last backward or weight step."""
+    split = any(step.kind == WEIGHT for step in steps)
+    saved = {b: plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind == FORWARD and (b := s.block) is not None}
+    live = peak = 0
+    for step in steps:
+        if step.kind == FORWARD:
+            live += saved[step.block or 0]
+            peak = max(peak, live)
+        elif step.kind == (WEIGHT if split else BACKWARD):
+            live -= saved[step.block or 0]
+    return peak
+
+
+def peak_messages(plan: RankPlan, steps: Sequence[Step]) -> int:
+    """Largest sum of bytes of receives that are posted and not yet read."""
+    size = plan.hidden_bytes // (plan.layout.tp if plan.config.parallel.sequence_parallel else 1)
+    waiting: set[object] = set()
+    peak = 0
+    for step in steps:
+        if step.kind == RECV:
+            waiting.add(step.action)
+            peak = max(peak, len(waiting))
+        elif step.kind in (FORWARD, BACKWARD):
+            waiting.discard(replace(step.action, op=_INPUT[step.action.op]))
+    return peak * size
+
+
+def memory_document(parameters: int, gradients: int, optimizer: int, activations: int, buffers: int) -> dict[str, int]:
+    """The memory_bytes object of plan and dry run."""
+    parts = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "buffers": buffers,
+    }
+    return {**parts, "peak": sum(parts.values())}
+
+
+def count_memory(plan: RankPlan, steps: Sequence[Step]) -> dict[str, int]:
+    """Bytes of one rank in training, by category."""
+    o = plan.config.optim
+    flat = sum(b.padded for b in plan.buckets) * plan.element
+    return memory_document(
+        parameters=flat,
+        gradients=flat,
+        optimizer=owned_elements(plan) * plan.element * (2 if o.name == "adamw" else 1 if o.momentum else 0),
+        activations=peak_activations(plan, steps),
+        buffers=peak_messages(plan, steps) + plan.scatter_bytes,
+    )
+
+
+def owned_elements(plan: RankPlan) -> int:
+    """Parameter elements whose optimizer state this rank holds (padding left out)."""
+    shards = 1 if plan.config.optim.sharding == "none" else plan.layout.data
+    index = plan.layout.data_index(plan.rank) if shards > 1 else 0
+    total = 0
+    for bucket in plan.buckets:
+        start, stop = bucket.shard(shards, index)
+        total += max(0, min(stop, bucket.numel) - start)
+    return total
+
+
+def stored_parameters(plan: RankPlan) -> int:
+    """Parameter elements this rank stores (padding left out)."""
+    return sum(b.numel for b in plan.buckets)
+
+
+def total_parameters(config: Config) -> int:
+    """Parameters of the model, each once."""
+    return sum(p.numel for p in parameter_table(config))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Ranks that do the same: one example and how many there are."""
+
+    plan: RankPlan
+    ranks: int
+
+
+@lru_cache(maxsize=4)
+def _kinds(config_json: str) -> tuple[Kind, ...]:
+    config = Config.model_validate_json(config_json)
+    layout = layout_of(config)
+    return tuple(
+        Kind(RankPlan(config, layout.rank(pp, 0, 0, tp)), layout.data) for pp in range(layout.pp) for tp in range(layout.tp)
+    )
+
+
+def rank_kinds(config: Config) -> Iterator[Kind]:
+    """One rank per (pp, tp): ranks that differ in their place on the data axis do the same work."""
+    yield from _kinds(config.model_dump_json())

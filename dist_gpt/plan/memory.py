@@ -1,0 +1,36 @@
+"""Bytes a rank must hold: state exactly, activations by what each block keeps for its backward.
+
+The activation terms count what the blocks' code saves, tensor by tensor, as the tests measure it with saved-tensor
+hooks; the published formula s b h (34 + 5 a s / h) (arXiv:2205.05198) is for unfused attention and is not this.
+"""
+
+from __future__ import annotations
+
+from dist_gpt.config.schema import DTYPE_BYTES, Config
+from dist_gpt.params import qkv_sections, vocab_range
+
+TOKEN_BYTES = 8  # int64
+
+
+def saved_bytes(config: Config, block: int, tp_index: int = 0) -> int:
+    """Bytes that the forward of `block` leaves on the tape for one micro-batch: its input and what autograd keeps."""
+    m, p = config.model, config.parallel
+    tokens = config.train.micro_batch * m.seq_len // p.cp
+    element = DTYPE_BYTES[config.train.dtype]
+    statistic = 8 if config.train.dtype == "fp64" else 4
+    here = tokens // p.tp if p.sequence_parallel else tokens  # rows of what is split by sequence parallelism
+    hidden = here * m.hidden_size * element
+    norm = hidden + here * statistic * (2 if m.norm == "layernorm" else 1)  # its output, and mean and/or 1/deviation
+    if block == 0:
+        return tokens * TOKEN_BYTES + (tokens if p.tp > 1 else 0)  # row numbers; which of them are foreign
+    if block == m.num_layers + 1:
+        start, stop = vocab_range(config, tp_index)
+        loss = tokens * (stop - start) * element + tokens * (2 * element + TOKEN_BYTES + 1)
+        return hidden + norm + loss
+    q, k, v = (width // p.tp for width in qkv_sections(config))
+    qkv = tokens * (q + k + v) * element
+    rotated = tokens * (q + k) * element if m.position == "rope" else 0
+    attended = tokens * q * element + tokens * (m.num_heads // p.tp) * statistic  # output and log-sum-exp
+    ffn = tokens * (int(m.ffn_size or 0) // p.tp) * element
+    mlp = 3 * ffn if m.activation == "swiglu" else 2 * ffn  # before and after the activation
+    return 2 * hidden + 2 * norm + qkv + rotated + attended + mlp

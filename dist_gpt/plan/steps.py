@@ -1,0 +1,254 @@
+"""What every step declares: its collectives, its FLOPs and the bytes it leaves on the tape.
+
+This is the only place where traffic and work are derived from the configuration. Counting and memory are folds over
+these declarations; at run time each Group compares what it issues with what the running step declared.
+
+Payload is the full tensor: the unsharded one for all-gather and reduce-scatter, once for all-reduce; a send carries
+its own payload, a receive 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+from dist_gpt.config.schema import DTYPE_BYTES, Config
+from dist_gpt.layout import Coords, Layout
+from dist_gpt.params import vocab_range
+from dist_gpt.plan.buckets import Bucket, make_buckets
+from dist_gpt.plan.memory import saved_bytes
+from dist_gpt.plan.split import head_forward_flops, layer_forward_flops, split_blocks
+from dist_gpt.schedule.action import Action, Op
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, REDUCE, SEND, UPDATE, WEIGHT, Step, expand
+from dist_gpt.schedule.lower import add_communication, add_reduce_and_step
+from dist_gpt.schedule.orders import forward_only, make_orders, placement
+
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all_reduce", "all_gather", "reduce_scatter"
+STATISTICS_BYTES = 16  # two float64: summed loss and squared gradient norm
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`calls` collectives of one sort, `payload` bytes each."""
+
+    axis: str
+    op: str
+    calls: int
+    payload: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Declaration of one step on one rank: collectives, model FLOPs, and bytes that stay until the backward."""
+
+    comm: tuple[Call, ...] = ()
+    flops: int = 0
+    saved_bytes: int = 0
+
+
+def layout_of(config: Config) -> Layout:
+    """The mesh of a resolved configuration."""
+    p = config.parallel
+    return Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+
+
+@lru_cache(maxsize=16)
+def lowered_orders(name: str, pp: int, virtual_stages: int, micro_batches: int) -> tuple[list[Action], ...]:
+    """The lists of all pipeline ranks for one training step, with messages, reductions and the update."""
+    orders = make_orders(name, pp, virtual_stages, micro_batches)
+    return tuple(add_reduce_and_step(add_communication(orders, placement(name, pp, virtual_stages))))
+
+
+@dataclass
+class RankPlan:
+    """Everything that is known about one rank before it starts."""
+
+    config: Config
+    rank: int
+    layout: Layout = field(init=False)
+    coords: Coords = field(init=False)
+    chunks: list[tuple[int, tuple[int, ...]]] = field(init=False)
+    buckets: tuple[Bucket, ...] = field(init=False)
+    holders: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.config.parallel
+        self.layout = layout_of(self.config)
+        self.coords = self.layout.coords(self.rank)
+        self.holders = tuple(placement(p.schedule, p.pp, p.virtual_stages))
+        blocks = split_blocks(self.config)
+        self.chunks = [(c, blocks[c]) for c, holder in enumerate(self.holders) if holder == self.coords.pp]
+        self.buckets = make_buckets(self.config, self.chunks, self.coords.tp)
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """The list of one training step."""
+        p = self.config.parallel
+        return self.expand(lowered_orders(p.schedule, p.pp, p.virtual_stages, self.config.micro_batches))
+
+    def expand(self, orders: Sequence[list[Action]]) -> list[Step]:
+        """Steps of this rank for lowered `orders` (one list of actions per pipeline rank)."""
+        return expand(
+            orders[self.coords.pp], dict(self.chunks), [(b.index, b.chunk, b.last_block) for b in self.buckets]
+        )
+
+    @cached_property
+    def eval_steps(self) -> list[Step]:
+        """The list of one validation batch: forwards only."""
+        p = self.config.parallel
+        orders = forward_only(p.schedule, p.pp, p.virtual_stages, self.config.micro_batches)
+        return expand(add_communication(orders, self.holders)[self.coords.pp], dict(self.chunks), [])
+
+    def declare(self, step: Step) -> Cost:
+        """Collectives, FLOPs and saved bytes of `step`."""
+        if step.kind == FORWARD:
+            return self._forward(step)
+        if step.kind == BACKWARD:
+            return self._split_backward(step) if step.split else self._backward(step)
+        if step.kind == WEIGHT:
+            return self._weight(step)
+        if step.kind == SEND:
+            return Cost((Call("pp", "send", 1, self.hidden_bytes // self._token_split),))
+        if step.kind == RECV:
+            return Cost((Call("pp", "recv", 1, 0),))
+        if step.kind == REDUCE:
+            return Cost(self._reduce(self.buckets[step.bucket or 0]))
+        if step.kind == UPDATE:
+            return Cost(self._update())
+        raise ValueError(f"no declaration for step kind {step.kind!r}")
+
+    # --- sizes -------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on this rank's context shard."""
+        return self.config.train.micro_batch * self.config.model.seq_len // self.config.parallel.cp
+
+    @property
+    def element(self) -> int:
+        return DTYPE_BYTES[self.config.train.dtype]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """One activation (tokens, hidden), whole."""
+        return self.tokens * self.config.model.hidden_size * self.element
+
+    @property
+    def _token_split(self) -> int:
+        p = self.config.parallel
+        return p.tp if p.sequence_parallel else 1
+
+    def is_head(self, block: int) -> bool:
+        return block == self.config.model.num_layers + 1
+
+    # --- blocks ------------------------------------------------------------------------------------------------
+
+    def _tp(self, *ops: str, calls: int = 1) -> tuple[Call, ...]:
+        """Collectives over tp of one hidden activation each."""
+        if self.layout.tp == 1:
+            return ()
+        return tuple(Call("tp", op, calls, self.hidden_bytes) for op in ops)
+
+    @property
+    def _sequence_parallel(self) -> bool:
+        return self.config.parallel.sequence_parallel
+
+    def block_flops(self, block: int) -> tuple[int, int]:
+        """Forward FLOPs of `block` on this rank: (matmuls with weights, attention products)."""
+        if block == 0:
+            return 0, 0
+        if self.is_head(block):
+            start, stop = vocab_range(self.config, self.coords.tp)
+            whole = head_forward_flops(self.config, self.tokens)
+            return whole // int(self.config.model.vocab_size or 1) * (stop - start), 0
+        attention = 4 * self.tokens * self.config.model.seq_len * self.config.model.hidden_size
+        everything = layer_forward_flops(self.config, self.tokens)
+        return (everything - attention) // self.layout.tp, attention // self.layout.tp
+
+    def _forward(self, step: Step) -> Cost:
+        block = step.block or 0
+        matmul, attention = self.block_flops(block)
+        saved = saved_bytes(self.config, block, self.coords.tp)
+        if block == 0:
+            comm = self._tp(REDUCE_SCATTER if self._sequence_parallel else ALL_REDUCE)
+        elif self.is_head(block):
+            comm = self._tp(ALL_GATHER) if self._sequence_parallel else ()
+            if self.layout.tp > 1:  # cross-entropy: row maxima, then (sum of exponentials, target logit)
+                comm += (Call("tp", ALL_REDUCE, 1, self.tokens * self.element),)
+                comm += (Call("tp", ALL_REDUCE, 1, 2 * self.tokens * self.element),)
+        elif self._sequence_parallel:
+            comm = self._tp(ALL_GATHER, REDUCE_SCATTER, calls=2)
+        else:
+            comm = self._tp(ALL_REDUCE, calls=2)
+        return Cost(comm, matmul + attention, saved)
+
+    def _backward(self, step: Step) -> Cost:
+        early, late = self._split_backward(step), self._weight(step)
+        return Cost(early.comm + late.comm, early.flops + late.flops)
+
+    def _split_backward(self, step: Step) -> Cost:
+        """Input gradients. Sequence parallel gathers what leaves a row-parallel product and scatters what enters a
+        column-parallel one."""
+        block = step.block or 0
+        matmul, attention = self.block_flops(block)
+        if block == 0:
+            comm = self._tp(ALL_GATHER) if self._sequence_parallel else ()
+        elif self.is_head(block):
+            comm = self._tp(REDUCE_SCATTER if self._sequence_parallel else ALL_REDUCE)
+        elif self._sequence_parallel:
+            comm = self._tp(ALL_GATHER, REDUCE_SCATTER, calls=2)
+        else:
+            comm = self._tp(ALL_REDUCE, calls=2)
+        return Cost(comm, matmul + 2 * attention)
+
+    def _weight(self, step: Step) -> Cost:
+        """Weight gradients; sequence parallel gathers the inputs of column-parallel products again."""
+        block = step.block or 0
+        matmul, _ = self.block_flops(block)
+        columns = 0 if block == 0 else 1 if self.is_head(block) else 2
+        comm = self._tp(ALL_GATHER, calls=columns) if self._sequence_parallel and columns else ()
+        return Cost(comm, matmul)
+
+    # --- gradients and update ------------------------------------------------------------------------------------
+
+    def _reduce(self, bucket: Bucket) -> tuple[Call, ...]:
+        calls: tuple[Call, ...] = ()
+        if self.layout.tp > 1 and bucket.partial_numel:
+            calls += (Call("tp", ALL_REDUCE, 1, bucket.partial_numel * self.element),)
+        if self.layout.data > 1:
+            op = ALL_REDUCE if self.config.optim.sharding == "none" else REDUCE_SCATTER
+            calls += (Call("data", op, 1, bucket.padded * self.element),)
+        return calls
+
+    def _update(self) -> tuple[Call, ...]:
+        calls: tuple[Call, ...] = ()
+        sharded = self.config.optim.sharding != "none"
+        for bucket in self.buckets:
+            if bucket.tied and len(self.layout.group("embed", self.rank)) > 1:
+                size = bucket.padded // (self.layout.data if sharded else 1)
+                calls += (Call("embed", ALL_REDUCE, 1, size * self.element),)
+        if self.layout.world > 1:
+            calls += (Call("world", ALL_REDUCE, 1, STATISTICS_BYTES),)
+        if sharded and self.layout.data > 1:
+            calls += tuple(Call("data", ALL_GATHER, 1, b.padded * self.element) for b in self.buckets)
+        return calls
+
+    def eval_calls(self) -> tuple[Call, ...]:
+        """What follows the forwards of one validation batch: the loss, summed over the world."""
+        return (Call("world", ALL_REDUCE, 1, 8),) if self.layout.world > 1 else ()
+
+    @property
+    def scatter_bytes(self) -> int:
+        """Receive buffers of reduce-scatters under way, where the backend emulates them by all-to-all (gloo)."""
+        if self.layout.data == 1 or self.config.optim.sharding == "none":
+            return 0
+        return sum(b.padded for b in self.buckets) * self.element
+
+    def costs(self, steps: Iterable[Step]) -> list[Cost]:
+        return [self.declare(step) for step in steps]
+
+
+def p2p_direction(op: Op) -> str:
+    """'f' for activations, 'b' for gradients: which of the two directed edges a SEND or RECV uses."""
+    return "f" if op in (Op.SEND_F, Op.RECV_F) else "b"

@@ -1,0 +1,205 @@
+"""The parity certificate: a layout against one process, in float64, over loss, gradients, norm and stepped weights.
+
+Rank 0 trains the model alone, with every degree of parallelism at 1 and nothing sharded, and writes what it found;
+then all ranks train it in the layout under test, and each compares its own part, gradients whole, with the reference.
+Error (DESIGN, "Certificate error"): gradients max|d| / max(max|ref|, 1e-4 x the model's largest gradient), weights
+max|d| absolute, loss and norm relative.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_gpt.comm.mesh import Backends, FakeBackends
+from dist_gpt.comm.rendezvous import Store
+from dist_gpt.config.schema import Config
+from dist_gpt.dryrun import dryrun_document
+from dist_gpt.events import TRAIN, Counts
+from dist_gpt.model.init import local_part
+from dist_gpt.plan.count import count_comm, count_flops, count_memory
+from dist_gpt.rank import Rank, Samples
+
+STEPS = 2
+TOLERANCE = 1e-10
+GRADIENT_FLOOR = 1e-4
+MEASURES = ("loss", "gradient", "gradient_norm", "weight")
+
+
+def verify_samples(config: Config, step: int) -> Samples:
+    """Uniform random tokens of step `step`, the same for every layout."""
+    t, m = config.train, config.model
+    generator = np.random.Generator(np.random.Philox(key=[config.data.seed, step]))
+    ids = generator.integers(0, m.vocab_size, size=(t.global_batch, m.seq_len + 1), dtype=np.int64)
+    return lambda first, count: ids[first : first + count]
+
+
+@dataclass
+class Trace:
+    """What a certificate compares: per step loss and norm, per parameter gradients of each step, final weights."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_steps(replica: Rank, config: Config) -> Trace:
+    """Train STEPS steps and keep everything; gradients are taken before clipping, summed over all axes."""
+    trace = Trace()
+    replica.initialise()
+    step_now = 0
+
+    def keep_gradients() -> None:
+        for name, gradient in replica.whole_gradients().items():
+            trace.gradients[f"{step_now}:{name}"] = gradient
+
+    replica.optimizer.before_clip = keep_gradients
+    for step_now in range(STEPS):
+        replica.train_step(step_now, verify_samples(config, step_now))
+        loss, norm = replica.optimizer.statistics.tolist()
+        trace.losses.append(loss)
+        trace.norms.append(norm)
+    replica.optimizer.before_clip = None
+    trace.weights = {name: p.detach().clone() for name, p in replica.stage.named.items()}
+    return trace
+
+
+def reference_config(config: Config) -> Config:
+    """The same training on one process: every degree 1, nothing sharded."""
+    alone = {"dp": 1, "tp": 1, "pp": 1, "cp": 1, "virtual_stages": 1, "schedule": "1f1b"}
+    parallel = config.parallel.model_copy(update={**alone, "sequence_parallel": False, "layers": "balanced"})
+    return config.model_copy(
+        update={"parallel": parallel, "optim": config.optim.model_copy(update={"sharding": "none"})}
+    )
+
+
+def write_reference(config: Config, path: Path) -> None:
+    """Train on one process and write the trace to `path` (safetensors)."""
+    alone = reference_config(config)
+    replica = Rank(alone, 0, FakeBackends(), torch.device("cpu"))
+    trace = run_steps(replica, alone)
+    numbers = {name: torch.tensor(getattr(trace, name), dtype=torch.float64) for name in ("losses", "norms")}
+    tensors = {f"g:{k}": v for k, v in trace.gradients.items()} | {f"w:{k}": v for k, v in trace.weights.items()}
+    save_file({k: v.contiguous() for k, v in (tensors | numbers).items()}, path)
+    replica.close()
+
+
+@dataclass
+class Verdict:
+    """Largest error of each measure on one rank, where it is, and how the accounting went."""
+
+    rank: int
+    worst: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURES, 0.0))
+    where: dict[str, str] = field(default_factory=dict)
+    accounting: list[str] = field(default_factory=list)
+
+    def see(self, measure: str, error: float, where: str) -> None:
+        """Keep the larger; NaN counts as infinite."""
+        error = math.inf if math.isnan(error) else error
+        if error > self.worst[measure] or measure not in self.where:
+            self.worst[measure] = max(error, self.worst[measure])
+            self.where[measure] = where
+
+
+def certify_rank(config: Config, rank: int, backends: Backends, reference: Path) -> Verdict:
+    """Train in the layout of `config` as rank `rank` and compare with the reference on disk."""
+    replica = Rank(config, rank, backends, torch.device("cpu"))
+    try:
+        trace = run_steps(replica, config)
+        verdict = Verdict(rank)
+        _compare(verdict, replica, trace, load_file(reference))
+        _account(verdict, replica)
+        return verdict
+    finally:
+        replica.close()
+
+
+def _compare(verdict: Verdict, replica: Rank, trace: Trace, ref: dict[str, Tensor]) -> None:
+    tp, index = replica.mesh.tp.size, replica.mesh.tp.index
+    for step in range(STEPS):
+        for measure, got, want in (
+            ("loss", trace.losses[step], ref["losses"][step].item()),
+            ("gradient_norm", trace.norms[step], ref["norms"][step].item()),
+        ):
+            verdict.see(measure, abs(got - want) / abs(want), f"step {step}")
+    largest = max(t.abs().max().item() for k, t in ref.items() if k.startswith("g:"))
+    for param in replica.params:
+        weight = ref[f"w:{param.name}"]
+        here = trace.weights[param.name]
+        error = (here - local_part(param, weight, tp, index)).abs().max().item()
+        verdict.see("weight", error, f"{param.name} on rank {verdict.rank}")
+        for step in range(STEPS):
+            key = f"{step}:{param.name}"
+            whole = ref[f"g:{key}"]
+            scale = max(whole.abs().max().item(), GRADIENT_FLOOR * largest)
+            error = (trace.gradients[key] - local_part(param, whole, tp, index)).abs().max().item() / scale
+            verdict.see("gradient", error, f"{param.name}, step {step}, rank {verdict.rank}")
+
+
+def _account(verdict: Verdict, replica: Rank) -> None:
+    """Ledger = steps = dry run, as integers; every parameter got a gradient."""
+    plan, config = replica.plan, replica.config
+    declared = Counts()
+    declared.merge(count_comm(plan, plan.steps), STEPS)
+    verdict.accounting += replica.mesh.ledger.differences
+    verdict.accounting += replica.mesh.ledger.counts(TRAIN).differences(declared)
+    verdict.accounting += [f"no gradient was written for {tuple(p.shape)}" for p in replica.sink.unwritten()]
+    dry = dryrun_document(config, verdict.rank)
+    planned = {
+        "comm": count_comm(plan, plan.steps).as_dict(),
+        "model_flops": count_flops(plan, plan.steps),
+        "memory_bytes": count_memory(plan, plan.steps),
+    }
+    for key, value in planned.items():
+        if dry[key] != value:
+            verdict.accounting.append(f"{key}: dry run {dry[key]}, plan {value}")
+
+
+def merge_verdicts(config: Config, verdicts: list[Verdict]) -> dict[str, Any]:
+    """The certificate: worst of all ranks. Keys as in the contract, with the tolerance and the layout added."""
+    worst, where = {}, {}
+    for measure in MEASURES:
+        top = max(verdicts, key=lambda v, m=measure: v.worst[m])  # type: ignore[misc]
+        worst[measure], where[measure] = top.worst[measure], top.where[measure]
+    differences = [f"rank {v.rank}: {line}" for v in verdicts for line in v.accounting]
+    passed = all(error <= TOLERANCE for error in worst.values()) and not differences
+    return {
+        "verdict": "pass" if passed else "fail",
+        "worst": worst,
+        "where": where,
+        "tolerance": TOLERANCE,
+        "accounting": "differs" if differences else "exact",
+        "differences": differences[:50],
+        "verified_config": config.model_dump(mode="json"),
+    }
+
+
+def certify(
+    config: Config, rank: int, store: Store, backends: Callable[[Store], Backends], folder: Path
+) -> dict[str, Any] | None:
+    """The certificate of `config` (float64, world ranks), run by all ranks together; rank 0 returns it.
+
+    `store` must be fresh for every call: it carries the ranks' verdicts. `folder` is shared by the ranks.
+    """
+    reference = folder / "reference.safetensors"
+    if rank == 0:
+        write_reference(config, reference)
+        store.set("reference", "written")
+    store.wait(["reference"])
+    verdict = certify_rank(config, rank, backends(store), reference)
+    store.set(f"verdict/{rank}", json.dumps(vars(verdict)))
+    if rank != 0:
+        return None
+    keys = [f"verdict/{r}" for r in range(config.world_size)]
+    store.wait(keys)
+    return merge_verdicts(config, [Verdict(**json.loads(store.get(key))) for key in keys])

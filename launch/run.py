@@ -1,0 +1,148 @@
+"""From a configuration to a run directory and a job, and from a finished run directory to its summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dist_gpt.config import yaml_io
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import dump, find, load
+from dist_gpt.config.schema import Config
+from dist_gpt.layout import Layout
+from launch.env import Device, choose_device, count_gpus
+from launch.spec import RUN_DIR, JobSpec, train_argv
+
+
+def load_for_launch(path_or_preset: str, overrides: Sequence[str]) -> tuple[Config, Device]:
+    """The configuration and where its ranks will compute.
+
+    Where neither parallel.dp nor launch.ranks_per_node says how many ranks there are, the GPUs of this machine do:
+    as many of them as the other axes can use. Raises ConfigError.
+    """
+    config = load(path_or_preset, overrides)
+    gpus = count_gpus()
+    nodes = config.launch.nodes
+    if gpus and config.launch.ranks_per_node == "auto" and _dp_is_auto(path_or_preset, overrides):
+        p = config.parallel
+        rest = p.tp * p.pp * p.cp
+        world = gpus * nodes // rest * rest
+        if world:
+            config = load(path_or_preset, overrides, world=world)
+    return config, choose_device(config.world_size // nodes, gpus)
+
+
+def _dp_is_auto(path_or_preset: str, overrides: Sequence[str]) -> bool:
+    """Whether parallel.dp was left to the launcher (loading has replaced "auto" by a number)."""
+    tree, _ = yaml_io.read(find(path_or_preset))
+    dp = ((tree or {}).get("parallel") or {}).get("dp", "auto")
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.strip() == "parallel.dp":
+            dp, _ = yaml_io.parse(value, "--set parallel.dp")
+    return bool(dp == "auto")
+
+
+def refuse_existing(config: Config) -> Path:
+    """The run directory, not there yet. Raises ConfigError, with a free name, where it exists."""
+    run_dir = Path(str(config.run_dir))
+    if not os.path.lexists(run_dir):
+        return run_dir
+    number = 2
+    while os.path.lexists(f"{run_dir}-{number}"):
+        number += 1
+    raise ConfigError([
+        f"run_dir: {run_dir} exists already and is never written over; choose another, for example "
+        f"--set run_dir={run_dir}-{number}, or remove it"
+    ])  # fmt: skip
+
+
+def create_run_dir(config: Config, plan: dict[str, Any]) -> Path:
+    """Make the run directory with config.yaml (resolved), plan.json and logs/. Raises ConfigError where it exists."""
+    run_dir = refuse_existing(config)
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        refuse_existing(config)
+        raise
+    except OSError as error:
+        raise ConfigError([f"run_dir: cannot make {run_dir}: {error.strerror}"]) from error
+    (run_dir / "config.yaml").write_text(dump(config))
+    (run_dir / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    (run_dir / "logs").mkdir()
+    return run_dir
+
+
+def job_of(config: Config, run_dir: Path, device: Device, live_on_stderr: bool = False) -> JobSpec:
+    """The job that trains `config` in `run_dir`."""
+    p = config.parallel
+    env = {RUN_DIR: str(run_dir)}
+    if device.kind == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""  # ranks decide by what they see; they shall decide what the user was told
+    layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+    return JobSpec(
+        argv=train_argv(run_dir / "config.yaml"),
+        ranks=layout.world,
+        log_dir=run_dir / "logs",
+        nodes=config.launch.nodes,
+        env=env,
+        describe_rank=lambda rank: str(layout.coords(rank)),
+        live_on_stderr=live_on_stderr,
+    )
+
+
+def job_document(job: JobSpec) -> dict[str, Any]:
+    """What --dry-run shows: what would be started."""
+    return {
+        "run_dir": job.env[RUN_DIR],
+        "ranks": job.ranks,
+        "nodes": job.nodes,
+        "argv": list(job.argv),
+        "env": [job.rank_env(rank, "127.0.0.1", 0) for rank in range(job.ranks)],
+    }
+
+
+def job_text(document: dict[str, Any]) -> str:
+    """`job_document` for people; the port is chosen at the start."""
+    first = " ".join(f"{k}={v}" for k, v in document["env"][0].items())
+    return (
+        f"would start {document['ranks']} ranks on {document['nodes']} node(s), each:\n  {' '.join(document['argv'])}\n"
+        f"environment of rank 0 (MASTER_PORT is chosen at the start):\n  {first}\n"
+        f"would make {document['run_dir']}; nothing was started or written"
+    )
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """Read from metrics.jsonl: steps, first and last loss and validation loss, median tokens_per_s and step_s."""
+    rows = []
+    if (run_dir / "metrics.jsonl").is_file():
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def column(key: str) -> list[float]:
+        return [row[key] for row in rows if row.get(key) is not None]
+
+    loss, val_loss = column("loss"), column("val_loss")
+    return {
+        "steps": len(loss),
+        "loss": [loss[0], loss[-1]] if loss else None,
+        "val_loss": [val_loss[0], val_loss[-1]] if val_loss else None,
+        "tokens_per_s": median(column("tokens_per_s")) if column("tokens_per_s") else None,
+        "step_s": median(column("step_s")) if column("step_s") else None,
+    }
+
+
+def summary_text(document: dict[str, Any]) -> str:
+    """One line per thing worth knowing at the end of a run."""
+    lines = [f"{document['steps']} steps done"]
+    if document["loss"]:
+        lines.append("loss             {:.4f} -> {:.4f}".format(*document["loss"]))
+    if document["val_loss"]:
+        first, last = document["val_loss"]
+        lines.append(f"validation loss  {first:.4f} -> {last:.4f}  ({last / first:.2f} x the initial)")
+    if document["tokens_per_s"]:
+        lines.append(f"median           {document['tokens_per_s']:.0f} tokens/s")
+    return "\n".join(lines)

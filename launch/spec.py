@@ -1,0 +1,84 @@
+"""What a job is, whoever starts it: the command of a rank, its environment, how many ranks, where their logs go.
+
+    spec = JobSpec(argv=train_argv("runs/demo/config.yaml"), ranks=8, log_dir=Path("runs/demo/logs"))
+    spec.rank_env(rank=3, master_addr="127.0.0.1", master_port=29500)     # torchrun's variables for rank 3
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STORE_FD = "DIST_GPT_STORE_FD"
+"""Rank 0 only: number of an inherited socket, bound to MASTER_PORT and listening, for the rendezvous store."""
+RUN_DIR = "DIST_GPT_RUN_DIR"
+"""Set when a launcher has already made the run directory: ranks then write into it instead of making it."""
+LAUNCHER_PID = "DIST_GPT_LAUNCHER_PID"
+"""Process that a rank must not outlive."""
+ERROR_FILE = "DIST_GPT_ERROR_FILE"
+"""Where a rank writes {"time": seconds since 1970, "error": text} when it fails, before it closes its connections:
+the earliest one is the culprit, the others failed because of it."""
+TERMINAL = "DIST_GPT_TERMINAL"
+"""Columns of the terminal that shows rank 0's output live; not set when there is none."""
+
+
+def train_argv(config_path: str | Path) -> tuple[str, ...]:
+    """The command that every rank of a training job runs."""
+    return (sys.executable, "-m", "launch.worker", "dist_gpt", "train", str(config_path))
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A job as plain data."""
+
+    argv: tuple[str, ...]
+    """Command of one rank, the same for all."""
+    ranks: int
+    """World size."""
+    log_dir: Path
+    """Folder of rank{r}.log, appended to."""
+    nodes: int = 1
+    """Nodes; ranks are spread evenly, in order."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables added to the launcher's own environment, the same for all ranks."""
+    describe_rank: Callable[[int], str] = lambda rank: ""
+    """Coordinates of a rank, for messages: "pp 0, dp 1, cp 0, tp 1"."""
+    live_on_stderr: bool = False
+    """Show rank 0's output on stderr; stdout is then free for one JSON document."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.ranks // self.nodes
+
+    def log_path(self, rank: int) -> Path:
+        """Standard output and error of `rank`."""
+        return self.log_dir / f"rank{rank}.log"
+
+    def error_path(self, rank: int) -> Path:
+        """See ERROR_FILE."""
+        return self.log_dir / f"rank{rank}.error.json"
+
+    def name(self, rank: int) -> str:
+        """`rank 3 (pp 0, dp 1, cp 0, tp 1)`."""
+        coordinates = self.describe_rank(rank)
+        return f"rank {rank} ({coordinates})" if coordinates else f"rank {rank}"
+
+    def rank_env(self, rank: int, master_addr: str, master_port: int) -> dict[str, str]:
+        """The variables torchrun sets, and ours.
+
+        Names as in docs.pytorch.org/docs/stable/elastic/run.html#environment-variables.
+        """
+        node, local = divmod(rank, self.ranks_per_node)
+        return {
+            **self.env,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(self.ranks),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            "GROUP_RANK": str(node),
+            "MASTER_ADDR": master_addr,
+            "MASTER_PORT": str(master_port),
+            ERROR_FILE: str(self.error_path(rank)),
+        }

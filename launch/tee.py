@@ -1,0 +1,60 @@
+"""One rank's output to two places: its log and the launcher's own stream."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import threading
+from pathlib import Path
+from typing import IO, TextIO
+
+REDRAWN = b"\r\x1b[2K"
+HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"  # the cursor is hidden exactly while a progress bar is drawn
+CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\r")
+CLOSE_S = 2.0
+
+
+def plain(line: bytes) -> bytes:
+    """A line as it stood on the terminal when it was finished: redrawn progress bars and colours left out."""
+    return CONTROL.sub(b"", line.rpartition(REDRAWN)[2])
+
+
+class Tee:
+    """Copies `source` until its end: chunks to `live` as they come, finished lines to `log` without control codes."""
+
+    def __init__(self, source: IO[bytes], log: Path, live: TextIO) -> None:
+        self.source = source
+        self.log = log
+        self.live: TextIO | None = live
+        self.thread = threading.Thread(target=self._copy, name="tee", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Wait for the rest; not for ever, since a stray process may hold the pipe open."""
+        self.thread.join(CLOSE_S)
+
+    def _copy(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pending, bar = b"", False
+        with open(self.log, "ab", buffering=0) as log, self.source:
+            while chunk := os.read(self.source.fileno(), 65536):
+                self._show(decoder.decode(chunk))
+                if HIDE in chunk or SHOW in chunk:
+                    bar = chunk.rfind(HIDE) > chunk.rfind(SHOW)
+                *lines, pending = (pending + chunk).split(b"\n")
+                if lines:
+                    log.write(b"".join(plain(line) + b"\n" for line in lines))
+            if bar:  # the rank was killed: take its bar away
+                self._show((REDRAWN + SHOW).decode())
+            elif text := plain(pending):
+                log.write(text + b"\n")
+
+    def _show(self, text: str) -> None:
+        if self.live is None:
+            return
+        try:
+            self.live.write(text)
+            self.live.flush()
+        except (OSError, ValueError):  # `| head` left, or the stream is closed: the log goes on
+            self.live = None

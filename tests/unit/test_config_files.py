@@ -1,0 +1,277 @@
+"""What a person writes: files, presets, keys and values; each mistake is explained and all are reported at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_gpt.config import explain, yaml_io
+from dist_gpt.config.load import ConfigError, config_hash, dump, load, presets, problems
+
+SMALL = """\
+model: {num_layers: 4, hidden_size: 128, num_heads: 4, seq_len: 16}
+train: {steps: 10, global_batch: 8}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    return write(tmp_path, SMALL)
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def refused(path: str, overrides: list[str] | None = None, world: int | None = None) -> list[str]:
+    """The problems `load` raises."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides or [], world)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return caught.value.problems
+
+
+# --- what is written wrongly -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_heads=x", "model.num_heads: got 'x' (str), expected an integer >= 1"),
+        ("model.num_heads=0", "model.num_heads: got 0 (int), expected an integer >= 1"),
+        ("model.num_heads=2.0", "model.num_heads: got 2.0 (float), expected an integer >= 1"),
+        ("model.num_heads=true", "model.num_heads: got true (bool), expected an integer >= 1"),
+        ("model.num_heads=", "model.num_heads: got null, expected an integer >= 1"),
+        ("model.num_kv_heads='4'", "model.num_kv_heads: got '4' (str), expected an integer >= 1 or null"),
+        ("model.bias=yes", "model.bias: got 'yes' (str), expected true or false"),
+        ("model.dropout=1", "model.dropout: got 1 (int), expected a number >= 0 and < 1"),
+        ("optim.lr=1e999", "optim.lr: got '1e999' (str), expected a number > 0"),
+        ("optim.lr=.inf", "optim.lr: got '.inf' (str), expected a number > 0"),
+        ("optim.lr=.nan", "optim.lr: got '.nan' (str), expected a number > 0"),
+        ("optim.betas=[0.9]", "optim.betas: got [0.9] (list), expected a list of 2 values, each a number >= 0 and < 1"),
+        ("model.norm=rms", "model.norm: got 'rms' (str), expected one of layernorm, rmsnorm"),
+        ("parallel.dp=-1", "parallel.dp: got -1 (int), expected an integer >= 1 or auto"),
+        (
+            "parallel.layers=[2, -2]",
+            "parallel.layers: got [2, -2] (list), expected one of balanced, equal or a list of values, "
+            "each an integer >= 0",
+        ),
+        ("name=12", "name: got 12 (int), expected text; write it in quotes, '12'"),
+    ],
+)
+def test_wrong_values_are_explained(small: str, override: str, message: str) -> None:
+    assert refused(small, [override]) == [message]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("parallel.ppp", "parallel.pp"),
+        ("parallel.zzz", None),
+        ("model.tp", "parallel.tp"),
+        ("model.hidden-size", "model.hidden_size"),
+        ("model.n_layers", "model.num_layers"),
+        ("modle.num_heads", "model"),
+        ("steps", "train.steps"),
+        ("log.wandb.mod", "log.wandb.mode"),
+    ],
+)
+def test_unknown_keys_get_a_suggestion(tmp_path: Path, small: str, key: str, meant: str | None) -> None:
+    tree: dict[str, Any] = yaml_io.parse(SMALL, "x")[0]
+    section = tree
+    for part in key.split(".")[:-1]:
+        section = section.setdefault(part, {})
+    section[key.rsplit(".", 1)[-1]] = 1
+    in_override = refused(small, [f"{key}=1"])
+    in_file = refused(write(tmp_path, yaml_io.write(tree)))
+    for found in (in_file, in_override):
+        assert len(found) == 1 and "unknown key" in found[0]
+        assert f"did you mean {meant}?" in found[0] if meant else "did you mean" not in found[0]
+    assert in_override[0].startswith(f"--set {key}: ")
+
+
+def test_unknown_key_lists_the_keys_of_its_section(small: str) -> None:
+    [message] = refused(small, ["checkpoint.often=1"])
+    assert message == "--set checkpoint.often: unknown key. Keys of checkpoint: every, keep, async_save"
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    text = """\
+name: a b
+model: {num_layers: 3, hidden_size: 130, num_heads: 4, seq_len: 16}
+parallel: {tp: 2, ppp: 2, dp: 3}
+train: {steps: 10, global_batch: 7, dtype: fp32, dtype: fp16, micro_batch: 0}
+7: seven
+"""
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, ["optim.warmup=11", "no.such=1", "novalue"])
+    found = "\n".join(caught.value.problems)
+    for fragment in (
+        f"{file}:4: duplicate key train.dtype, first on line 4",
+        "--set no.such: unknown key",
+        "--set novalue: expected KEY=VALUE",
+        "parallel.ppp: unknown key; did you mean parallel.pp?",
+        "train.micro_batch: got 0 (int)",
+        "7: unknown key",
+        "name: 'a b' is no folder name",
+        "model.hidden_size 130",
+        "train.dtype: 'fp16'",
+        "optim.warmup 11",
+    ):
+        assert fragment in found
+    assert "train.global_batch" not in found  # depends on micro_batch, which is reported already
+    text = str(caught.value)
+    assert text.startswith(f"{len(caught.value.problems)} problems:\n  1. ")
+    assert f"\n  {len(caught.value.problems)}. " in text
+
+
+def test_one_problem_is_shown_without_a_number() -> None:
+    assert str(ConfigError(["only this"])) == "only this"
+
+
+def test_missing_sections_and_keys_are_named(tmp_path: Path) -> None:
+    found = refused(write(tmp_path, "model:\ntrain: {steps: 1}\n"))
+    assert "model.num_layers: missing, expected an integer >= 1" in found
+    assert "train.global_batch: missing, expected an integer >= 1" in found
+    assert any(m.startswith("train: missing, expected a section") for m in refused(write(tmp_path, "model: 3\n")))
+
+
+def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
+    assert load(write(tmp_path, SMALL + "parallel:\nlog:\n  wandb:\n")) == load(write(tmp_path, SMALL))
+
+
+# --- files and presets -----------------------------------------------------------------------------------------------
+
+
+def test_missing_file_names_the_presets(tmp_path: Path) -> None:
+    [message] = refused(str(tmp_path / "nothing.yaml"))
+    assert "no such file" in message and "demo" in message and "gpt3-175b" in message
+    assert "did you mean gpt2-124m?" in refused("gpt2-124")[0]
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    assert "is a folder" in refused(str(tmp_path))[0]
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"a: \xff\xfe")
+    assert "no UTF-8 text (byte 3)" in refused(str(binary))[0]
+    binary.write_bytes(b"#" * (yaml_io.MAX_FILE_BYTES + 1))
+    assert "bytes, expected a YAML file of at most" in refused(str(binary))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- 1\n", "holds [1] (list), expected sections: name, "),
+        ("a: [1\n", "no valid YAML"),
+        ("model:\n\tnum_layers: 1\n", ":2:1: no valid YAML"),
+        ("a: b: c\n", ":1:5: no valid YAML"),
+        ("a: &x 1\nb: *x\n", ":2:4: no valid YAML: found the alias *x"),
+        ("!!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: !!int x\n", "a value cannot be read"),
+        ("a: \0\n", ":1: no YAML"),
+        ("[" * 600, "nested too deeply"),
+        ("a: 1\n---\na: 2\n", "no valid YAML"),
+    ],
+)
+def test_broken_yaml_names_file_and_line(tmp_path: Path, text: str, fragment: str) -> None:
+    file = write(tmp_path, text)
+    [message] = refused(file)
+    assert message.startswith(file) and fragment in message
+
+
+def test_duplicate_keys_are_refused_with_key_and_lines(tmp_path: Path) -> None:
+    file = write(tmp_path, SMALL + "optim:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\nname: a\nname: b\n")
+    assert refused(file) == [
+        f"{file}:6: duplicate key optim.lr, first on line 4; keep one of them",
+        f"{file}:8: duplicate key name, first on line 7; keep one of them",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), (".5e-3", 5e-4), ("-2.5E+3", -2500.0), ("6.e1", 60.0), ("1_0.5", 10.5), ("3", 3),
+        ("-3", -3), ("010", 10), ("1_000", 1000), ("true", True), ("no", "no"), ("on", "on"), ("null", None),
+        ("~", None), ("", None), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("0x10", "0x10"), ("1e", "1e"),
+        ("e5", "e5"), (".", "."), ("-", [None]), ("'1e-4'", "1e-4"), ("[1e-4, -1]", [1e-4, -1]), ("bpe:512", "bpe:512"),
+    ],
+)  # fmt: skip
+def test_scalars(text: str, value: Any) -> None:
+    read = yaml_io.parse(text, "x")[0]
+    assert read == value and type(read) is type(value)
+    assert yaml_io.parse(yaml_io.write({"key": value}), "x")[0] == {"key": value}
+
+
+@pytest.mark.parametrize("text", ["1e5", "no", "010", "null", "~", "", "#x", "a: b", "*x", "1_0", "é", "a\nb", "true"])
+def test_text_that_looks_like_something_else_survives_writing(text: str) -> None:
+    assert yaml_io.parse(yaml_io.write({"key": text}), "x") == ({"key": text}, [])
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_presets_load_and_survive_a_round_trip(tmp_path: Path, name: str) -> None:
+    config = load(name)
+    assert config.name == name and config.run_dir == f"runs/{name}" and problems(config) == []
+    again = load(write(tmp_path, dump(config)))
+    assert again == config and config_hash(again) == config_hash(config)
+    assert presets()[name].read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_presets_the_readme_promises_exist() -> None:
+    promised = {"demo", "gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1.5b", "gpt3-175b", "llama-8b"}
+    assert promised <= set(presets())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2-124m", 124_439_808), ("gpt2-355m", 354_823_168), ("gpt2-774m", 774_030_080),
+        ("gpt2-1.5b", 1_557_611_200), ("gpt3-175b", 174_604_259_328), ("llama-8b", 8_030_261_248),
+    ],
+)  # fmt: skip
+def test_model_presets_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    """GPT-2 and Llama as Hugging Face counts the released weights; GPT-3's is only published as 175B.
+
+    GPT: L(12h^2 + 13h) + (V + T)h + 2h. Llama: L(2h^2 + 2h k K + 3hF + 2h) + 2Vh + h.
+    """
+    m = load(name).model
+    layers, h, v, t, ffn = m.num_layers, m.hidden_size, m.vocab_size or 0, m.seq_len, m.ffn_size or 0
+    if m.activation == "gelu":
+        count = layers * (12 * h * h + 13 * h) + (v + t) * h + 2 * h
+        assert ffn == 4 * h and m.bias and m.tie_embeddings and m.position == "learned" and m.norm == "layernorm"
+    else:
+        kv = (m.num_kv_heads or 0) * h // m.num_heads
+        count = layers * (2 * h * h + 2 * h * kv + 3 * h * ffn + 2 * h) + 2 * v * h + h
+        assert not m.bias and not m.tie_embeddings and m.position == "rope" and m.norm == "rmsnorm"
+    assert count == parameters
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_can_be_described_and_set(small: str) -> None:
+    paths = explain.leaf_paths()
+    assert "log.wandb.mode" in paths and "model.num_heads" in paths and "model" not in paths
+    for path in paths:
+        words = explain.expected(tuple(path.split(".")))
+        assert words and "None" not in words
+        [message] = refused(small, [f"{path}={{a: 1}}"])  # a section is no value of any key
+        assert message == f"{path}: got a section, expected {words}"
+
+
+def test_importing_the_configuration_is_light() -> None:
+    code = (
+        "import sys, dist_gpt.config.load\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'deepspeed', 'wandb', 'typer', 'rich', 'psutil'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
