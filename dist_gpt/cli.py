@@ -33,9 +33,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, value read as YAML: --set train.steps=10."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document; progress goes to stderr.")]
-GpusOption = Annotated[
-    int | None, typer.Option("--gpus", min=1, help="World size; default as the configuration says.")
-]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="World size; default as the configuration says.")]
 RankOption = Annotated[int, typer.Option("--rank", min=0, help="Whose counts and bytes.")]
 
 
@@ -46,9 +44,7 @@ def launch(
     as_json: JsonOption = False,
     via: Annotated[str, typer.Option("--via", help="How ranks are started: local.")] = "local",
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; same as --set launch.nodes=N.")] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Same as --set launch.ranks_per_node=G.")
-    ] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Same as --set launch.ranks_per_node=G.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started; start nothing.")] = False,
 ) -> None:
     """Train CONFIG on processes of this machine.

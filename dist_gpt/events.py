@@ -7,12 +7,15 @@ with the factors of nccl-tests (doc/PERFORMANCE.md).
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+SCHEMA = 1
 TRAIN, EVAL, SAVE, CONTROL = "train", "eval", "save", "control"
 
 
@@ -62,6 +65,16 @@ class Counts:
         for key, t in other.tallies.items():
             self.tallies[key].add(times * t.calls, times * t.payload_bytes, times * t.wire_bytes)
 
+    def since(self, earlier: Counts) -> Counts:
+        """What was added after `earlier` was copied."""
+        result = Counts()
+        result.merge(self)
+        result.merge(earlier, -1)
+        return result
+
+    def copy(self) -> Counts:
+        return self.since(Counts())
+
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:
         """{axis: {op: {calls, payload_bytes, wire_bytes}}}, sorted, empty tallies left out."""
         result: dict[str, dict[str, dict[str, int]]] = {}
@@ -83,14 +96,31 @@ class Counts:
         return lines
 
 
-def header_row(rank: int, coords: dict[str, int], attempt: int, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """First line of events.rank*.jsonl."""
-    return {"schema": 1, "rank": rank, "coords": coords, "attempt": attempt, **(extra or {})}
-
-
 def total(parts: Iterable[Counts]) -> Counts:
     """Sum of several counts."""
     result = Counts()
     for part in parts:
         result.merge(part)
     return result
+
+
+class EventFile:
+    """events.rank*.jsonl: a header line, then one row per step with what the step communicated.
+
+    Opened for appending: a resumed run writes another header with its attempt.
+    """
+
+    def __init__(self, path: Path, rank: int, coords: dict[str, int], attempt: int) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._write({"schema": SCHEMA, "rank": rank, "coords": coords, "attempt": attempt})
+
+    def step(self, step: int, phase: str, step_s: float, comm: Counts) -> None:
+        """One row: what was communicated in `phase` during step `step` (1-based)."""
+        self._write({"step": step, "phase": phase, "step_s": round(step_s, 6), "comm": comm.as_dict()})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+        self._file.flush()  # a rank that dies leaves what it had

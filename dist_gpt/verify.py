@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_gpt.comm.mesh import Backends, FakeBackends
-from dist_gpt.comm.rendezvous import Store
+from dist_gpt.comm.rendezvous import Store, connect_store, make_backends, rank_env
+from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.dryrun import dryrun_document
 from dist_gpt.events import TRAIN, Counts
@@ -30,6 +32,7 @@ from dist_gpt.plan.count import count_comm, count_flops, count_memory
 from dist_gpt.rank import Rank, Samples
 
 STEPS = 2
+VERIFY_TIMEOUT_S = 300.0
 TOLERANCE = 1e-10
 GRADIENT_FLOOR = 1e-4
 MEASURES = ("loss", "gradient", "gradient_norm", "weight")
@@ -203,3 +206,24 @@ def certify(
     keys = [f"verdict/{r}" for r in range(config.world_size)]
     store.wait(keys)
     return merge_verdicts(config, [Verdict(**json.loads(store.get(key))) for key in keys])
+
+
+def main(folder: str) -> None:
+    """What each rank of `dist-gpt verify` runs: certify FOLDER/config.yaml, rank 0 writes FOLDER/certificate.json."""
+    torch.set_num_threads(1)
+    path = Path(folder)
+    env = rank_env(VERIFY_TIMEOUT_S)
+    config = load(str(path / "config.yaml"), world=env.world)
+    store = connect_store(env)
+    document = certify(
+        config, env.rank, store, lambda s: make_backends(s, env, torch.device("cpu"), VERIFY_TIMEOUT_S), path
+    )
+    if document is not None:
+        (path / "certificate.json").write_text(json.dumps(document))
+    store.set(f"left/{env.rank}", "")
+    if env.rank == 0:  # it hosts the store: leave last
+        store.wait([f"left/{rank}" for rank in range(env.world)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

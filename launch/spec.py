@@ -1,7 +1,7 @@
 """What a job is, whoever starts it: the command of a rank, its environment, how many ranks, where their logs go.
 
-    spec = JobSpec(argv=train_argv("runs/demo/config.yaml"), ranks=8, log_dir=Path("runs/demo/logs"))
-    spec.rank_env(rank=3, master_addr="127.0.0.1", master_port=29500)     # torchrun's variables for rank 3
+spec = JobSpec(argv=train_argv("runs/demo/config.yaml"), ranks=8, log_dir=Path("runs/demo/logs"))
+spec.rank_env(rank=3, master_addr="127.0.0.1", master_port=29500)     # torchrun's variables for rank 3
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
-    def _issue(self, op: str, payload: int, start: Callable[[], Any], finish: Callable[[], object] | None = None) -> Pending:
+    def _issue(
+        self, op: str, payload: int, start: Callable[[], Any], finish: Callable[[], object] | None = None
+    ) -> Pending:
         """THE line through which every collective goes."""
         self.ledger.record(self.axis, op, payload, self.size)
         return Pending(start(), finish)
@@ -97,9 +99,7 @@ class Group:
             )
         options = dist.ReduceScatterOptions()
         options.reduceOp = dist.ReduceOp.SUM
-        return self._issue(
-            "reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options)
-        )
+        return self._issue("reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Pending:
         """`tensor` of the group's member `root` to all, in place."""

@@ -87,7 +87,9 @@ def edges_of(holders: Iterable[int], pp: int) -> list[Edge]:
     return sorted(found)
 
 
-def build_mesh(layout: Layout, rank: int, holders: Iterable[int], backends: Backends, ledger: Ledger | None = None) -> Mesh:
+def build_mesh(
+    layout: Layout, rank: int, holders: Iterable[int], backends: Backends, ledger: Ledger | None = None
+) -> Mesh:
     """Create the groups of `rank`; `holders` is the pipeline rank of each chunk."""
     ledger = ledger or Ledger(group_sizes(layout))
     here = layout.coords(rank)

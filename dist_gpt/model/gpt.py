@@ -20,11 +20,11 @@ from torch.nn import Parameter
 from dist_gpt.comm.group import Group
 from dist_gpt.config.schema import Config
 from dist_gpt.model.functions import attention_core, dropout, rms_norm, rotary_table, rotate, seed_of, swiglu
-from dist_gpt.params import Param, params_of_blocks, qkv_sections, vocab_range
 from dist_gpt.parallel.executor import MicroBatch
 from dist_gpt.parallel.linear import ColumnLinear, RowLinear
 from dist_gpt.parallel.sink import GradSink, use
 from dist_gpt.parallel.vocab import cross_entropy, embedding
+from dist_gpt.params import Param, params_of_blocks, qkv_sections, vocab_range
 
 ATTENTION_BRANCH, MLP_BRANCH, ATTENTION_WEIGHTS, EMBEDDING = range(4)  # dropout sites
 

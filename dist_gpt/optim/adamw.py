@@ -33,7 +33,9 @@ class Optimizer:
         groups = [g for g in groups if g["params"]]
         self.engine: torch.optim.Optimizer
         if o.name == "adamw":
-            self.engine = torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=self.fused)
+            self.engine = torch.optim.AdamW(
+                groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=self.fused
+            )
         else:
             self.engine = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, fused=self.fused)
         self.statistics = torch.zeros(2, dtype=torch.float64)

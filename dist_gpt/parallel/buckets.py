@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from dist_gpt.comm.group import Pending
 from dist_gpt.comm.mesh import Mesh
 from dist_gpt.config.schema import Config
+from dist_gpt.parallel.sink import GradSink
 from dist_gpt.params import Param
 from dist_gpt.plan.buckets import Bucket, state_shards
-from dist_gpt.parallel.sink import GradSink
 
 TORCH_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,6 +25,7 @@ from dist_gpt.schedule import expand
 from dist_gpt.schedule.action import Action, Op
 from dist_gpt.schedule.expand import Step
 
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What blocks need besides the activation. `tokens` is for the first block and `targets` for the last, each (N,)
@@ -39,7 +40,7 @@ class MicroBatch:
 
 
 class Stage(Protocol):
-    """The blocks of this rank: `stage(block, x, micro)` runs one; `x` is None for block 0, the head returns the loss."""
+    """This rank's blocks: `stage(block, x, micro)` runs one; `x` is None for block 0, the head returns the loss."""
 
     def __call__(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor: ...
 

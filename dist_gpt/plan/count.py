@@ -50,7 +50,9 @@ def _distinct(steps: Sequence[Step]) -> Counter[Step]:
 def peak_activations(plan: RankPlan, steps: Sequence[Step]) -> int:
     """Largest sum of bytes on the tape, walking `steps`; a block's bytes go with its last backward or weight step."""
     split = any(step.kind == WEIGHT for step in steps)
-    saved = {b: plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind == FORWARD and (b := s.block) is not None}
+    saved = {
+        b: plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind == FORWARD and (b := s.block) is not None
+    }
     live = peak = 0
     for step in steps:
         if step.kind == FORWARD:
@@ -134,10 +136,19 @@ def _kinds(config_json: str) -> tuple[Kind, ...]:
     config = Config.model_validate_json(config_json)
     layout = layout_of(config)
     return tuple(
-        Kind(RankPlan(config, layout.rank(pp, 0, 0, tp)), layout.data) for pp in range(layout.pp) for tp in range(layout.tp)
+        Kind(RankPlan(config, layout.rank(pp, 0, 0, tp)), alike * layout.data)
+        for pp in range(layout.pp)
+        for tp, alike in _vocabulary_kinds(config)
     )
 
 
+def _vocabulary_kinds(config: Config) -> list[tuple[int, int]]:
+    """(first tp rank, how many) of each width of a vocabulary piece; nothing else differs between tp ranks."""
+    tp = config.parallel.tp
+    wider = int(config.model.vocab_size or 0) % tp  # the first so many hold one row more
+    return [(0, wider), (wider, tp - wider)] if wider else [(0, tp)]
+
+
 def rank_kinds(config: Config) -> Iterator[Kind]:
-    """One rank per (pp, tp): ranks that differ in their place on the data axis do the same work."""
+    """Ranks that do the same work, and memory's largest example of them: the first data rank owns no padding."""
     yield from _kinds(config.model_dump_json())

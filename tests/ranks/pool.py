@@ -31,14 +31,22 @@ class Pool:
         self.processes: list[subprocess.Popen[str]] = []
         self._ids = count()
 
-    def certify(self, config: dict[str, Any], world: int, plant: str | None = None, timeout_s: float = 120) -> dict[str, Any]:
+    def certify(
+        self, config: dict[str, Any], world: int, plant: str | None = None, timeout_s: float = 120
+    ) -> dict[str, Any]:
         """The certificate of `config` on the first `world` ranks. CellError carries the traceback of each rank."""
         if not self.processes:
             self._start()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"
             path.write_text(yaml.safe_dump(config))
-            cell = {"id": f"cell{next(self._ids)}", "config": str(path), "world": world, "folder": folder, "plant": plant}
+            cell = {
+                "id": f"cell{next(self._ids)}",
+                "config": str(path),
+                "world": world,
+                "folder": folder,
+                "plant": plant,
+            }
             for process in self.processes[:world]:
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(cell) + "\n")
@@ -58,7 +66,9 @@ class Pool:
             assert process.stdout is not None
             ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
             line = process.stdout.readline() if ready else ""
-            answers.append(json.loads(line) if line else {"error": f"rank {rank} died or gave no answer in {timeout_s} s"})
+            answers.append(
+                json.loads(line) if line else {"error": f"rank {rank} died or gave no answer in {timeout_s} s"}
+            )
         return answers
 
     def _start(self) -> None:

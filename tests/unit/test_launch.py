@@ -302,7 +302,7 @@ class TestGpus:
     @pytest.fixture
     def fake_smi(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         tool = tmp_path / "nvidia-smi"
-        tool.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo \"GPU $i: NVIDIA X (UUID: GPU-$i)\"; done\n")
+        tool.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: NVIDIA X (UUID: GPU-$i)"; done\n')
         tool.chmod(0o755)
         monkeypatch.setattr(env, "torch_is_cpu_build", lambda: False)
         return {"PATH": str(tmp_path)}

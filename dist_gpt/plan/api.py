@@ -1,0 +1,88 @@
+"""The documents of `plan` and `flops`, and their text. Torch-free: a login node can make them.
+
+Everything here is a fold over the steps' declarations (`steps.RankPlan.declare`). Ranks that do the same are counted
+once and multiplied, and the schedule is made, proven and simulated once, so a plan for thousands of ranks is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_gpt.config.schema import Config
+from dist_gpt.events import Counts
+from dist_gpt.plan.count import count_comm, count_flops, count_memory, rank_kinds, stored_parameters, total_parameters
+from dist_gpt.plan.flops import flops_document
+from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.plan.text import flops_text, plan_text
+from dist_gpt.plan.timeline import schedule_document, simulated_bubble
+
+__all__ = ["flops_document", "flops_text", "plan_document", "plan_text", "simulated_bubble"]
+
+
+def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
+    """What `dist-gpt plan --json` prints and plan.json holds, for a resolved configuration.
+
+    `parameters` (elements stored), `model_flops` and `comm` are rank `rank`'s, of one training step; `total` is the
+    whole job's, each parameter once; `memory_bytes` is of the rank that needs most, `peak_rank` (the first such one),
+    and `rank_memory_bytes` is of `rank`. `bubble` is the simulated one, with FLOPs as the cost of an action; keys that
+    need a cluster's speeds are null. Raises ScheduleError if the schedule is incomplete or would deadlock, ValueError
+    if `rank` is outside the world.
+    """
+    layout = layout_of(config)
+    coords = layout.coords(rank)
+    schedule = schedule_document(config)
+    plan = RankPlan(config, rank)
+    total, memory_bytes, peak_rank = _whole_job(config)
+    return {
+        "schema": 1,
+        "name": config.name,
+        "rank": rank,
+        "coords": {axis: getattr(coords, axis) for axis in ("pp", "dp", "cp", "tp")},
+        "layout": _layout_document(config),
+        "parameters": stored_parameters(plan),
+        "model_flops": count_flops(plan, plan.steps),
+        "comm": count_comm(plan, plan.steps).as_dict(),
+        "total": total,
+        "memory_bytes": memory_bytes,
+        "peak_rank": peak_rank,
+        "rank_memory_bytes": count_memory(plan, plan.steps),
+        "schedule": schedule,
+        "bubble": schedule["simulated_bubble"],
+        **dict.fromkeys(("step_s", "tokens_per_s", "tflops_per_gpu", "mfu", "hfu", "budget_s")),
+    }
+
+
+def _layout_document(config: Config) -> dict[str, Any]:
+    p, t = config.parallel, config.train
+    return {
+        "world": config.world_size,
+        "pp": p.pp,
+        "dp": int(p.dp),
+        "cp": p.cp,
+        "tp": p.tp,
+        "sequence_parallel": p.sequence_parallel,
+        "virtual_stages": p.virtual_stages,
+        "schedule": p.schedule,
+        "sharding": config.optim.sharding,
+        "dtype": t.dtype,
+        "global_batch": t.global_batch,
+        "micro_batch": t.micro_batch,
+        "micro_batches": config.micro_batches,
+        "seq_len": config.model.seq_len,
+    }
+
+
+def _whole_job(config: Config) -> tuple[dict[str, Any], dict[str, int], int]:
+    """`total`, and the memory and number of the rank that needs most."""
+    comm, flops = Counts(), 0
+    worst: dict[str, int] = {}
+    worst_rank = 0
+    for kind in rank_kinds(config):
+        plan, steps = kind.plan, kind.plan.steps
+        comm.merge(count_comm(plan, steps), kind.ranks)
+        flops += kind.ranks * count_flops(plan, steps)
+        memory = count_memory(plan, steps)
+        if not worst or memory["peak"] > worst["peak"]:
+            worst, worst_rank = memory, plan.rank
+    total = {"parameters": total_parameters(config), "model_flops": flops, "comm": comm.as_dict()}
+    return total, worst, worst_rank

@@ -1,0 +1,149 @@
+"""The plan and the FLOPs of a model as tables for people; numbers of bytes are powers of ten (MB = 1e6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dist_gpt.config.schema import Config
+from dist_gpt.layout import Layout
+from dist_gpt.plan.timeline import timeline
+from dist_gpt.schedule.draw import draw_text
+
+DRAWN_RANKS, DRAWN_MICRO_BATCHES = 8, 16
+_GRID_WIDTH = 84  # with the rank before and the idle share behind, 108 columns
+
+
+def plan_text(doc: dict[str, Any], config: Config) -> str:
+    """`plan_document` for people, at most 110 columns wide."""
+    rank = doc["rank"]
+    sections = [
+        [f"{doc['name']}: plan for {doc['layout']['world']:,} ranks"],
+        _layout_lines(doc, config),
+        [f"Traffic of {_place(doc['layout'], rank)}, one training step", *_traffic(doc["comm"])],
+        ["Traffic of all ranks together, one training step", *_traffic(doc["total"]["comm"])],
+        [f"Memory of {_place(doc['layout'], doc['peak_rank'])}, which needs most", *_memory(doc["memory_bytes"])],
+        _schedule_lines(doc, config),
+        ["Step time, tokens/s and MFU need the speeds of a cluster and are not part of this plan."],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def flops_text(doc: dict[str, Any]) -> str:
+    """`flops_document` for people, at most 110 columns wide."""
+    rows = [("matmul", "m", "k", "n", "products", "layers", "forward", "backward", "share")]
+    for r in doc["matmuls"]:
+        m, k, n = r["shape"]
+        rows.append((
+            r["name"], f"{m:,}", f"{k:,}", f"{n:,}", str(r["batch"]), str(r["count"]),
+            si(r["forward_flops"]), si(r["backward_flops"]), f"{r['share']:.1%}",
+        ))  # fmt: skip
+    per_token = [
+        ("model FLOPs", doc["model_flops_per_token"], "forward and backward, all T x T scores"),
+        ("hardware FLOPs", doc["hardware_flops_per_token"], f"what is executed, recompute {doc['recompute']}"),
+        ("causal", doc["published"]["causal"], "model FLOPs with the masked half of the scores left out"),
+        ("6N + 12LHT", doc["published"]["6n_12lht"], f"PaLM's convention, N = {doc['published']['n']:,}"),
+    ]
+    return "\n".join([
+        f"{doc['name']}: {doc['parameters']:,} parameters; FLOPs for one sequence of {doc['seq_len']:,} tokens,",
+        "each (m, k) @ (k, n) as often as a layer has such products, times the layers",
+        "",
+        *_table(rows),
+        "",
+        "Training FLOPs per token",
+        *_table([(name, f"{value:,}", f"  {why}") for name, value, why in per_token], right=(1,)),
+    ])  # fmt: skip
+
+
+def size(count: float) -> str:
+    """Bytes as `1.23 GB`, powers of ten."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def si(count: float) -> str:
+    """A number as `1.23 T`, three digits behind the first."""
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:.0f} "
+
+
+def _table(rows: Iterable[Sequence[str]], right: Iterable[int] | None = None) -> list[str]:
+    """Aligned columns, two blanks before each; all but the first to the right unless `right` names them."""
+    rows = list(rows)
+    columns = len(rows[0])
+    to_right = set(range(1, columns) if right is None else right)
+    widths = [max(len(row[i]) for row in rows) for i in range(columns)]
+    return [
+        "".join("  " + (row[i].rjust(widths[i]) if i in to_right else row[i].ljust(widths[i])) for i in range(columns))
+        .rstrip()
+        for row in rows
+    ]  # fmt: skip
+
+
+def _place(layout: dict[str, Any], rank: int) -> str:
+    mesh = Layout(*(layout[axis] for axis in ("pp", "dp", "cp", "tp")))
+    return f"rank {rank} ({mesh.coords(rank)})"
+
+
+def _layout_lines(doc: dict[str, Any], config: Config) -> list[str]:
+    at, rank, total = doc["layout"], doc["rank"], doc["total"]
+    tokens = at["global_batch"] * at["seq_len"]
+    split = "sequence parallel" if at["sequence_parallel"] else "no sequence parallelism"
+    return _table([
+        ("layout", f"  pp {at['pp']} x dp {at['dp']} x cp {at['cp']} x tp {at['tp']}, {split}, "
+                   f"optimizer sharding {at['sharding']}, {at['dtype']}"),
+        ("batch", f"  {at['global_batch']:,} sequences of {at['seq_len']:,} tokens = {tokens:,} tokens a step; "
+                  f"{at['micro_batches']} micro-batches of {at['micro_batch']} per data rank"),
+        ("parameters", f"  {total['parameters']:,} in the model; rank {rank} stores {doc['parameters']:,}"),
+        ("model FLOPs", f"  {si(total['model_flops'])}FLOP a step in the job ({total['model_flops'] // tokens:,} "
+                        f"per token); rank {rank} does {si(doc['model_flops'])}FLOP"),
+    ], right=())  # fmt: skip
+
+
+def _traffic(comm: dict[str, dict[str, dict[str, int]]]) -> list[str]:
+    rows = [("axis", "collective", "calls", "payload", "wire")]
+    for axis, ops in comm.items():
+        for op, t in ops.items():
+            rows.append((axis, op, f"{t['calls']:,}", size(t["payload_bytes"]), size(t["wire_bytes"])))
+    return _table(rows, right=(2, 3, 4)) if len(rows) > 1 else ["  none"]
+
+
+def _memory(memory: dict[str, int]) -> list[str]:
+    rows = [(name, size(count), f"{count / max(1, memory['peak']):.1%}") for name, count in memory.items()]
+    return _table(rows)
+
+
+def _schedule_lines(doc: dict[str, Any], config: Config) -> list[str]:
+    s, pp = doc["schedule"], doc["layout"]["pp"]
+    lines = [
+        f"Schedule {s['name']}: {pp} pipeline ranks, {s['micro_batches']} micro-batches, "
+        f"{s['simulated_bubble']:.1%} bubble (simulated, FLOPs as time)",
+        *_stages(s, pp),
+    ]
+    if pp == 1:
+        return lines
+    if pp > DRAWN_RANKS or s["micro_batches"] > DRAWN_MICRO_BATCHES:
+        limits = f"up to {DRAWN_RANKS} pipeline ranks and {DRAWN_MICRO_BATCHES} micro-batches"
+        return [*lines, f"  The grid is drawn for {limits}; --json holds every rank's order."]
+    grid = draw_text(timeline(config), _GRID_WIDTH).splitlines()
+    return [*lines, *grid, "F forward, B backward, with the micro-batch or small letters for odd ones; . idle"]
+
+
+def _stages(schedule: dict[str, Any], pp: int) -> list[str]:
+    """Layers of each pipeline rank, neighbours that hold the same written as one row."""
+    held = [
+        " + ".join(str(n) for n, holder in zip(schedule["chunks"], schedule["placement"], strict=True) if holder == rank)
+        for rank in range(pp)
+    ]
+    rows = []
+    first = 0
+    for rank in range(pp):
+        if rank == pp - 1 or held[rank + 1] != held[rank]:
+            ranks = f"pp {first}" if rank == first else f"pp {first} to {rank}"
+            first = rank + 1
+            rows.append((ranks, f"  {held[rank]} layers" + (" each" if " to " in ranks else "")))
+    return _table(rows, right=())

@@ -1,0 +1,76 @@
+"""The schedule of a configuration: proven, then simulated with the declared FLOPs of each action as its cost."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from dist_gpt.config.schema import Config
+from dist_gpt.plan.split import layers_per_chunk, split_blocks
+from dist_gpt.plan.steps import RankPlan, layout_of, lowered_orders
+from dist_gpt.schedule.action import COMPUTE, Action, Op, format_order
+from dist_gpt.schedule.check import check
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, WEIGHT, Step
+from dist_gpt.schedule.lower import weight_gradient_op
+from dist_gpt.schedule.orders import placement
+from dist_gpt.schedule.simulate import Timeline, simulate
+
+_KIND = {Op.F: FORWARD, Op.B: BACKWARD, Op.W: WEIGHT}
+
+
+def timeline(config: Config) -> Timeline:
+    """The training step of every pipeline rank in time, in units of the dearest action; messages are free.
+
+    Raises ScheduleError if the schedule is incomplete or would deadlock.
+    """
+    p = config.parallel
+    return _timeline(p.schedule, p.pp, p.virtual_stages, config.micro_batches, tuple(_action_flops(config).items()))
+
+
+def simulated_bubble(config: Config) -> float:
+    """The share of the step in which a pipeline rank is idle, mean over ranks, by FLOPs alone (no communication)."""
+    return timeline(config).bubble
+
+
+def schedule_document(config: Config) -> dict[str, Any]:
+    """The `schedule` of a plan: `chunks` are layers per chunk, `placement` the pipeline rank of each, `orders` what
+    every pipeline rank computes."""
+    p = config.parallel
+    simulated = timeline(config)
+    orders = lowered_orders(p.schedule, p.pp, p.virtual_stages, config.micro_batches)
+    return {
+        "name": p.schedule,
+        "micro_batches": config.micro_batches,
+        "chunks": layers_per_chunk(config),
+        "placement": list(placement(p.schedule, p.pp, p.virtual_stages)),
+        "simulated_bubble": simulated.bubble,
+        "bubble_by_rank": list(simulated.bubble_by_rank),
+        "orders": [format_order(a for a in order if a.op in COMPUTE) for order in orders],
+    }
+
+
+@lru_cache(maxsize=4)
+def _timeline(
+    name: str, pp: int, virtual_stages: int, micro_batches: int, flops: tuple[tuple[tuple[int, Op], int], ...]
+) -> Timeline:
+    orders = lowered_orders(name, pp, virtual_stages, micro_batches)
+    where = placement(name, pp, virtual_stages)
+    check(orders, where, micro_batches)
+    cost = dict(flops)
+    unit = max(cost.values(), default=0) or 1
+    return simulate(orders, where, lambda rank, action: cost.get((action.chunk, action.op), 0) / unit)
+
+
+def _action_flops(config: Config) -> dict[tuple[int, Op], int]:
+    """Declared FLOPs of an F, B or W of each chunk, on the tp rank with the largest piece of the vocabulary."""
+    p = config.parallel
+    layout = layout_of(config)
+    orders = lowered_orders(p.schedule, p.pp, p.virtual_stages, config.micro_batches)
+    split = weight_gradient_op(orders) is Op.W
+    flops = {}
+    for chunk, (blocks, pp) in enumerate(zip(split_blocks(config), placement(p.schedule, p.pp, p.virtual_stages))):
+        plan = RankPlan(config, layout.rank(pp, 0, 0, 0))
+        for op, kind in _KIND.items():
+            steps = [Step(kind, Action(chunk, op, 0), b, split=split and op is Op.B) for b in blocks]
+            flops[chunk, op] = sum(cost.flops for cost in plan.costs(steps))
+    return flops

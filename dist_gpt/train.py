@@ -1,0 +1,187 @@
+"""The training loop of one rank, and what surrounds it: meeting the others, the run directory, the accounting."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dist_gpt.comm.rendezvous import (
+    RankEnv,
+    RendezvousError,
+    Store,
+    choose_device,
+    connect_store,
+    identity,
+    make_backends,
+    rank_env,
+    roll_call,
+)  # fmt: skip
+from dist_gpt.config.load import config_hash
+from dist_gpt.config.schema import Config
+from dist_gpt.data.loader import Batches
+from dist_gpt.data.tokens import Prepared, open_prepared, prepare
+from dist_gpt.events import EVAL, TRAIN, Counts, EventFile
+from dist_gpt.optim.lr import learning_rate
+from dist_gpt.plan.count import count_comm
+from dist_gpt.plan.steps import Call
+from dist_gpt.rank import Rank
+from dist_gpt.track import Tracker, record_failure
+
+MAX_SKIPPED = 10
+
+
+class Trainer:
+    """Trains `rank`'s part of the model for `train.steps` steps."""
+
+    def __init__(self, config: Config, rank: Rank, batches: Batches, tracker: Tracker, events: EventFile) -> None:
+        self.config, self.rank, self.batches = config, rank, batches
+        self.tracker, self.events = tracker, events
+        self.evaluations = self.skipped = 0
+
+    def run(self) -> None:
+        """The loop. Steps are counted from 1 in everything that is shown; step 0 is before training."""
+        t = self.config.train
+        self.validate(0)
+        for step in range(1, t.steps + 1):
+            started, before = time.perf_counter(), self.rank.mesh.ledger.counts(TRAIN).copy()
+            self.rank.train_step(step - 1, partial(self.batches.sample, step - 1))
+            loss, norm = self.rank.optimizer.statistics.tolist()
+            elapsed = time.perf_counter() - started
+            self.record(step, loss, norm, elapsed)
+            self.events.step(step, TRAIN, elapsed, self.rank.mesh.ledger.counts(TRAIN).since(before))
+            if step == t.steps or (t.eval_every and step % t.eval_every == 0):
+                self.validate(step)
+
+    def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
+        """Log one step; give up after MAX_SKIPPED steps in a row without finite loss and gradients."""
+        tokens = self.config.train.global_batch * self.config.model.seq_len
+        self.tracker.step(
+            {
+                "step": step,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": learning_rate(self.config, step - 1),
+                "tokens_per_s": tokens / elapsed,
+                "step_s": elapsed,
+            }
+        )
+        self.skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else self.skipped + 1
+        if self.skipped == MAX_SKIPPED:
+            raise RuntimeError(
+                f"{MAX_SKIPPED} steps in a row, up to step {step}, had a loss ({loss}) or gradient norm ({norm}) that "
+                "is not finite; they changed no weight. Lower optim.lr, lengthen optim.warmup or lower optim.clip"
+            )
+
+    def validate(self, step: int) -> None:
+        """Mean loss over the validation batches, the same ones every time."""
+        count = self.config.train.eval_batches
+        if not count:
+            return
+        started, before = time.perf_counter(), self.rank.mesh.ledger.counts(EVAL).copy()
+        loss = self.rank.evaluate([partial(self.batches.validation, b) for b in range(count)])
+        self.evaluations += 1
+        self.tracker.validation(step, loss.item())
+        elapsed = time.perf_counter() - started
+        self.events.step(step, EVAL, elapsed, self.rank.mesh.ledger.counts(EVAL).since(before))
+
+    def accounting(self) -> list[str]:
+        """What this rank issued against steps x train + evaluations x eval; empty when exact."""
+        plan, ledger, config = self.rank.plan, self.rank.mesh.ledger, self.config
+        train, evaluation = Counts(), Counts()
+        train.merge(count_comm(plan, plan.steps), config.train.steps)
+        batches = self.evaluations * config.train.eval_batches
+        evaluation.merge(count_comm(plan, plan.eval_steps), batches)
+        evaluation.merge(_count_calls(plan.eval_calls(), plan.layout.world), batches)
+        return [
+            *ledger.differences,
+            *(f"train: {line}" for line in ledger.counts(TRAIN).differences(train)),
+            *(f"eval: {line}" for line in ledger.counts(EVAL).differences(evaluation)),
+        ]
+
+
+def _count_calls(calls: tuple[Call, ...], size: int) -> Counts:
+    counts = Counts()
+    for call in calls:
+        counts.add(call.axis, call.op, call.calls, call.payload, size)
+    return counts
+
+
+def main(config: Config) -> int:
+    """Train as the rank that torchrun's variables name. Returns the exit code: 1 when the accounting differs."""
+    env = rank_env(config.launch.timeout_s)
+    if env.world != config.world_size:
+        raise RendezvousError(
+            f"{env.world} ranks were started, but the layout pp {config.parallel.pp} x dp {config.parallel.dp} x "
+            f"cp {config.parallel.cp} x tp {config.parallel.tp} has {config.world_size}"
+        )
+    torch.manual_seed(config.train.seed)
+    run_dir = Path(str(config.run_dir))
+    rank = tracker = events = None
+    try:
+        store = connect_store(env)
+        device = choose_device(env)
+        data = shared_data(config, store, env)
+        roll_call(store, env, identity(config_hash(config), data.digest))
+        rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
+        tracker = Tracker(config, run_dir, env.rank)
+        tracker.message(greeting(env, rank))
+        rank.initialise()
+        coords = asdict(rank.mesh.coords)
+        events = EventFile(run_dir / f"events.rank{env.rank}.jsonl", env.rank, coords, env.attempt)
+        trainer = Trainer(config, rank, Batches(data, config), tracker, events)
+        trainer.run()
+        return settle(store, env, trainer.accounting(), tracker)
+    except BaseException as error:
+        record_failure(error)
+        raise
+    finally:
+        for part in (events, tracker, rank):
+            if part is not None:
+                part.close()
+
+
+def greeting(env: RankEnv, rank: Rank) -> str:
+    """Which rank this is and where it computes."""
+    device = rank.device
+    where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
+    return f"rank {env.rank}/{env.world} local {env.local_rank}/{env.local_world} ({rank.mesh.coords}) on {where}"
+
+
+def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
+    """Tokens from the cache; the first rank of each node prepares them and the others wait for its word."""
+    key = f"data/{env.rank - env.local_rank}"
+    if env.local_rank == 0:
+        try:
+            data = prepare(config)
+        except Exception as error:
+            store.set(key, json.dumps({"error": str(error)}))
+            raise
+        store.set(key, json.dumps({"path": str(data.path)}))
+        return data
+    store.wait([key])
+    word = json.loads(store.get(key))
+    if "error" in word:
+        raise RendezvousError(f"rank {env.rank - env.local_rank} could not prepare the data: {word['error']}")
+    return open_prepared(word["path"])
+
+
+def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker) -> int:
+    """Lay the ranks' accounts together; rank 0 says whether they are exact. Returns the exit code, on every rank."""
+    store.set(f"accounting/{env.rank}", json.dumps(differences))
+    keys = [f"accounting/{rank}" for rank in range(env.world)]
+    store.wait(keys)
+    found = [f"rank {rank}: {line}" for rank, key in enumerate(keys) for line in json.loads(store.get(key))]
+    if env.rank == 0:
+        tracker.message("accounting: differs" if found else "accounting: exact")
+        for line in found[:20]:
+            tracker.message(f"  {line}")
+    store.set(f"left/{env.rank}", "")
+    if env.rank == 0:  # rank 0 may host the store: it leaves last
+        store.wait([f"left/{rank}" for rank in range(env.world)])
+    return 1 if found else 0

@@ -1,0 +1,55 @@
+"""`dist-gpt verify`: starts the certificate's ranks (gloo, CPU) on this machine and collects its verdict."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import dump, problems
+from dist_gpt.config.schema import Config
+from dist_gpt.layout import Layout
+from dist_gpt.plan.count import total_parameters
+from dist_gpt.plan.shrink import MAX_WORLD, certificate_config
+from launch.local import launch_local
+from launch.spec import JobSpec
+
+
+class VerifyError(RuntimeError):
+    """The certificate could not be made: a rank failed. Its log has been shown."""
+
+
+def verify(config: Config, full: bool) -> dict[str, Any]:
+    """The certificate of `config`, shrunk unless `full`. Keys as in the contract; `changed` says what differs from
+    the given configuration. Raises ConfigError where it cannot be run, VerifyError where a rank fails."""
+    small, notes = certificate_config(config, full, total_parameters(config))
+    found = problems(small)
+    if small.world_size > MAX_WORLD and full:
+        found.append(
+            f"--full: the world of {small.world_size} ranks is more than {MAX_WORLD} processes; leave --full out"
+        )
+    if found:
+        raise ConfigError(found)
+    with tempfile.TemporaryDirectory(prefix="dist-gpt-verify-") as folder:
+        path = Path(folder)
+        (path / "config.yaml").write_text(dump(small))
+        p = small.parallel
+        layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+        job = JobSpec(
+            argv=(sys.executable, "-m", "launch.worker", "dist_gpt.verify", str(path)),
+            ranks=layout.world,
+            log_dir=path / "logs",
+            env={"CUDA_VISIBLE_DEVICES": ""},
+            describe_rank=lambda rank: str(layout.coords(rank)),
+            live_on_stderr=True,
+        )
+        (path / "logs").mkdir()
+        code = launch_local(job)
+        if code != 0:
+            raise VerifyError(f"the certificate's ranks ended with code {code}")
+        document: dict[str, Any] = json.loads((path / "certificate.json").read_text())
+    document["changed"] = notes
+    return document

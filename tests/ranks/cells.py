@@ -1,0 +1,200 @@
+"""The parity cells as data: option lists, the rule that makes a configuration of them, and two selections.
+
+    ALL        every layout, tensor, pipeline and schedule form of up to 8 ranks, three times, the other options mixed in
+    COVERING   the part of it that `make test` runs: every pair of option values that occurs in ALL occurs here too
+
+Nothing is drawn at random: option values come from a hash of the cell's place, so the table is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+RANKS = 8
+CANDIDATES_PER_FORM = 12
+"""Cells offered to the choice of COVERING for each form; the more, the fewer are needed."""
+FILLED_PER_FORM = 2
+"""Cells of each form that ALL has besides COVERING's."""
+
+AXES: dict[str, tuple[int, ...]] = {"dp": (1, 2, 3, 4), "tp": (1, 2, 3, 4), "pp": (1, 2, 3, 4)}
+SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3))
+
+MIXED: dict[str, tuple[Any, ...]] = {
+    "family": ("gpt2", "llama"),
+    "heads": ("full", "grouped"),
+    "tied": (True, False),
+    "sharding": ("none", "zero1"),
+    "layers": ("uneven", "equal", "listed", "bare_ends"),
+    "vocab": (37, 40),
+    "micro_batches": (1, 2, 4, 6),
+    "micro_batch": (1, 2),
+    "optimizer": ("adamw", "sgd", "sgd_plain"),
+    "clip": (0.0, 0.01, 100.0),
+    "dropout": (0.0, 0.1),
+    "rate": ("constant", "cosine", "linear"),
+    "buckets": ("one", "several"),
+    "weight_decay": (0.0, 0.1),
+}
+"""Options that any layout can have. `clip` 0.01 bites on these models and 100 does not."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False, "ffn_size": 48},
+}
+HEADS: dict[tuple[str, int], tuple[int, int, int]] = {
+    **{("full", tp): (6, 6, 24) for tp in (1, 2, 3)},
+    ("full", 4): (4, 4, 24),
+    **{("grouped", tp): (6, 2, 24) for tp in (1, 2)},
+    ("grouped", 3): (6, 3, 24),
+    ("grouped", 4): (8, 4, 32),
+}
+"""(form, tp) -> query heads, key/value heads, hidden size: the smallest that tp divides."""
+RATES: dict[str, dict[str, Any]] = {
+    "constant": {"decay": "none", "warmup": 0},
+    "cosine": {"decay": "cosine", "warmup": 1},
+    "linear": {"decay": "linear", "warmup": 0, "min_lr_ratio": 0.0},
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw", "lr": 0.01},
+    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+    "sgd_plain": {"name": "sgd", "lr": 0.1, "momentum": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration to certify on `world` ranks. `tags` are its option values, all of them."""
+
+    name: str
+    world: int
+    config: dict[str, Any]
+    tags: tuple[tuple[str, Any], ...]
+
+    @property
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Every two of its option values."""
+        return combinations(self.tags, 2)
+
+
+def forms() -> Iterator[dict[str, Any]]:
+    """Every legal way to split over at most RANKS ranks: axes, sequence parallel, schedule."""
+    for values in product(*AXES.values()):
+        axes = dict(zip(AXES, values, strict=True))
+        if axes["dp"] * axes["tp"] * axes["pp"] > RANKS:
+            continue
+        for split, (schedule, virtual) in product((False, True), SCHEDULES):
+            if split and axes["tp"] == 1:
+                continue
+            if virtual > 1 and (axes["pp"] == 1 or axes["pp"] * virtual > 8):
+                continue
+            yield {**axes, "sequence_parallel": split, "schedule": schedule, "virtual_stages": virtual}
+
+
+def layer_split(kind: str, chunks: int) -> tuple[int, str | list[int]] | None:
+    """num_layers and parallel.layers; None where there is no such split."""
+    if kind == "uneven":  # 5 layers over 2, 3 or 4 chunks, or one more layer than chunks
+        return max(5, chunks + 1), "balanced"
+    if chunks == 1:
+        return None
+    if kind == "equal":
+        return (4 if chunks == 2 else chunks), "equal"
+    counts = [2] + [1] * (chunks - 1)
+    if kind == "bare_ends":  # the embedding or the head alone on its chunk
+        counts = [3, 0] if chunks == 2 else [0, 2, *[1] * (chunks - 3), 0]
+    return sum(counts), counts
+
+
+def make_cell(options: dict[str, Any]) -> Cell | None:
+    """The cell of one value per option; None where they exclude one another."""
+    o = options
+    layers = layer_split(o["layers"], o["pp"] * o["virtual_stages"])
+    if layers is None or (o["schedule"] == "interleaved" and o["micro_batches"] % o["pp"]):
+        return None
+    heads, kv_heads, hidden = HEADS[o["heads"], o["tp"]]
+    model = {
+        **FAMILIES[o["family"]],
+        **{"num_heads": heads, "num_kv_heads": kv_heads, "hidden_size": hidden, "num_layers": layers[0]},
+        **{"seq_len": 12, "vocab_size": o["vocab"], "tie_embeddings": o["tied"]},
+        **{"dropout": o["dropout"], "attention_dropout": 0.0},  # the kernel's own mask depends on the layout
+    }
+    split = ("dp", "tp", "pp", "sequence_parallel", "schedule", "virtual_stages")
+    config = {
+        "model": model,
+        "parallel": {**{key: o[key] for key in split}, "layers": layers[1]},
+        "optim": {
+            **OPTIMIZERS[o["optimizer"]],
+            **RATES[o["rate"]],
+            **{"clip": o["clip"], "weight_decay": o["weight_decay"], "sharding": o["sharding"]},
+            "bucket_mb": 25.0 if o["buckets"] == "one" else 0.005,  # less than a layer: one bucket per block
+        },
+        "train": {
+            **{"steps": 4, "dtype": "fp64", "micro_batch": o["micro_batch"]},
+            "global_batch": o["dp"] * o["micro_batch"] * o["micro_batches"],
+        },
+        "data": {"source": "synthetic"},
+    }
+    return Cell(_name(o), o["dp"] * o["tp"] * o["pp"], config, tuple(o.items()))
+
+
+def _name(o: dict[str, Any]) -> str:
+    """Short, and different for different options: it is the test's id."""
+    schedule = o["schedule"] + (f"{o['virtual_stages']}" if o["virtual_stages"] > 1 else "")
+    words = [f"dp{o['dp']}.tp{o['tp']}.pp{o['pp']}", "sp" if o["sequence_parallel"] else "", schedule, o["family"]]
+    words += ["gqa" if o["heads"] == "grouped" else "", "tied" if o["tied"] else "untied", o["sharding"], o["layers"]]
+    words += [f"v{o['vocab']}", f"{o['micro_batches']}x{o['micro_batch']}", o["optimizer"], f"clip{o['clip']:g}"]
+    words += ["dropout" if o["dropout"] else "", o["rate"], "buckets" if o["buckets"] == "several" else ""]
+    return "-".join(word for word in [*words, "decay" if o["weight_decay"] else ""] if word)
+
+
+def _mixed(form: dict[str, Any], number: int) -> dict[str, Any]:
+    """One value of every other option, spread evenly and the same on every machine."""
+
+    def pick(option: str) -> int:
+        key = repr((sorted(form.items()), number, option)).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+
+    return {option: values[pick(option) % len(values)] for option, values in MIXED.items()}
+
+
+def _candidates() -> list[list[Cell]]:
+    """Legal cells, form by form. Illegal mixtures are passed over."""
+    table = []
+    for form in forms():
+        cells: dict[str, Cell] = {}
+        for number in range(1000):
+            cell = make_cell({**form, **_mixed(form, number)})
+            if cell is not None:
+                cells[cell.name] = cell
+            if len(cells) == CANDIDATES_PER_FORM:
+                break
+        table.append(list(cells.values()))
+    return table
+
+
+def choose_covering(cells: list[Cell]) -> list[Cell]:
+    """A small part of `cells` with every pair of option values that occurs in them: each time the cell with the most
+    pairs not yet seen, the first of equals."""
+    numbers: dict[tuple[Any, Any], int] = {}
+    masks = [sum(1 << numbers.setdefault(pair, len(numbers)) for pair in cell.pairs) for cell in cells]
+    missing = (1 << len(numbers)) - 1
+    chosen = []
+    while missing:
+        best = max(range(len(cells)), key=lambda i: (masks[i] & missing).bit_count())
+        chosen.append(cells[best])
+        missing &= ~masks[best]
+    return chosen
+
+
+def _tables() -> tuple[list[Cell], list[Cell]]:
+    table = _candidates()
+    covering = choose_covering([cell for cells in table for cell in cells])
+    everything = {cell.name: cell for cell in covering}
+    everything |= {cell.name: cell for cells in table for cell in cells[:FILLED_PER_FORM]}
+    return covering, list(everything.values())
+
+
+COVERING, ALL = _tables()
