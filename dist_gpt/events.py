@@ -11,7 +11,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,14 @@ TRAIN, EVAL, SAVE, CONTROL = "train", "eval", "save", "control"
 def wire_bytes(op: str, payload: int, size: int) -> int:
     """Bytes one rank of a group of `size` sends for one call of `op` on `payload` bytes."""
     if op == "all_reduce":
-        factor = Fraction(2 * (size - 1), size)
-    elif op in ("all_gather", "reduce_scatter", "all_to_all", "broadcast"):
-        factor = Fraction(size - 1, size)
-    elif op == "send":
-        factor = Fraction(1)
-    elif op in ("recv", "barrier"):
-        factor = Fraction(0)
-    else:
-        raise ValueError(f"unknown collective {op!r}")
-    return int(factor * payload)
+        return 2 * (size - 1) * payload // size
+    if op in ("all_gather", "reduce_scatter", "all_to_all", "broadcast"):
+        return (size - 1) * payload // size
+    if op == "send":
+        return payload
+    if op in ("recv", "barrier"):
+        return 0
+    raise ValueError(f"unknown collective {op!r}")
 
 
 @dataclass(slots=True)

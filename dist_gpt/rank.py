@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dist_gpt.comm.mesh import Backends, Mesh, build_mesh
 from dist_gpt.config.schema import Config
+from dist_gpt.events import EVAL
 from dist_gpt.model.gpt import Stage
 from dist_gpt.model.init import initial_weight, local_part
 from dist_gpt.optim.adamw import Optimizer
@@ -18,7 +20,7 @@ from dist_gpt.parallel.buckets import FlatBuffers
 from dist_gpt.parallel.executor import Executor, MicroBatch
 from dist_gpt.parallel.sink import GradSink
 from dist_gpt.params import Param
-from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.plan.steps import RankPlan, calls_by_key, layout_of
 
 Samples = Callable[[int, int], np.ndarray]
 """(first sample, how many) of one global batch -> token ids, (samples, seq_len + 1) int64."""
@@ -83,13 +85,16 @@ class Rank:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         for samples in batches:
-            loss = self.executor.evaluate(lambda m, s=samples: self.micro_batch(s, 0, m, False))
+            loss = self.executor.evaluate(partial(self._validation_micro_batch, samples))
             loss = self._once(loss).double()
-            with self.mesh.ledger.step("eval", "loss", self.plan.eval_calls()):
+            with self.mesh.ledger.step(EVAL, "loss", calls_by_key(self.plan.eval_calls())):
                 self.mesh.world.all_reduce(loss).wait()
             total += loss
             count += 1
         return total / count
+
+    def _validation_micro_batch(self, samples: Samples, m: int) -> MicroBatch:
+        return self.micro_batch(samples, 0, m, training=False)
 
     def _once(self, loss: Tensor) -> Tensor:
         """The loss part that the sum over the world counts: all tp ranks computed the same."""

@@ -64,7 +64,7 @@ class Group:
         self, op: str, payload: int, start: Callable[[], Any], finish: Callable[[], object] | None = None
     ) -> Pending:
         """THE line through which every collective goes."""
-        self.ledger.record(self.axis, op, payload, self.size)
+        self.ledger.record(self.axis, op, payload)
         return Pending(start(), finish)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Pending:
@@ -72,7 +72,7 @@ class Group:
         if self.size == 1:
             return Pending()
         options = dist.AllreduceOptions()
-        options.reduceOp = _REDUCTIONS[op]
+        options.reduceOp = _REDUCTIONS[op]  # type: ignore[assignment]
         return self._issue("all_reduce", tensor.nbytes, lambda: self.backend.allreduce([tensor], options))
 
     def all_gather(self, out: Tensor, shard: Tensor) -> Pending:
@@ -98,7 +98,7 @@ class Group:
                 lambda: torch.sum(parts, dim=0, out=out),
             )
         options = dist.ReduceScatterOptions()
-        options.reduceOp = dist.ReduceOp.SUM
+        options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         return self._issue("reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Pending:

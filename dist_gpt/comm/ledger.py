@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from dist_gpt.events import CONTROL, Counts
 
 MAX_DIFFERENCES = 20
-
-
-class Declared(Protocol):
-    """The part of `plan.steps.Call` that the ledger reads."""
-
-    @property
-    def axis(self) -> str: ...
-    @property
-    def op(self) -> str: ...
-    @property
-    def calls(self) -> int: ...
-    @property
-    def payload(self) -> int: ...
+Key = tuple[str, str, int]
+"""(axis, op, payload bytes of one call)."""
 
 
 class Ledger:
     """Counts by phase; outside of a step everything is control traffic, listed and not compared."""
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
-        self.phases: dict[str, Counts] = {}
-        self.expected: dict[str, Counts] = {}
         self.differences: list[str] = []
+        self._calls: dict[str, dict[Key, int]] = defaultdict(lambda: defaultdict(int))
         self._phase = CONTROL
-        self._issued: dict[tuple[str, str, int], int] | None = None
+        self._issued: dict[Key, int] | None = None
 
-    def record(self, axis: str, op: str, payload: int, size: int) -> None:
-        """One issued collective of `payload` bytes in a group of `size` ranks."""
-        self.phases.setdefault(self._phase, Counts()).add(axis, op, 1, payload, size)
+    def record(self, axis: str, op: str, payload: int) -> None:
+        """One issued collective of `payload` bytes."""
+        key = (axis, op, payload)
+        self._calls[self._phase][key] += 1
         if self._issued is not None:
-            key = (axis, op, payload)
             self._issued[key] = self._issued.get(key, 0) + 1
 
     @contextmanager
-    def step(self, phase: str, name: object, declared: Sequence[Declared]) -> Iterator[None]:
+    def step(self, phase: str, name: object, declared: Mapping[Key, int]) -> Iterator[None]:
         """Everything issued inside belongs to step `name`; what differs from `declared` is kept, with the name."""
-        outer, self._phase, self._issued = self._phase, phase, {}
+        issued: dict[Key, int] = {}
+        outer = self._phase, self._issued
+        self._phase, self._issued = phase, issued
         try:
             yield
-            self._close(phase, name, declared, self._issued)
         finally:
-            self._phase, self._issued = outer, None
+            self._phase, self._issued = outer
+        if issued != declared and len(self.differences) < MAX_DIFFERENCES:
+            self._differs(phase, name, declared, issued)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -62,18 +53,10 @@ class Ledger:
         finally:
             self._phase, self._issued = outer
 
-    def _close(
-        self, phase: str, name: object, declared: Sequence[Declared], issued: dict[tuple[str, str, int], int]
-    ) -> None:
-        expected = self.expected.setdefault(phase, Counts())
-        left = dict(issued)
-        for call in declared:
-            expected.add(call.axis, call.op, call.calls, call.payload, self.sizes[call.axis])
-            key = (call.axis, call.op, call.payload)
-            left[key] = left.get(key, 0) - call.calls
-        wrong = {key: n for key, n in left.items() if n}
-        if wrong and len(self.differences) < MAX_DIFFERENCES:
-            for (axis, op, payload), n in wrong.items():
+    def _differs(self, phase: str, name: object, declared: Mapping[Key, int], issued: Mapping[Key, int]) -> None:
+        for axis, op, payload in sorted({*declared, *issued}):
+            n = issued.get((axis, op, payload), 0) - declared.get((axis, op, payload), 0)
+            if n:
                 many = f"{n} more" if n > 0 else f"{-n} fewer"
                 self.differences.append(f"{phase}, {name}: {many} {axis} {op} of {payload} bytes than declared")
 
@@ -83,4 +66,8 @@ class Ledger:
         return not self.differences
 
     def counts(self, phase: str) -> Counts:
-        return self.phases.get(phase, Counts())
+        """Calls and bytes of `phase` so far."""
+        counts = Counts()
+        for (axis, op, payload), calls in self._calls[phase].items():
+            counts.add(axis, op, calls, payload, self.sizes[axis])
+        return counts

@@ -119,7 +119,7 @@ class GlooBackends:
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
         if len(ranks) == 1:
             return None
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [self.device]
         options._timeout = self.timeout
         options._threads = 1
@@ -154,7 +154,7 @@ class FakeBackends:
 
         if len(ranks) == 1:
             return None
-        return FakeProcessGroup._create_internal(ranks.index(rank), len(ranks), FakeProcessGroup.Options())
+        return FakeProcessGroup._create_internal(ranks.index(rank), len(ranks))
 
 
 def _key(name: str, ranks: tuple[int, ...]) -> str:

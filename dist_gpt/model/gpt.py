@@ -116,7 +116,7 @@ class Attention(nn.Module):
         key = (self.wiring.config.train.seed, micro.step, self.block, ATTENTION_WEIGHTS, micro.first_sample)
         seed = seed_of((*key, self.wiring.tp.index)) if rate else 0
         y = attention_core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rate, seed)
-        return self.out(y.transpose(1, 2).reshape(qkv.shape[0], self.widths[0]))  # type: ignore[no-any-return]
+        return self.out(y.transpose(1, 2).reshape(qkv.shape[0], self.widths[0]))
 
 
 class Mlp(nn.Module):
@@ -131,7 +131,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)  # (N, F/tp), with SwiGLU (N, 2F/tp)
         x = swiglu(x) if self.activation == "swiglu" else F.gelu(x, approximate="tanh")
-        return self.down(x)  # type: ignore[no-any-return]
+        return self.down(x)
 
 
 class Embed(nn.Module):

@@ -20,7 +20,7 @@ from dist_gpt.comm.mesh import Mesh
 from dist_gpt.events import EVAL, TRAIN
 from dist_gpt.parallel.buckets import TORCH_DTYPE, FlatBuffers
 from dist_gpt.parallel.sink import GradSink
-from dist_gpt.plan.steps import RankPlan, p2p_direction
+from dist_gpt.plan.steps import RankPlan, calls_by_key, p2p_direction
 from dist_gpt.schedule import expand
 from dist_gpt.schedule.action import Action, Op
 from dist_gpt.schedule.expand import Step
@@ -67,31 +67,39 @@ class Executor:
         self._gradients: dict[Key, Tensor] = {}  # what a chunk's next backward step reads
         self._receiving: dict[Action, tuple[Tensor, Pending]] = {}
         self._sending: list[tuple[Pending, Tensor]] = []
+        self._micro_batches: dict[int, MicroBatch] = {}
+        self._declared: dict[str, list[dict[tuple[str, str, int], int]]] = {}
         self.peak_message_bytes = 0  # of receives posted and not yet read
 
     def train(self, batch: Batches, update: Update) -> Tensor:
         """One training step; `update` is called with the loss where the list says so. Returns the loss part."""
         self.sink.begin()
-        return self._run(self.plan.steps, TRAIN, batch, update)
+        return self._run(TRAIN, self.plan.steps, batch, update)
 
     def evaluate(self, batch: Batches) -> Tensor:
         """Forwards only. Returns this rank's part of the summed loss."""
         with torch.no_grad():
-            return self._run(self.plan.eval_steps, EVAL, batch, None)
+            return self._run(EVAL, self.plan.eval_steps, batch, None)
 
-    def _run(self, steps: Sequence[Step], phase: str, batch: Batches, update: Update | None) -> Tensor:
+    def _run(self, phase: str, steps: Sequence[Step], batch: Batches, update: Update | None) -> Tensor:
+        if phase not in self._declared:
+            self._declared[phase] = [calls_by_key(self.plan.declare(step).comm) for step in steps]
         self.loss = torch.zeros_like(self.loss)
-        for step in steps:
-            with self.mesh.ledger.step(phase, step, self.plan.declare(step).comm):
+        for step, declared in zip(steps, self._declared[phase], strict=True):
+            with self.mesh.ledger.step(phase, step, declared):
                 self._dispatch(step, batch, update)
         self._finish_sends()
+        self._micro_batches.clear()
         if self._tape or self._activations or self._gradients or self._receiving:
             raise RuntimeError(f"rank {self.mesh.rank}: the step list left work behind on the tape")
         return self.loss
 
     def _dispatch(self, step: Step, batch: Batches, update: Update | None) -> None:
         if step.kind == expand.FORWARD:
-            self._forward(step, batch(step.action.micro_batch))
+            m = step.action.micro_batch
+            if m not in self._micro_batches:
+                self._micro_batches[m] = batch(m)
+            self._forward(step, self._micro_batches[m])
         elif step.kind == expand.BACKWARD:
             self._backward(step)
         elif step.kind == expand.WEIGHT:
@@ -127,7 +135,7 @@ class Executor:
         x, edge = self._tape.pop((block, m))
         gradient = torch.ones_like(self.loss) if self.plan.is_head(block) else self._output_gradient(chunk, m)
         self.sink.defer((block, m) if step.split else None)
-        torch.autograd.backward([edge], [gradient])  # type: ignore[list-item]
+        torch.autograd.backward([edge], [gradient])
         self.sink.defer(None)
         if x is None or x.grad is None:
             return

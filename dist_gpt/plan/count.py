@@ -72,7 +72,7 @@ def peak_messages(plan: RankPlan, steps: Sequence[Step]) -> int:
         if step.kind == RECV:
             waiting.add(step.action)
             peak = max(peak, len(waiting))
-        elif step.kind in (FORWARD, BACKWARD):
+        elif waiting and step.kind in (FORWARD, BACKWARD):
             waiting.discard(replace(step.action, op=_INPUT[step.action.op]))
     return peak * size
 

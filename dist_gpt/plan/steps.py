@@ -246,7 +246,17 @@ class RankPlan:
         return sum(b.padded for b in self.buckets) * self.element
 
     def costs(self, steps: Iterable[Step]) -> list[Cost]:
+        """The declaration of every step."""
         return [self.declare(step) for step in steps]
+
+
+def calls_by_key(comm: Iterable[Call]) -> dict[tuple[str, str, int], int]:
+    """{(axis, op, payload): calls}: the form in which the ledger compares."""
+    calls: dict[tuple[str, str, int], int] = {}
+    for call in comm:
+        key = (call.axis, call.op, call.payload)
+        calls[key] = calls.get(key, 0) + call.calls
+    return calls
 
 
 def p2p_direction(op: Op) -> str:

@@ -12,14 +12,22 @@ from dist_gpt.schedule.draw import draw_text
 
 DRAWN_RANKS, DRAWN_MICRO_BATCHES = 8, 16
 _GRID_WIDTH = 84  # with the rank before and the idle share behind, 108 columns
+_HOLDS = {
+    "parameters": "of the stages held here",
+    "gradients": "one of each parameter",
+    "optimizer": "state of the parameters stepped here",
+    "activations": "kept for the backward, where that is most",
+    "buffers": "messages and gradient reductions under way",
+    "peak": "the sum; temporaries inside a block are not counted",
+}
 
 
 def plan_text(doc: dict[str, Any], config: Config) -> str:
     """`plan_document` for people, at most 110 columns wide."""
     rank = doc["rank"]
     sections = [
-        [f"{doc['name']}: plan for {doc['layout']['world']:,} ranks"],
-        _layout_lines(doc, config),
+        [f"{doc['name']}: plan for {_many(doc['layout']['world'], 'rank')}"],
+        _layout_lines(doc),
         [f"Traffic of {_place(doc['layout'], rank)}, one training step", *_traffic(doc["comm"])],
         ["Traffic of all ranks together, one training step", *_traffic(doc["total"]["comm"])],
         [f"Memory of {_place(doc['layout'], doc['peak_rank'])}, which needs most", *_memory(doc["memory_bytes"])],
@@ -71,6 +79,10 @@ def si(count: float) -> str:
     return f"{count:.0f} "
 
 
+def _many(count: int, what: str, plural: str = "s") -> str:
+    return f"{count:,} {what}{'' if count == 1 else plural}"
+
+
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] | None = None) -> list[str]:
     """Aligned columns, two blanks before each; all but the first to the right unless `right` names them."""
     rows = list(rows)
@@ -89,7 +101,7 @@ def _place(layout: dict[str, Any], rank: int) -> str:
     return f"rank {rank} ({mesh.coords(rank)})"
 
 
-def _layout_lines(doc: dict[str, Any], config: Config) -> list[str]:
+def _layout_lines(doc: dict[str, Any]) -> list[str]:
     at, rank, total = doc["layout"], doc["rank"], doc["total"]
     tokens = at["global_batch"] * at["seq_len"]
     split = "sequence parallel" if at["sequence_parallel"] else "no sequence parallelism"
@@ -97,7 +109,7 @@ def _layout_lines(doc: dict[str, Any], config: Config) -> list[str]:
         ("layout", f"  pp {at['pp']} x dp {at['dp']} x cp {at['cp']} x tp {at['tp']}, {split}, "
                    f"optimizer sharding {at['sharding']}, {at['dtype']}"),
         ("batch", f"  {at['global_batch']:,} sequences of {at['seq_len']:,} tokens = {tokens:,} tokens a step; "
-                  f"{at['micro_batches']} micro-batches of {at['micro_batch']} per data rank"),
+                  f"{_many(at['micro_batches'], 'micro-batch', 'es')} of {at['micro_batch']} per data rank"),
         ("parameters", f"  {total['parameters']:,} in the model; rank {rank} stores {doc['parameters']:,}"),
         ("model FLOPs", f"  {si(total['model_flops'])}FLOP a step in the job ({total['model_flops'] // tokens:,} "
                         f"per token); rank {rank} does {si(doc['model_flops'])}FLOP"),
@@ -113,14 +125,17 @@ def _traffic(comm: dict[str, dict[str, dict[str, int]]]) -> list[str]:
 
 
 def _memory(memory: dict[str, int]) -> list[str]:
-    rows = [(name, size(count), f"{count / max(1, memory['peak']):.1%}") for name, count in memory.items()]
-    return _table(rows)
+    rows = [
+        (name, size(count), f"{count / max(1, memory['peak']):.1%}", f"  {_HOLDS[name]}")
+        for name, count in memory.items()
+    ]
+    return _table(rows, right=(1, 2))
 
 
 def _schedule_lines(doc: dict[str, Any], config: Config) -> list[str]:
     s, pp = doc["schedule"], doc["layout"]["pp"]
     lines = [
-        f"Schedule {s['name']}: {pp} pipeline ranks, {s['micro_batches']} micro-batches, "
+        f"Schedule {s['name']}: {_many(pp, 'pipeline rank')}, {_many(s['micro_batches'], 'micro-batch', 'es')}, "
         f"{s['simulated_bubble']:.1%} bubble (simulated, FLOPs as time)",
         *_stages(s, pp),
     ]
@@ -136,7 +151,7 @@ def _schedule_lines(doc: dict[str, Any], config: Config) -> list[str]:
 def _stages(schedule: dict[str, Any], pp: int) -> list[str]:
     """Layers of each pipeline rank, neighbours that hold the same written as one row."""
     held = [
-        " + ".join(str(n) for n, holder in zip(schedule["chunks"], schedule["placement"], strict=True) if holder == rank)
+        " + ".join(str(n) for chunk, n in enumerate(schedule["chunks"]) if schedule["placement"][chunk] == rank)
         for rank in range(pp)
     ]
     rows = []

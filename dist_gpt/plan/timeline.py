@@ -67,10 +67,11 @@ def _action_flops(config: Config) -> dict[tuple[int, Op], int]:
     layout = layout_of(config)
     orders = lowered_orders(p.schedule, p.pp, p.virtual_stages, config.micro_batches)
     split = weight_gradient_op(orders) is Op.W
+    holders = placement(p.schedule, p.pp, p.virtual_stages)
     flops = {}
-    for chunk, (blocks, pp) in enumerate(zip(split_blocks(config), placement(p.schedule, p.pp, p.virtual_stages))):
-        plan = RankPlan(config, layout.rank(pp, 0, 0, 0))
+    for chunk, blocks in enumerate(split_blocks(config)):
+        plan = RankPlan(config, layout.rank(holders[chunk], 0, 0, 0))
         for op, kind in _KIND.items():
             steps = [Step(kind, Action(chunk, op, 0), b, split=split and op is Op.B) for b in blocks]
-            flops[chunk, op] = sum(cost.flops for cost in plan.costs(steps))
+            flops[chunk, op] = sum(plan.declare(step).flops for step in steps)
     return flops
