@@ -294,55 +294,48 @@ SPLIT = """
 """  # weight gradients apart, written by hand; all reductions wait for the last W
 
 
-def split_steps(config: Config, rank: int) -> list[Step]:
-    orders = add_reduce_and_step(add_communication(parse_grid(SPLIT), (0, 1)))
-    return RankPlan(config, rank).expand(orders)
+SPLIT_SETS = [[*axes(2, 2), "train.global_batch=6", *more] for more in ([], LLAMA)]  # 3 micro-batches
+CASES = [*((sets, False) for sets in LAYOUTS.values()), *((sets, True) for sets in SPLIT_SETS)]
+EVERY_LIST = pytest.mark.parametrize(("sets", "split"), CASES)
 
 
-CASES = [(config, rank, False) for config in map(lambda s: small(*s), LAYOUTS.values()) for rank in ends(config)]
-CASES += [
-    (small(*axes(2, dp), "train.global_batch=6", *more), r, True) for dp in (2,) for more in ([], LLAMA) for r in (0, 3)
-]
+def steps_of(plan: RankPlan, split: bool) -> list[Step]:
+    return plan.expand(add_reduce_and_step(add_communication(parse_grid(SPLIT), (0, 1)))) if split else plan.steps
 
 
-def steps_of(config: Config, rank: int, split: bool) -> list[Step]:
-    return split_steps(config, rank) if split else RankPlan(config, rank).steps
+@EVERY_LIST
+def test_every_block_and_micro_batch_exactly_once(sets: list[str], split: bool) -> None:
+    config = small(*sets)
+    for plan in plans(config):
+        steps = steps_of(plan, split)
+        expected = Counter((b, m) for _, blocks in plan.chunks for b in blocks for m in range(config.micro_batches))
+        for kind in (FORWARD, BACKWARD, WEIGHT) if split else (FORWARD, BACKWARD):
+            assert Counter((s.block, s.action.micro_batch) for s in steps if s.kind == kind) == expected, kind
+        assert split or not any(s.kind == WEIGHT for s in steps)
+        assert all(s.split == (split and s.kind == BACKWARD) for s in steps)
+        assert [s.kind for s in steps].count(UPDATE) == 1 and steps[-1].kind == UPDATE
+        assert Counter(s.bucket for s in steps if s.kind == REDUCE) == Counter(b.index for b in plan.buckets)
 
 
-@pytest.mark.parametrize(("config", "rank", "split"), CASES)
-def test_every_block_and_micro_batch_exactly_once(config: Config, rank: int, split: bool) -> None:
-    plan, steps = RankPlan(config, rank), steps_of(config, rank, split)
-    expected = Counter((b, m) for _, blocks in plan.chunks for b in blocks for m in range(config.micro_batches))
-    kinds = (FORWARD, BACKWARD, WEIGHT) if split else (FORWARD, BACKWARD)
-    for kind in kinds:
-        assert Counter((s.block, s.action.micro_batch) for s in steps if s.kind == kind) == expected, kind
-    assert not any(s.kind == WEIGHT for s in steps) or split
-    assert all(s.split == (split and s.kind == BACKWARD) for s in steps)
-    assert [s.kind for s in steps].count(UPDATE) == 1 and steps[-1].kind == UPDATE
-    assert Counter(s.bucket for s in steps if s.kind == REDUCE) == Counter(b.index for b in plan.buckets)
-
-
-@pytest.mark.parametrize(("config", "rank", "split"), CASES)
-def test_a_bucket_is_reduced_right_after_its_last_gradient(config: Config, rank: int, split: bool) -> None:
-    plan, steps = RankPlan(config, rank), steps_of(config, rank, split)
-    mine = [b for _, blocks in plan.chunks for b in blocks]
-    gradient = WEIGHT if split else BACKWARD
-    for bucket in plan.buckets:
-        writers = {s.param.block for s in bucket.slots}
-        if bucket.tied:
-            writers = {0, L + 1}  # the lookup's gradient and the head's
-        last = max(i for i, s in enumerate(steps) if s.kind == gradient and s.block in writers & set(mine))
-        (at,) = [i for i, s in enumerate(steps) if s.kind == REDUCE and s.bucket == bucket.index]
-        assert at > last
-        assert all(s.kind == REDUCE for s in steps[last + 1 : at]), "something ran between"
+@EVERY_LIST
+def test_a_bucket_is_reduced_right_after_its_last_gradient(sets: list[str], split: bool) -> None:
+    for plan in plans(small(*sets)):
+        steps = steps_of(plan, split)
+        gradient = WEIGHT if split else BACKWARD
+        for bucket in plan.buckets:
+            # of a tied embedding: the lookup's gradient and the head's
+            writers = {0, L + 1} if bucket.tied else {slot.param.block for slot in bucket.slots}
+            last = max(i for i, s in enumerate(steps) if s.kind == gradient and s.block in writers)
+            (at,) = [i for i, s in enumerate(steps) if s.kind == REDUCE and s.bucket == bucket.index]
+            assert at > last
+            assert all(s.kind == REDUCE for s in steps[last + 1 : at]), "something ran between"
 
 
 def test_work_and_traffic_do_not_depend_on_splitting_weight_gradients() -> None:
     for more in ([], LLAMA, [SP, *axes(2, 1, 2)]):
         config = small(*axes(2), "train.global_batch=3", *more)
-        for rank in (0, config.world_size - 1):
-            plan = RankPlan(config, rank)
-            split = split_steps(config, rank)
+        for plan in plans(config):
+            split = steps_of(plan, True)
             assert count_flops(plan, split) == count_flops(plan, plan.steps) > 0
             assert count_comm(plan, split).as_dict() == count_comm(plan, plan.steps).as_dict()
 
