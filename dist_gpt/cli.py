@@ -51,7 +51,6 @@ def launch(
 
     Prepares the data, makes the run directory, starts every rank and follows it to its end.
     """
-    from dist_gpt.plan import api
     from dist_gpt.track import require_wandb
     from launch import run
     from launch.local import launch_local
@@ -70,10 +69,7 @@ def launch(
         return
     with _progress(as_json):
         print(f"{loaded.name}: {loaded.world_size} ranks. {device.sentence}", flush=True)
-        plan_document = api.plan_document(loaded, 0)
-        _prepare_data(loaded)
-        run.create_run_dir(loaded, plan_document)
-        print(f"run directory {run_dir}, logs in {run_dir / 'logs'}", flush=True)
+        _make_run_dir(loaded)
     code = launch_local(job)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir)}
     text = f"{run.summary_text(document)}\n" if code == 0 else ""
@@ -90,11 +86,17 @@ def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
     from dist_gpt.config.load import load
 
     loaded = load(config, overrides or [], world=int(os.environ.get("WORLD_SIZE", "1")))
+    first = os.environ.get("RANK", "0") == "0"
     with _progress(as_json):
+        if first and "DIST_GPT_RUN_DIR" not in os.environ:  # no launcher made it; others write after the roll call
+            from dist_gpt.track import require_wandb
+
+            require_wandb(loaded.log.wandb.mode)
+            _make_run_dir(loaded)
         from dist_gpt.train import main as train_main
 
         code = train_main(loaded)
-    if as_json and os.environ.get("RANK", "0") == "0":
+    if as_json and first:
         _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
     raise typer.Exit(code)
 
@@ -186,13 +188,20 @@ def _only_local(via: str, nodes: int) -> None:
         raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine: --nodes 1"])
 
 
-def _prepare_data(config: Config) -> None:
+def _make_run_dir(config: Config) -> None:
+    """Plan, prepare the data, then make the run directory: what is wrong is found before anything is written."""
     from dist_gpt.data.tokens import describe, prepare
+    from dist_gpt.plan import api
+    from launch import run
 
     def say(line: str) -> None:
         print(line, flush=True)
 
+    run_dir = run.refuse_existing(config)
+    plan_document = api.plan_document(config, 0)
     say(f"data: {describe(prepare(config, say))}")
+    run.create_run_dir(config, plan_document)
+    say(f"run directory {run_dir}, logs in {run_dir / 'logs'}")
 
 
 def _progress(as_json: bool) -> contextlib.AbstractContextManager[Any]:

@@ -8,6 +8,8 @@ after it, without blocking the host).
 from __future__ import annotations
 
 from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -42,6 +44,54 @@ class Pending:
         return self._work is None or self._work.is_completed()
 
 
+class WaitedWork:
+    """A gloo send, waited for on a thread of its own: gloo says that one is complete only to who waits."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+        self.error: Exception | None = None
+        self.ended = Event()
+
+    def run(self) -> None:
+        try:
+            self.work.wait()
+        except Exception as error:  # handed to whoever waits for this send
+            self.error = error
+        self.work = None
+        self.ended.set()
+
+    def wait(self) -> None:
+        self.ended.wait()
+        if self.error is not None:
+            raise self.error
+
+    def is_completed(self) -> bool:
+        return self.ended.is_set()
+
+
+class SendWaiter:
+    """Waits for the sends of one edge, in their order, on a daemon thread that starts with the first of them."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[WaitedWork | None] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def watch(self, work: Any) -> WaitedWork:
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="send waiter", daemon=True)
+            self._thread.start()
+        waited = WaitedWork(work)
+        self._queue.put(waited)
+        return waited
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (waited := self._queue.get()) is not None:
+            waited.run()
+
+
 class Group:
     """The ranks that this rank meets along `axis`. `backend` is a c10d process group, or None for a single rank."""
 
@@ -55,6 +105,7 @@ class Group:
         self.ledger = ledger
         # gloo's own reduce-scatter is an all-reduce inside: twice the wire bytes
         self.emulates_reduce_scatter = backend is not None and backend.name() == "gloo"
+        self._waiter = SendWaiter() if self.emulates_reduce_scatter else None
 
     @property
     def size(self) -> int:
@@ -111,7 +162,12 @@ class Group:
 
     def send(self, tensor: Tensor) -> Pending:
         """To the other rank of a pair. The tensor must live until the result is done."""
-        return self._issue("send", tensor.nbytes, lambda: self.backend.send([tensor], 1 - self.index, 0))
+
+        def start() -> Any:
+            work = self.backend.send([tensor], 1 - self.index, 0)
+            return self._waiter.watch(work) if self._waiter is not None else work
+
+        return self._issue("send", tensor.nbytes, start)
 
     def recv(self, tensor: Tensor) -> Pending:
         """From the other rank of a pair, into `tensor`."""
@@ -121,6 +177,14 @@ class Group:
         """Until every member is here. Control traffic only."""
         if self.size > 1:
             self._issue("barrier", 0, lambda: self.backend.barrier(dist.BarrierOptions())).wait()
+
+    def close(self) -> None:
+        """Give the backend back; a process that leaves without it aborts now and then (pytorch PR 179291)."""
+        if self._waiter is not None:
+            self._waiter.close()
+        if self.backend is not None and hasattr(self.backend, "shutdown"):
+            self.backend.shutdown()
+        self.backend = None
 
     def __repr__(self) -> str:
         return f"Group({self.axis}, ranks {self.ranks}, index {self.index})"

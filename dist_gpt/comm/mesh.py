@@ -64,11 +64,9 @@ class Mesh:
         return self.edges[source, destination, direction]
 
     def close(self) -> None:
-        """Give every backend back; a process that leaves without it aborts now and then (pytorch PR 179291)."""
+        """Give every group's backend back."""
         for group in [*self.groups.values(), *self.edges.values()]:
-            if group.backend is not None and hasattr(group.backend, "shutdown"):
-                group.backend.shutdown()
-            group.backend = None
+            group.close()
 
 
 def group_sizes(layout: Layout) -> dict[str, int]:

@@ -85,7 +85,7 @@ class Optimizer:
             group["lr"] = rate
         if self.config.optim.clip:
             for flat in self.flats:
-                flat.gradient_shard.div_(divisor.to(flat.gradients.dtype))
+                flat.gradient_shard.mul_((1.0 / divisor).to(flat.gradients.dtype))
         if self.fused:
             self.engine.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the kernel, on the device
         with torch.no_grad():

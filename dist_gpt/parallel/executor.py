@@ -95,6 +95,8 @@ class Executor:
         return self.loss
 
     def _dispatch(self, step: Step, batch: Batches, update: Update | None) -> None:
+        if self._sending:
+            self._free_sent()
         if step.kind == expand.FORWARD:
             m = step.action.micro_batch
             if m not in self._micro_batches:
@@ -168,7 +170,6 @@ class Executor:
         tensor = held.pop((action.chunk, action.micro_batch)).contiguous()
         peer = self.plan.holders[action.chunk + (1 if forward else -1)]
         group = self.mesh.edge(self.mesh.coords.pp, peer, p2p_direction(action.op))
-        self._sending = [(pending, t) for pending, t in self._sending if not pending.done()]
         self._sending.append((group.send(tensor), tensor))
 
     def _receive(self, action: Action) -> None:
@@ -181,6 +182,10 @@ class Executor:
         tensor = torch.empty((tokens, self.plan.config.model.hidden_size), dtype=self.dtype, device=self.device)
         self._receiving[action] = (tensor, group.recv(tensor))
         self.peak_message_bytes = max(self.peak_message_bytes, len(self._receiving) * tensor.nbytes)
+
+    def _free_sent(self) -> None:
+        """Let go of messages that are gone; what is left of a sent activation is its graph edge."""
+        self._sending = [(pending, t) for pending, t in self._sending if not pending.done()]
 
     def _finish_sends(self) -> None:
         for pending, _ in self._sending:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_gpt.config.schema import Config
 from dist_gpt.events import Counts
+from dist_gpt.layout import BASE_AXES
 from dist_gpt.plan.count import count_comm, count_flops, count_memory, rank_kinds, stored_parameters, total_parameters
 from dist_gpt.plan.flops import flops_document
 from dist_gpt.plan.steps import RankPlan, layout_of
@@ -37,7 +38,7 @@ def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
         "schema": 1,
         "name": config.name,
         "rank": rank,
-        "coords": {axis: getattr(coords, axis) for axis in ("pp", "dp", "cp", "tp")},
+        "coords": {axis: getattr(coords, axis) for axis in BASE_AXES},
         "layout": _layout_document(config),
         "parameters": stored_parameters(plan),
         "model_flops": count_flops(plan, plan.steps),

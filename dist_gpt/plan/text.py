@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dist_gpt.config.schema import Config
-from dist_gpt.layout import Layout
+from dist_gpt.layout import BASE_AXES, Layout
 from dist_gpt.plan.timeline import timeline
 from dist_gpt.schedule.draw import draw_text
 
 DRAWN_RANKS, DRAWN_MICRO_BATCHES = 8, 16
-_GRID_WIDTH = 84  # with the rank before and the idle share behind, 108 columns
+_GRID_WIDTH = 84  # with the rank before it and the idle share behind it, 110 columns
 _HOLDS = {
     "parameters": "of the stages held here",
     "gradients": "one of each parameter",
@@ -97,7 +97,7 @@ def _table(rows: Iterable[Sequence[str]], right: Iterable[int] | None = None) ->
 
 
 def _place(layout: dict[str, Any], rank: int) -> str:
-    mesh = Layout(*(layout[axis] for axis in ("pp", "dp", "cp", "tp")))
+    mesh = Layout(*(layout[axis] for axis in BASE_AXES))
     return f"rank {rank} ({mesh.coords(rank)})"
 
 
@@ -105,15 +105,21 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
     at, rank, total = doc["layout"], doc["rank"], doc["total"]
     tokens = at["global_batch"] * at["seq_len"]
     split = "sequence parallel" if at["sequence_parallel"] else "no sequence parallelism"
-    return _table([
-        ("layout", f"  pp {at['pp']} x dp {at['dp']} x cp {at['cp']} x tp {at['tp']}, {split}, "
-                   f"optimizer sharding {at['sharding']}, {at['dtype']}"),
-        ("batch", f"  {at['global_batch']:,} sequences of {at['seq_len']:,} tokens = {tokens:,} tokens a step; "
-                  f"{_many(at['micro_batches'], 'micro-batch', 'es')} of {at['micro_batch']} per data rank"),
-        ("parameters", f"  {total['parameters']:,} in the model; rank {rank} stores {doc['parameters']:,}"),
-        ("model FLOPs", f"  {si(total['model_flops'])}FLOP a step in the job ({total['model_flops'] // tokens:,} "
-                        f"per token); rank {rank} does {si(doc['model_flops'])}FLOP"),
-    ], right=())  # fmt: skip
+    mesh = " x ".join(f"{axis} {at[axis]}" for axis in BASE_AXES)
+    job, own = si(total["model_flops"]), si(doc["model_flops"])
+    return _table(
+        [
+            ("layout", f"  {mesh}, {split}, optimizer sharding {at['sharding']}, {at['dtype']}"),
+            ("batch", f"  {at['global_batch']:,} sequences of {at['seq_len']:,} tokens = {tokens:,} tokens a step"),
+            ("micro-batches", f"  {at['micro_batches']:,} of {_many(at['micro_batch'], 'sequence')} per data rank"),
+            ("parameters", f"  {total['parameters']:,} in the model; rank {rank} stores {doc['parameters']:,}"),
+            (
+                "model FLOPs",
+                f"  {job}FLOP a step in the job, {total['model_flops'] // tokens:,} per token; rank {rank}: {own}FLOP",
+            ),
+        ],
+        right=(),
+    )
 
 
 def _traffic(comm: dict[str, dict[str, dict[str, int]]]) -> list[str]:
@@ -145,7 +151,8 @@ def _schedule_lines(doc: dict[str, Any], config: Config) -> list[str]:
         limits = f"up to {DRAWN_RANKS} pipeline ranks and {DRAWN_MICRO_BATCHES} micro-batches"
         return [*lines, f"  The grid is drawn for {limits}; --json holds every rank's order."]
     grid = draw_text(timeline(config), _GRID_WIDTH).splitlines()
-    return [*lines, *grid, "F forward, B backward, with the micro-batch or small letters for odd ones; . idle"]
+    legend = "F forward, B backward, with the micro-batch or small letters for odd ones; . idle"
+    return [*lines, *(f"  {line}" for line in (*grid, legend))]
 
 
 def _stages(schedule: dict[str, Any], pp: int) -> list[str]:

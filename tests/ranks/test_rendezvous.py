@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dist_gpt.comm import rendezvous
 from dist_gpt.comm.mesh import GlooBackends
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, connect_store, identity, rank_env, roll_call
+from tests.ranks.runs import Killed
 from tests.ranks.threads import in_threads
 
 LOOPBACK = "127.0.0.1"
@@ -47,6 +48,7 @@ def taken() -> Iterator[int]:
 def closed() -> Iterator[int]:
     """A loopback port that is bound, so that nobody else takes it, and on which nobody listens."""
     with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rank 0 may still listen on it: so does it
         server.bind((LOOPBACK, 0))
         yield server.getsockname()[1]
 
@@ -120,11 +122,10 @@ class TestConnect:
         assert (LOOPBACK, port) in opened
         assert {address for address, _ in opened} == {LOOPBACK}
 
-    def test_rank_0_binds_the_address_it_was_given(self) -> None:
+    def test_rank_0_binds_the_address_it_was_given(self, closed: int) -> None:
         before = listening()
-        port = free_port()
-        store = connect_store(env_of(0, 2, FAR_S, port))
-        assert listening() - before == {(LOOPBACK, port)}
+        store = connect_store(env_of(0, 2, FAR_S, closed))
+        assert listening() - before == {(LOOPBACK, closed)}
         del store
 
     def test_a_restart_does_not_read_what_the_attempt_before_wrote(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,14 +145,14 @@ class TestConnect:
 
 
 class TestRollCall:
-    def call(self, cards: dict[int, dict[str, str]], world: int, left_s: float, store: dist.Store) -> list[str]:
-        """What each rank of `cards` raised; "" where the roll call passed."""
+    def call(self, cards: dict[int, dict[str, str]], world: int, left_s: float, *stores: dist.Store) -> list[str]:
+        """What each rank of `cards` raised; "" where the roll call passed. One store for all, or one for each."""
         ranks = sorted(cards)
         envs = {rank: env_of(rank, world, left_s) for rank in ranks}
 
         def answer(i: int) -> str:
             try:
-                roll_call(store, envs[ranks[i]], cards[ranks[i]])
+                roll_call(stores[i % len(stores)], envs[ranks[i]], cards[ranks[i]])
             except RendezvousError as error:
                 return str(error)
             return ""
@@ -180,9 +181,11 @@ class TestRollCall:
             port = server.getsockname()[1]
             host = dist.TCPStore(LOOPBACK, port, is_master=True, master_listen_fd=server.detach(),
                                  wait_for_workers=False)  # fmt: skip
-        assert self.call(dict.fromkeys(range(2), MINE), 3, 0.3, host) == [
-            "roll call: 1 of 3 ranks did not appear in time: 2. See their logs"
-        ] * 2
+        stores = [host, dist.TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False)]
+        assert (
+            self.call(dict.fromkeys(range(2), MINE), 3, 0.3, *stores)
+            == ["roll call: 1 of 3 ranks did not appear in time: 2. See their logs"] * 2
+        )
 
     def test_without_rank_0_the_others_leave_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(RankEnv, "left_s", lambda self: -4.8)  # 0.2 s with roll_call's margin for rank 0
@@ -222,11 +225,6 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def free_port() -> int:
-    with socket.create_server((LOOPBACK, 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def test_scoped_stores_do_not_meet() -> None:
     store = dist.HashStore()
     one, two = rendezvous.scoped(store, "one"), rendezvous.scoped(store, "two")
@@ -234,3 +232,8 @@ def test_scoped_stores_do_not_meet() -> None:
     assert not two.check(["key"])
     with pytest.raises(Exception, match=r"(?i)timeout|wait"):
         two.wait(["key"], timedelta(milliseconds=50))
+
+
+def test_ranks_of_a_run_listen_on_loopback_only(killed: Killed) -> None:
+    """Two real ranks in the middle of training: the store and every gloo group."""
+    assert killed.listening == {LOOPBACK}

@@ -129,6 +129,7 @@ class TestVerbs:
         worlds = []
         stand_in(monkeypatch, "dist_gpt.train", main=lambda config: worlds.append(config.world_size) or 75)
         monkeypatch.setenv("WORLD_SIZE", "16")
+        monkeypatch.setenv("RANK", "3")  # rank 0 would make the run directory
         assert run("train", "demo", "--set", "parallel.dp=auto") == 75
         assert worlds == [16]
 
@@ -252,6 +253,7 @@ class TestBadInput:
         stand_in(monkeypatch, "dist_gpt.train", main=failing)
         monkeypatch.setenv("DIST_GPT_ERROR_FILE", str(tmp_path / "error.json"))
         monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("DIST_GPT_RUN_DIR", str(tmp_path))  # the launcher has made it
         with pytest.raises(RuntimeError):
             cli.main(["train", "demo"])
         assert json.loads((tmp_path / "error.json").read_text())["error"] == "RuntimeError: lost a peer"

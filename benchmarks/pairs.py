@@ -1,0 +1,138 @@
+"""Two things measured against each other, pair by pair, and what the pairs say. No torch.
+
+The order turns round from pair to pair (AB BA AB ...), so that a machine which becomes slower or faster while we
+measure favours neither. The ratio is taken inside a pair, where both ran under nearly the same conditions.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+CONFIDENCE = 0.95
+LEAST_S = 0.3
+"""A measurement lasts at least this long: shorter ones measure the scheduler's moods."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement: seconds for all its steps, and the loss of the last of them."""
+
+    seconds: float
+    loss: float
+
+
+class Side(Protocol):
+    """One of the two: takes `steps` training steps, the other one idle meanwhile."""
+
+    def run(self, steps: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds per step of both, pair by pair, and the largest relative difference between their losses."""
+
+    ours: tuple[float, ...]
+    plain: tuple[float, ...]
+    steps: int
+    loss_error: float
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Our speed over the plain one's, pair by pair."""
+        return tuple(plain / ours for ours, plain in zip(self.ours, self.plain, strict=True))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of ratios: median, geometric mean, and the one-sided lower 95 % bound of the geometric mean (Student's t on the
+    logarithms; minus infinity's exponential, 0, where a single pair allows none)."""
+
+    pairs: int
+    median: float
+    mean: float
+    lower: float
+
+
+def order(pairs: int) -> Iterator[tuple[bool, bool]]:
+    """Per pair, who runs first and second: True is ours."""
+    for pair in range(pairs):
+        yield (True, False) if pair % 2 == 0 else (False, True)
+
+
+def steps_per_sample(step_s: float, least_s: float = LEAST_S) -> int:
+    """Steps that make a measurement of at least `least_s` seconds."""
+    return max(1, math.ceil(least_s / step_s)) if step_s > 0 else 1
+
+
+def measure(
+    ours: Side, plain: Side, pairs: int, warm_up: int, say: Callable[[int, float, float], None] = lambda *_: None
+) -> Pairs:
+    """Warm both up, then `pairs` pairs. `say(pair, ours, plain)` hears of each, in seconds per step.
+
+    Both take the same number of steps in all, so that they hold the same weights and their losses can be compared.
+    """
+    if pairs < 1 or warm_up < 1:
+        raise ValueError(f"pairs is {pairs} and warm_up is {warm_up}; each must be at least 1")
+    warm = [side.run(1) for _ in range(warm_up) for side in (ours, plain)]
+    error = max(relative_error(a.loss, b.loss) for a, b in zip(warm[::2], warm[1::2], strict=True))
+    steps = steps_per_sample(min(warm[-2].seconds, warm[-1].seconds))
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for pair, sequence in enumerate(order(pairs), start=1):
+        sample = {mine: (ours if mine else plain).run(steps) for mine in sequence}
+        for mine, found in sample.items():
+            times[mine].append(found.seconds / steps)
+        error = max(error, relative_error(sample[True].loss, sample[False].loss))
+        say(pair, times[True][-1], times[False][-1])
+    return Pairs(tuple(times[True]), tuple(times[False]), steps, error)
+
+
+def relative_error(got: float, want: float) -> float:
+    """|got - want| / |want|; infinite where either is not a number."""
+    error = abs(got - want) / abs(want) if want else abs(got - want)
+    return math.inf if math.isnan(error) else error
+
+
+def summarise(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Summary:
+    """Median, geometric mean and its lower bound."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.fmean(logs)
+    lower = -math.inf
+    if len(logs) > 1:
+        error = statistics.stdev(logs) / math.sqrt(len(logs))
+        lower = mean - t_quantile(confidence, len(logs) - 1) * error
+    return Summary(len(logs), statistics.median(ratios), math.exp(mean), math.exp(lower))
+
+
+def t_two_sided(t: float, freedom: int) -> float:
+    """P(|T| <= t) of Student's t with `freedom` degrees of freedom.
+
+    Source: Abramowitz and Stegun, 26.7.3 and 26.7.4 (finite sums, exact for whole degrees of freedom).
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, cosine) if odd else (1.0, 1.0)
+    if freedom == 1:
+        total = 0.0
+    for k in range(2 if odd else 1, freedom - 2, 2):
+        term *= k / (k + 1) * cosine * cosine
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """x with P(T <= x) = `probability` >= 1/2, by bisection."""
+    if not 0.5 <= probability < 1 or freedom < 1:
+        raise ValueError(f"t_quantile({probability}, {freedom}): needs 0.5 <= probability < 1 and freedom >= 1")
+    wanted = 2 * probability - 1
+    low, high = 0.0, 1.0
+    while t_two_sided(high, freedom) < wanted:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_two_sided(middle, freedom) < wanted else (low, middle)
+    return high

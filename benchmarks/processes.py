@@ -1,0 +1,156 @@
+"""The parent's side of worker processes: started, asked through pipes, ended by their ids. No torch.
+
+A worker that has nothing to do is blocked in a read of its standard input and uses no processor. It ends when that is
+closed, and dies with this process even when it is killed (`launch.worker`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmarks.pairs import Sample
+from dist_gpt.config.schema import Config
+from launch.spec import LAUNCHER_PID, STORE_FD
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+TIMEOUT_S = 900.0
+CLOSE_S = 5.0
+SETTLE_S = 0.02
+"""Between two measurements: OpenMP's threads spin for some milliseconds before they sleep."""
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_FD)
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or did not answer."""
+
+
+class Worker:
+    """One process that answers each line of JSON with a line of JSON."""
+
+    def __init__(
+        self, name: str, argv: Sequence[str], environment: dict[str, str] | None = None, inherited: Sequence[int] = ()
+    ) -> None:
+        self.name = name
+        inherit = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
+        self.process = subprocess.Popen(
+            [sys.executable, *argv], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**inherit, LAUNCHER_PID: str(os.getpid()), **(environment or {})}, pass_fds=inherited,
+        )  # fmt: skip
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a request; `hear` its answer."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died: `hear` says so
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def hear(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        """The answer to the oldest request that has none yet. Raises WorkerError."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            ended = self.process.wait(CLOSE_S) if ready else None
+            how = f"ended with exit code {ended}" if ready else f"gave no answer in {timeout_s:.0f} s"
+            raise WorkerError(f"{self.name} {how}; its own message, if any, stands above")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.tell(message)
+        return self.hear()
+
+    def close(self) -> None:
+        """End of input, and the end by force for one that does not leave. Returns when it is gone."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+class Team:
+    """The processes that train one model together: `python -m benchmarks.workers`, one per rank, or one plain."""
+
+    def __init__(self, side: str, config: Config, threads: int, same_weights: bool = True) -> None:
+        self.workers: list[Worker] = []
+        ranks = config.world_size if side == "ours" else 1
+        order = {
+            "side": side, "threads": threads, "same_weights": same_weights, "config": config.model_dump(mode="json"),
+        }  # fmt: skip
+        try:
+            self._start(side, ranks, threads)
+            self.memory_at_start = [answer["rss_bytes"] for answer in self._ask_all(order)]
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, side: str, ranks: int, threads: int) -> None:
+        with socket.create_server((HOST, 0)) as server:  # held until rank 0 serves the store on it
+            for rank in range(ranks):
+                environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+                inherited = []
+                if ranks > 1:
+                    environment |= {
+                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": HOST,
+                        "MASTER_PORT": str(server.getsockname()[1]),
+                    }  # fmt: skip
+                    if rank == 0:
+                        inherited = [server.fileno()]
+                        environment[STORE_FD] = str(server.fileno())
+                argv = ("-m", "launch.worker", "benchmarks.workers")
+                self.workers.append(Worker(f"{side} rank {rank}", argv, environment, inherited))
+
+    def _ask_all(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        for worker in self.workers:
+            worker.tell(message)
+        return [worker.hear() for worker in self.workers]
+
+    def run(self, steps: int) -> Sample:
+        """`steps` steps, from the first rank's start to the last one's end (one clock serves the machine)."""
+        time.sleep(SETTLE_S)
+        answers = self._ask_all({"do": "steps", "steps": steps})
+        seconds = max(a["ended"] for a in answers) - min(a["started"] for a in answers)
+        return Sample(seconds, answers[0]["loss"])
+
+    def peak_bytes(self) -> list[int]:
+        """Per process, the largest resident size so far less what it was after `import torch`."""
+        peaks = [answer["peak_bytes"] for answer in self._ask_all({"do": "memory"})]
+        return [peak - start for peak, start in zip(peaks, self.memory_at_start, strict=True)]
+
+    def close(self) -> None:
+        """End all: first every input, so that no rank waits for another that was not told yet."""
+        for worker in self.workers:
+            with suppress(BrokenPipeError):
+                assert worker.process.stdin is not None
+                worker.process.stdin.close()
+        with ExitStack() as stack:
+            for worker in self.workers:
+                stack.callback(worker.close)
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

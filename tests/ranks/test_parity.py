@@ -1,0 +1,68 @@
+"""The parity cells: every layout against one process, and schedules that compute W apart from B.
+
+One process is held against the independent plain GPT in test_one_process.py; together they say that every layout
+trains the model that the plain GPT is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_gpt.verify import MEASURES, TOLERANCE
+from tests.ranks.cells import ALL, COVERING, Cell, make_cell
+from tests.ranks.pool import Pool
+from tests.ranks.test_plants import BASE
+
+PARAMETERS = [
+    pytest.param(cell, id=cell.name, marks=[] if covers else [pytest.mark.all_cells])
+    for cells, covers in ((COVERING, True), ([cell for cell in ALL if cell not in COVERING], False))
+    for cell in cells
+]
+
+# W apart from B, in the manner of the zero-bubble schedules: rank 0 fills with W the time in which it would wait.
+SPLIT_2 = """
+    0F0 0F1 0B0 0F2 0W0 0B1 0F3 0B2 0W1 0W2 0B3 0W3
+    1F0 1B0 1F1 1B1 1W0 1F2 1B2 1W1 1F3 1W2 1B3 1W3
+"""
+SPLIT_3 = """
+    0F0 0F1 0F2 0B0 0W0 0F3 0B1 0B2 0W1 0W2 0B3 0W3
+    1F0 1F1 1B0 1F2 1B1 1W0 1F3 1B2 1W1 1B3 1W2 1W3
+    2F0 2B0 2F1 2B1 2W0 2F2 2B2 2W1 2F3 2B3 2W2 2W3
+"""
+
+
+def assert_certified(result: dict[str, Any], record_property: Any, name: str) -> None:
+    """The verdict, and each thing that it stands on; `record_property` keeps a row for the table at the end."""
+    worst = result["worst"]
+    record_property("parity", {"cell": name, **worst})
+    print(f"{name}: " + ", ".join(f"{measure} {worst[measure]:.1e}" for measure in MEASURES), result["accounting"])
+    assert result["differences"] == []
+    assert result["accounting"] == "exact"
+    for measure in MEASURES:
+        assert worst[measure] <= TOLERANCE, f"{measure}: {worst[measure]:.2e} at {result['where'][measure]}"
+    assert result["verdict"] == "pass"
+
+
+def test_the_tolerance_is_the_promised_one() -> None:
+    assert TOLERANCE == 1e-10
+
+
+@pytest.mark.parametrize("cell", PARAMETERS)
+def test_layout_equals_one_process(pool: Pool, cell: Cell, record_property: Any) -> None:
+    assert_certified(pool.certify(cell.config, cell.world), record_property, cell.name)
+
+
+@pytest.mark.parametrize(("grid", "pp"), [(SPLIT_2, 2), (SPLIT_3, 3)], ids=["pp2", "pp3"])
+@pytest.mark.parametrize("tp", [1, 2], ids=["tp1", "tp2-sp"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_weight_gradients_apart_from_input_gradients(
+    pool: Pool, grid: str, pp: int, tp: int, family: str, record_property: Any
+) -> None:
+    """The seam on which zero-bubble schedules build, in hand-written orders."""
+    options = {"pp": pp, "tp": tp, "sequence_parallel": tp > 1, "family": family, "micro_batches": 4, "micro_batch": 2}
+    cell = make_cell(BASE | options)
+    assert cell is not None
+    result = pool.certify(cell.config, cell.world, grid=grid)
+    assert_certified(result, record_property, f"W apart from B, pp {pp}, tp {tp}, {family}")

@@ -1,0 +1,111 @@
+"""Every planted bug turns its cell red, in the measure and at the place where the bug is; without it the cell is green.
+
+What a bug must not touch is asserted as well: a certificate that turned everything red would prove nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from dist_gpt.verify import MEASURES, TOLERANCE
+from tests.ranks.cells import Cell, make_cell
+from tests.ranks.plants import PLANTS
+from tests.ranks.pool import Pool
+
+BASE: dict[str, Any] = {
+    **{"dp": 1, "tp": 1, "pp": 1, "sequence_parallel": False, "schedule": "1f1b", "virtual_stages": 1},
+    **{"family": "gpt2", "heads": "full", "tied": True, "sharding": "zero1", "layers": "uneven", "vocab": 37},
+    **{"micro_batches": 2, "micro_batch": 1, "optimizer": "sgd", "clip": 0.01, "dropout": 0.0, "rate": "constant"},
+    **{"buckets": "several", "weight_decay": 0.1},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {"dp": 2, "micro_batch": 2},
+    "dp2_whole": {"dp": 2, "micro_batch": 2, "sharding": "none"},
+    "dp2_adamw": {"dp": 2, "micro_batch": 2, "optimizer": "adamw"},
+    "dp2_dropout": {"dp": 2, "micro_batch": 2, "dropout": 0.1},
+    "tp2": {"tp": 2},
+    "tp2_split": {"tp": 2, "sequence_parallel": True},
+    "tp2_split_dropout": {"tp": 2, "sequence_parallel": True, "family": "llama", "dropout": 0.1},
+    "pp2": {"pp": 2, "micro_batch": 2},
+}
+
+
+def cell_of(layout: str) -> Cell:
+    """Two layers, so that a certificate takes a second."""
+    cell = make_cell(BASE | LAYOUTS[layout])
+    assert cell is not None
+    return Cell(layout, cell.world, {**cell.config, "model": {**cell.config["model"], "num_layers": 2}}, cell.tags)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`red`: measures above the tolerance, with a part of the place named; `green`: measures that stay below it.
+    `differs`: parts of one accounting difference; empty means that the accounting is exact."""
+
+    plant: str
+    layout: str
+    red: dict[str, str] = field(default_factory=dict)
+    green: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
+
+
+CASES = (
+    Case("partial_gradients_called_replicated", "tp2_split", {"gradient": "", "gradient_norm": ""}),
+    Case("norm_counts_replicated_on_every_tensor_rank", "tp2", {"gradient_norm": "", "weight": ""}),
+    Case("norm_counts_tied_embedding_twice", "pp2", {"gradient_norm": "", "weight": ""}),
+    Case("norm_counts_every_data_rank", "dp2_whole", {"gradient_norm": "", "weight": ""}),
+    Case("clipped_by_the_local_norm", "dp2", {"weight": ""}),
+    Case("tied_gradients_not_summed", "pp2", {"gradient": "embed.weight"}, (), ("update STEP", "fewer embed all_reduce")),
+    Case("gradients_averaged_over_data", "dp2", {"gradient": "", "gradient_norm": ""}),
+    Case("reduce_scatter_without_the_sum", "dp2", {"gradient": "", "gradient_norm": ""}),
+    Case("bucket_not_reduced", "dp2", {"gradient": ""}, (), ("reduce 0REDUCE bucket 0", "fewer data reduce_scatter")),
+    Case("micro_batches_swapped", "pp2", {"loss": "", "gradient": ""}),
+    Case("loss_scaled_per_data_rank", "dp2", {"loss": "", "gradient": "", "gradient_norm": ""}),
+    Case("loss_counted_on_every_tensor_rank", "tp2", {"loss": ""}, ("gradient", "gradient_norm", "weight")),
+    Case("vocabulary_range_off_by_one", "tp2", {"loss": "", "gradient": ""}),
+    Case("forward_all_reduce_left_out", "tp2", {"loss": ""}, (), ("forward 0F0 block 1", "1 fewer tp all_reduce")),
+    Case("collective_too_many", "dp2", {}, MEASURES, ("reduce 0REDUCE bucket 0", "1 more data all_reduce of 8 bytes")),
+    Case("bias_gradient_forgotten", "tp2", {"gradient": ".bias"}, (), ("no gradient was written",)),
+    Case("gradient_overwritten", "dp2", {"gradient": "", "gradient_norm": ""}),
+    Case("row_bias_on_every_tensor_rank", "tp2", {"loss": "step 1"}),
+    Case("bucket_left_stale", "dp2", {"weight": "layers.1", "loss": "step 1"}),
+    Case("norms_decay", "dp2_adamw", {"weight": "norm"}),
+    Case("weights_drawn_per_rank", "tp2", {"loss": "", "weight": ""}),
+    Case("dropout_keyed_per_rank", "dp2_dropout", {"loss": "", "gradient": ""}),
+    Case("dropout_repeats_on_token_shards", "tp2_split_dropout", {"loss": "", "gradient": ""}),
+    Case("positions_repeat_on_token_shards", "tp2_split", {"loss": "", "gradient": ""}),
+    Case("qkv_cut_as_one", "tp2", {"loss": "", "gradient": ""}),
+    Case("plan_forgets_the_head", "tp2", {}, MEASURES, ("model_flops: dry run",)),
+    Case("plan_forgets_an_activation", "tp2", {}, MEASURES, ("memory_bytes: dry run",)),
+)
+
+
+def test_every_plant_has_a_case() -> None:
+    assert sorted(PLANTS) == sorted(case.plant for case in CASES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cell_is_green_without_a_plant(pool: Pool, layout: str) -> None:
+    cell = cell_of(layout)
+    result = pool.certify(cell.config, cell.world)
+    assert (result["verdict"], result["accounting"]) == ("pass", "exact"), result["differences"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.plant)
+def test_plant_turns_its_cell_red(pool: Pool, case: Case) -> None:
+    cell = cell_of(case.layout)
+    result = pool.certify(cell.config, cell.world, plant=case.plant)
+    assert result["plant_hits"] > 0, "the product never called what the plant replaced"
+    assert result["verdict"] == "fail"
+    seen = {measure: (result["worst"][measure], result["where"][measure]) for measure in MEASURES}
+    for measure, where in case.red.items():
+        assert seen[measure][0] > 1e3 * TOLERANCE, seen  # a bug, not rounding
+        assert where in seen[measure][1], seen
+    for measure in case.green:
+        assert seen[measure][0] <= TOLERANCE, seen
+    assert result["accounting"] == ("differs" if case.differs else "exact"), result["differences"]
+    if case.differs:
+        assert any(all(part in line for part in case.differs) for line in result["differences"]), result["differences"]
