@@ -85,7 +85,8 @@ def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
     """
     from dist_gpt.config.load import load
 
-    loaded = load(config, overrides or [], world=int(os.environ.get("WORLD_SIZE", "1")))
+    world = os.environ.get("WORLD_SIZE", "1")
+    loaded = load(config, overrides or [], world=int(world) if world.isdecimal() else None)
     first = os.environ.get("RANK", "0") == "0"
     with _progress(as_json):
         if first and "DIST_GPT_RUN_DIR" not in os.environ:  # no launcher made it; others write after the roll call

@@ -109,8 +109,9 @@ class Rank:
         blocks = {b for _, chunk in self.plan.chunks for b in chunk}
         if 0 in blocks or model.num_layers + 1 in blocks:
             ids = torch.from_numpy(samples(first, t.micro_batch)).to(self.device)
-            tokens = ids[:, :-1].reshape(-1) if 0 in blocks else None
-            targets = ids[:, 1:].reshape(-1) if model.num_layers + 1 in blocks else None
+            # copies, not views: a view would keep the one token more alive until the backward
+            tokens = ids[:, :-1].clone().view(-1) if 0 in blocks else None
+            targets = ids[:, 1:].clone().view(-1) if model.num_layers + 1 in blocks else None
         return MicroBatch(tokens, targets, step, first, 1.0 / (t.global_batch * model.seq_len), training)
 
     def close(self) -> None:

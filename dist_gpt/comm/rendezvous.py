@@ -63,17 +63,24 @@ def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> Rank
             f"RANK is set but {', '.join(missing)} is not: start ranks with dist-gpt launch or torchrun, "
             "or unset RANK for a single process"
         )
-    world = int(env["WORLD_SIZE"])
+    world = _number(env, "WORLD_SIZE")
     return RankEnv(
-        rank=int(env["RANK"]),
+        rank=_number(env, "RANK"),
         world=world,
-        local_rank=int(env.get("LOCAL_RANK", "0")),
-        local_world=int(env.get("LOCAL_WORLD_SIZE", str(world))),
+        local_rank=_number(env, "LOCAL_RANK", 0),
+        local_world=_number(env, "LOCAL_WORLD_SIZE", world),
         master_addr=env["MASTER_ADDR"],
-        master_port=int(env["MASTER_PORT"]),
-        attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        master_port=_number(env, "MASTER_PORT"),
+        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
         deadline=deadline,
     )
+
+
+def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    text = env.get(name, str(default))
+    if not text.isdecimal():
+        raise RendezvousError(f"{name} is {text!r}; it must be a whole number, as torchrun sets it")
+    return int(text)
 
 
 def connect_store(env: RankEnv) -> Store:

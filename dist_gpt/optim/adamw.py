@@ -38,6 +38,9 @@ class Optimizer:
             )
         else:
             self.engine = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, fused=self.fused)
+            if o.momentum:  # torch leaves it uninitialised where the very first step is skipped
+                for piece in decayed + plain:
+                    self.engine.state[piece]["momentum_buffer"] = torch.zeros_like(piece)
         self.statistics = torch.zeros(2, dtype=torch.float64)
         self.before_clip: Callable[[], None] | None = None  # the certificate reads final gradients here
 

@@ -114,19 +114,19 @@ def partial_gradients_called_replicated(call: int, original: Any, self: Any, con
 @plant(dist_gpt.optim.adamw, "squared_norm_here")
 def norm_counts_replicated_on_every_tensor_rank(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with _first_of(mesh.tp):
-        return original(flats, mesh)  # type: ignore[no-any-return]
+        return original(flats, mesh)
 
 
 @plant(dist_gpt.optim.adamw, "squared_norm_here")
 def norm_counts_tied_embedding_twice(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with _first_of(mesh["embed"]):
-        return original(flats, mesh)  # type: ignore[no-any-return]
+        return original(flats, mesh)
 
 
 @plant(dist_gpt.optim.adamw, "squared_norm_here")
 def norm_counts_every_data_rank(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with _first_of(mesh.data):
-        return original(flats, mesh)  # type: ignore[no-any-return]
+        return original(flats, mesh)
 
 
 @plant(Optimizer, "_apply")
@@ -223,7 +223,7 @@ def row_bias_on_every_tensor_rank(
     call: int, original: Any, ctx: Any, x: Tensor, weight: Any, bias: Any, tp: Group, *rest: Any
 ) -> Tensor:
     """The bias is added before the sum, so the sum has it tp times."""
-    return original(ctx, x, weight, bias, tp, *rest) + (tp.size - 1) * bias.detach()  # type: ignore[no-any-return]
+    return original(ctx, x, weight, bias, tp, *rest) + (tp.size - 1) * bias.detach()
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -233,8 +233,8 @@ def row_bias_on_every_tensor_rank(
 def bucket_left_stale(call: int, original: Any, self: FlatBucket, mesh: Any) -> Pending:
     """Bucket 0 is gathered, to the wrong place."""
     if self.bucket.index == 0:
-        return mesh.data.all_gather(torch.empty_like(self.parameters), self.parameter_shard)  # type: ignore[no-any-return]
-    return original(self, mesh)  # type: ignore[no-any-return]
+        return mesh.data.all_gather(torch.empty_like(self.parameters), self.parameter_shard)
+    return original(self, mesh)
 
 
 @plant(Optimizer, "_slices")
@@ -248,30 +248,30 @@ def norms_decay(call: int, original: Any, self: Optimizer) -> tuple[list[Any], l
 
 @plant(dist_gpt.rank, "initial_weight")
 def weights_drawn_per_rank(call: int, original: Any, param: Any, seed: int) -> Tensor:
-    return original(param, seed + int(os.environ["RANK"]))  # type: ignore[no-any-return]
+    return original(param, seed + int(os.environ["RANK"]))
 
 
 @plant(dist_gpt.model.gpt, "dropout")
 def dropout_keyed_per_rank(call: int, original: Any, x: Tensor, rate: float, key: Any, first_row: int) -> Tensor:
-    return original(x, rate, (*key, int(os.environ["RANK"])), first_row)  # type: ignore[no-any-return]
+    return original(x, rate, (*key, int(os.environ["RANK"])), first_row)
 
 
 @plant(Wiring, "first_token")
 def dropout_repeats_on_token_shards(call: int, original: Any, self: Wiring, micro: Any, tokens_here: int) -> int:
     """Every tensor rank takes its tokens for the first of the micro-batch."""
-    return original(self, micro, 0)  # type: ignore[no-any-return]
+    return original(self, micro, 0)
 
 
 @plant(dist_gpt.model.gpt, "add_positions")
 def positions_repeat_on_token_shards(call: int, original: Any, x: Any, position: Any, first: int, sink: Any) -> Tensor:
-    return original(x, position, 0, sink)  # type: ignore[no-any-return]
+    return original(x, position, 0, sink)
 
 
 @plant(params.Param, "pieces")
 def qkv_cut_as_one(call: int, original: Any, self: params.Param, tp: int, index: int) -> list[tuple[int, int]]:
     """The rows [q; k; v] are halved, so one rank gets the queries and the other the values."""
     if len(self.sections) == 1:
-        return original(self, tp, index)  # type: ignore[no-any-return]
+        return original(self, tp, index)
     return [even_split(sum(self.sections), tp, index)]
 
 
@@ -285,4 +285,4 @@ def plan_forgets_the_head(call: int, original: Any, config: Any, tokens: int) ->
 
 @plant(dist_gpt.plan.steps, "saved_bytes")
 def plan_forgets_an_activation(call: int, original: Any, config: Any, block: int, tp_index: int) -> int:
-    return original(config, block, tp_index) - 8 * (block == 1)  # type: ignore[no-any-return]
+    return original(config, block, tp_index) - 8 * (block == 1)

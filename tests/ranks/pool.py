@@ -68,7 +68,9 @@ class Pool:
         for rank, pipe in enumerate(self.answers[:world]):
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             line = pipe.readline() if ready else ""
-            answers.append(json.loads(line) if line else {"error": f"rank {rank} died or gave no answer in {timeout_s} s"})
+            answers.append(
+                json.loads(line) if line else {"error": f"rank {rank} died or gave no answer in {timeout_s} s"}
+            )
         return answers
 
     def _start(self) -> None:

@@ -116,7 +116,8 @@ def test_flops_per_token_of_an_independent_model(family: list[str]) -> None:
 LAYOUTS = {
     "one process": [],
     "tensor, sequence parallel, odd vocabulary": [*axes(tp=2), SP],
-    "data, no sharding": [*axes(dp=4), "optim.sharding=none", "train.micro_batch=1"],
+    "data, no sharding, single sequences": [*axes(dp=2), "optim.sharding=none", "train.micro_batch=1"],
+    "data, padded shards": [*axes(dp=5), "train.global_batch=15"],
     "pipeline, tied": [*axes(3), "parallel.schedule=gpipe"],
     "all axes": [*axes(2, 2, 2), "model.dropout=0.1", "model.attention_dropout=0.0"],
     "all axes, sequence parallel, llama": [*axes(2, 2, 2), SP, *LLAMA],

@@ -88,7 +88,7 @@ class Pair:
         self.plain.zero_grad(set_to_none=True)
         loss = self.plain(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
 
 def plain_optimizer(pair: Pair) -> torch.optim.Optimizer:

@@ -58,7 +58,9 @@ CASES = (
     Case("norm_counts_tied_embedding_twice", "pp2", {"gradient_norm": "", "weight": ""}),
     Case("norm_counts_every_data_rank", "dp2_whole", {"gradient_norm": "", "weight": ""}),
     Case("clipped_by_the_local_norm", "dp2", {"weight": ""}),
-    Case("tied_gradients_not_summed", "pp2", {"gradient": "embed.weight"}, (), ("update STEP", "fewer embed all_reduce")),
+    Case(
+        "tied_gradients_not_summed", "pp2", {"gradient": "embed.weight"}, (), ("update STEP", "fewer embed all_reduce")
+    ),
     Case("gradients_averaged_over_data", "dp2", {"gradient": "", "gradient_norm": ""}),
     Case("reduce_scatter_without_the_sum", "dp2", {"gradient": "", "gradient_norm": ""}),
     Case("bucket_not_reduced", "dp2", {"gradient": ""}, (), ("reduce 0REDUCE bucket 0", "fewer data reduce_scatter")),
