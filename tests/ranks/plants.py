@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ import dist_gpt.plan.steps
 import dist_gpt.rank
 from dist_gpt import params, verify
 from dist_gpt.comm.group import Group, Pending
+from dist_gpt.comm.mesh import Backends
+from dist_gpt.config.schema import Config
 from dist_gpt.layout import even_split
 from dist_gpt.model.gpt import Wiring
 from dist_gpt.optim.adamw import Optimizer
@@ -64,9 +67,9 @@ def planted(name: str | None) -> Iterator[list[int]]:
         return
     original = verify.certify_rank
 
-    def certify_with_bug(*arguments: Any) -> verify.Verdict:
+    def certify_with_bug(config: Config, rank: int, backends: Backends, reference: Path) -> verify.Verdict:
         with _grown(PLANTS[name], hits):
-            return original(*arguments)
+            return original(config, rank, backends, reference)
 
     verify.certify_rank = certify_with_bug
     try:
