@@ -18,6 +18,8 @@ import typer
 if TYPE_CHECKING:
     from dist_gpt.config.schema import Config
 
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package
+
 app = typer.Typer(
     name="dist-gpt",
     help="Plan, run and report distributed GPT training.",

@@ -184,6 +184,8 @@ class _Dropout(torch.autograd.Function):
 
 def _keep(x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
     """0 or 1/(1 - rate) per element: a 32-bit finaliser (MurmurHash3's fmix32) over the element index and the seed."""
+    if x.is_meta:
+        return torch.empty_like(x)  # a dry run counts; twenty operations on no data would be most of its time
     rows, columns = x.shape
     index = torch.arange(first_row * columns, (first_row + rows) * columns, device=x.device, dtype=torch.int64)
     bits = _fmix32((index & _LOW) ^ (seed & _LOW))

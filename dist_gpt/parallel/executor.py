@@ -69,6 +69,7 @@ class Executor:
         self._sending: list[tuple[Pending, Tensor]] = []
         self._micro_batches: dict[int, MicroBatch] = {}
         self._declared: dict[str, list[dict[tuple[str, str, int], int]]] = {}
+        self.after_step: Callable[[], None] | None = None  # the dry run reads live bytes here
         self.peak_message_bytes = 0  # of receives posted and not yet read
 
     def train(self, batch: Batches, update: Update) -> Tensor:
@@ -88,6 +89,8 @@ class Executor:
         for step, declared in zip(steps, self._declared[phase], strict=True):
             with self.mesh.ledger.step(phase, step, declared):
                 self._dispatch(step, batch, update)
+            if self.after_step is not None:
+                self.after_step()
         self._finish_sends()
         self._micro_batches.clear()
         if self._tape or self._activations or self._gradients or self._receiving:

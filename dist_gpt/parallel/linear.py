@@ -66,13 +66,13 @@ class _Column(torch.autograd.Function):
 
         if not split:
             grad_x, sum_x = reduce_tokens(tp, grad_out @ weight, False)
-            sink.submit(lambda: _weight_gradients(sink, weight, bias, grad_out, x))
+            sink.submit(lambda: _weight_gradients(sink, weight, bias, grad_out, x), grad_out, x)
             sum_x.wait()
             return grad_x, None, None, None, None, None
 
         if sink.deferring:  # the gather belongs to the weight step
             grad_x, sum_x = scatter_tokens(tp, grad_out @ weight)
-            sink.submit(lambda: _gathered_weight_gradients(sink, weight, bias, grad_out, x, tp))
+            sink.submit(lambda: _gathered_weight_gradients(sink, weight, bias, grad_out, x, tp), grad_out, x)
         else:
             full, gathered = gather_tokens(tp, x)
             partial = grad_out @ weight
@@ -109,7 +109,7 @@ class _Row(torch.autograd.Function):
             grad_out, gathered = gather_tokens(ctx.tp, grad_out)
             gathered.wait()
         grad_x = grad_out @ weight
-        sink.submit(lambda: sink.add_product(weight, grad_out, x))
+        sink.submit(lambda: sink.add_product(weight, grad_out, x), grad_out, x)
         return grad_x, None, None, None, None, None
 
 

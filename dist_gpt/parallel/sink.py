@@ -21,8 +21,9 @@ class GradSink:
     def __init__(self) -> None:
         self._buffers: dict[Parameter, Tensor] = {}
         self._written: set[Parameter] = set()
-        self._queue: dict[Hashable, list[Callable[[], None]]] = {}
+        self._queue: dict[Hashable, list[tuple[Callable[[], None], list[object]]]] = {}
         self._deferred_to: Hashable | None = None
+        self.hold: Callable[[Tensor], object] = lambda tensor: tensor  # the dry run counts what queued jobs keep
 
     def bind(self, parameter: Parameter, buffer: Tensor) -> None:
         """Gradients of `parameter` go to `buffer` (same shape) and to `parameter.grad`, which views it."""
@@ -62,12 +63,13 @@ class GradSink:
             buffer.zero_()
         buffer.index_add_(0, rows, gradient)
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run `job`, which computes weight gradients, now, or queue it if the running step defers them."""
+    def submit(self, job: Callable[[], None], *needs: Tensor) -> None:
+        """Run `job`, which computes weight gradients from `needs`, now, or queue it if the running step defers them."""
         if self._deferred_to is None:
             job()
         else:
-            self._queue.setdefault(self._deferred_to, []).append(job)
+            kept = [self.hold(tensor) for tensor in needs]
+            self._queue.setdefault(self._deferred_to, []).append((job, kept))
 
     @property
     def deferring(self) -> bool:
@@ -82,8 +84,9 @@ class GradSink:
 
     def run(self, key: Hashable) -> None:
         """Run the jobs queued under `key`, in the order they came."""
-        for job in self._queue.pop(key):
-            job()
+        with torch.no_grad():  # as in the backward that queued them: saved inputs still require gradients
+            for job, _ in self._queue.pop(key):
+                job()
 
     def _target(self, parameter: Parameter) -> tuple[Tensor, bool]:
         buffer = self._buffers.get(parameter)

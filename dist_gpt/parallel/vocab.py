@@ -46,7 +46,7 @@ class _Embedding(torch.autograd.Function):
             rows, foreign = ctx.saved_tensors
             grad = grad.masked_fill(foreign.unsqueeze(1), 0.0)
         weight, sink = ctx.weight, ctx.sink
-        sink.submit(lambda: sink.add_rows(weight, rows, grad))
+        sink.submit(lambda: sink.add_rows(weight, rows, grad), rows, grad)
         return None, None, None, None, None, None
 
 

@@ -48,18 +48,19 @@ def _distinct(steps: Sequence[Step]) -> Counter[Step]:
 
 
 def peak_activations(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Largest sum of bytes on the tape, walking `steps`; a block's bytes go with its last backward or weight step."""
-    split = any(step.kind == WEIGHT for step in steps)
-    saved = {
-        b: plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind == FORWARD and (b := s.block) is not None
-    }
+    """Largest sum of bytes that stay between two steps, for later ones of the same block. A forward leaves what
+    autograd keeps; a backward frees it, and where weight gradients come later leaves what these need."""
+    left = {(s.kind, s.block): plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind in (FORWARD, BACKWARD)}
     live = peak = 0
     for step in steps:
         if step.kind == FORWARD:
-            live += saved[step.block or 0]
-            peak = max(peak, live)
-        elif step.kind == (WEIGHT if split else BACKWARD):
-            live -= saved[step.block or 0]
+            live += left[FORWARD, step.block]
+        elif step.kind == BACKWARD:
+            live -= left[FORWARD, step.block]
+            live += left[BACKWARD, step.block]
+        elif step.kind == WEIGHT:
+            live -= left[BACKWARD, step.block]
+        peak = max(peak, live)
     return peak
 
 

@@ -12,6 +12,26 @@ from dist_gpt.params import qkv_sections, vocab_range
 TOKEN_BYTES = 8  # int64
 
 
+def queued_bytes(config: Config, block: int, tp_index: int = 0) -> int:
+    """Bytes that a backward of inputs alone leaves for the weight step of `block`, one micro-batch: the input and the
+    output gradient of every product with a weight; both instead of what the forward left."""
+    m, p = config.model, config.parallel
+    tokens = config.train.micro_batch * m.seq_len // p.cp
+    element = DTYPE_BYTES[config.train.dtype]
+    here = tokens // p.tp if p.sequence_parallel else tokens
+    if block == 0:
+        return tokens * TOKEN_BYTES + tokens * m.hidden_size * element
+    if block == m.num_layers + 1:
+        start, stop = vocab_range(config, tp_index)
+        return (here * m.hidden_size + tokens * (stop - start)) * element
+    q, k, v = (width // p.tp for width in qkv_sections(config))
+    ffn = int(m.ffn_size or 0) // p.tp
+    up = 2 * ffn if m.activation == "swiglu" else ffn
+    columns = 2 * here * m.hidden_size + tokens * (q + k + v + up)  # qkv and up: split inputs, whole gradients
+    rows = tokens * (q + ffn + 2 * m.hidden_size)  # out and down: inputs, gathered gradients
+    return (columns + rows) * element
+
+
 def saved_bytes(config: Config, block: int, tp_index: int = 0) -> int:
     """Bytes that the forward of `block` leaves on the tape for one micro-batch: its input and what autograd keeps."""
     m, p = config.model, config.parallel

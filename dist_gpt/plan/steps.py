@@ -17,7 +17,7 @@ from dist_gpt.config.schema import DTYPE_BYTES, Config
 from dist_gpt.layout import Coords, Layout
 from dist_gpt.params import vocab_range
 from dist_gpt.plan.buckets import Bucket, make_buckets
-from dist_gpt.plan.memory import saved_bytes
+from dist_gpt.plan.memory import queued_bytes, saved_bytes
 from dist_gpt.plan.split import head_forward_flops, layer_forward_flops, split_blocks
 from dist_gpt.schedule.action import Action, Op
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, REDUCE, SEND, UPDATE, WEIGHT, Step, expand
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Declaration of one step on one rank: collectives, model FLOPs, and bytes that stay until the backward."""
+    """Declaration of one step on one rank: collectives, model FLOPs, and bytes that stay for later steps."""
 
     comm: tuple[Call, ...] = ()
     flops: int = 0
@@ -200,7 +200,7 @@ class RankPlan:
             comm = self._tp(ALL_GATHER, REDUCE_SCATTER, calls=2)
         else:
             comm = self._tp(ALL_REDUCE, calls=2)
-        return Cost(comm, matmul + 2 * attention)
+        return Cost(comm, matmul + 2 * attention, queued_bytes(self.config, block, self.coords.tp))
 
     def _weight(self, step: Step) -> Cost:
         """Weight gradients; sequence parallel gathers the inputs of column-parallel products again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_gpt.comm.mesh import FakeBackends, build_mesh
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.dryrun import SavedBytes, _addmm_flops, dryrun_document
+from dist_gpt.dryrun import SavedBytes, dryrun_document
 from dist_gpt.layout import Layout
 from dist_gpt.parallel.executor import MicroBatch
 from dist_gpt.plan.api import flops_document, plan_document
@@ -31,6 +32,11 @@ LLAMA = ["model.num_kv_heads=2", "model.ffn_size=80", "model.norm=rmsnorm", "mod
 GROUPED = ["model.num_kv_heads=2"]
 SP = "parallel.sequence_parallel=true"
 FAMILIES = pytest.mark.parametrize("family", [[], LLAMA, GROUPED], ids=["gpt", "llama", "gpt, grouped queries"])
+
+
+def _addmm_flops(target: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of an accumulating product (m, k) @ (k, n), which torch's counter does not know."""
+    return 2 * int(a[0]) * int(a[1]) * int(b[1])
 
 
 @pytest.fixture(autouse=True)
