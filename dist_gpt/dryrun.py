@@ -21,7 +21,6 @@ from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN
 from dist_gpt.optim.adamw import state_bytes
-from dist_gpt.params import SHARDED
 from dist_gpt.plan.count import memory_document
 from dist_gpt.rank import Rank
 
@@ -98,6 +97,10 @@ def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:
             activations=saved.peak,
             buffers=replica.executor.peak_message_bytes + replica.plan.scatter_bytes,
         ),
+        "schedule": {
+            "name": config.parallel.schedule,
+            "order": [str(step) for step in replica.plan.steps],
+        },
         "differences": replica.mesh.ledger.differences,
     }
 
@@ -122,8 +125,3 @@ class FlopCounter(TorchDispatchMode):
 
 def _parameters(replica: Rank) -> int:
     return sum(replica.stage.named[p.name].numel() for p in replica.params)
-
-
-def replicated_parameters(replica: Rank) -> int:
-    """Elements that every tp rank holds whole."""
-    return sum(p.numel for p in replica.params if p.kind != SHARDED)

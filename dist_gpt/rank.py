@@ -94,7 +94,7 @@ class Rank:
         return total / count
 
     def _validation_micro_batch(self, samples: Samples, m: int) -> MicroBatch:
-        return self.micro_batch(samples, 0, m, training=False)
+        return self.micro_batch(samples, 0, m, False)
 
     def _once(self, loss: Tensor) -> Tensor:
         """The loss part that the sum over the world counts: all tp ranks computed the same."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,19 +14,15 @@ import torch
 from dist_gpt.comm.rendezvous import (
     RankEnv,
     RendezvousError,
-    Store,
     choose_device,
     connect_store,
-    identity,
     make_backends,
     rank_env,
-    roll_call,
 )  # fmt: skip
-from dist_gpt.config.load import config_hash
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
-from dist_gpt.data.tokens import Prepared, open_prepared, prepare
 from dist_gpt.events import EVAL, TRAIN, Counts, EventFile
+from dist_gpt.meeting import meet, settle
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
@@ -100,6 +96,7 @@ class Trainer:
         evaluation.merge(_count_calls(plan.eval_calls(), plan.layout.world), batches)
         return [
             *ledger.differences,
+            *(f"no gradient was written for a parameter of shape {tuple(p.shape)}" for p in self.rank.sink.unwritten()),
             *(f"train: {line}" for line in ledger.counts(TRAIN).differences(train)),
             *(f"eval: {line}" for line in ledger.counts(EVAL).differences(evaluation)),
         ]
@@ -122,28 +119,26 @@ def main(config: Config) -> int:
         )
     torch.manual_seed(config.train.seed)
     run_dir = Path(str(config.run_dir))
-    rank = tracker = events = None
-    try:
-        store = connect_store(env)
-        device = choose_device(env)
-        data = shared_data(config, store, env)
-        roll_call(store, env, identity(config_hash(config), data.digest))
-        rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
-        tracker = Tracker(config, run_dir, env.rank)
-        tracker.message(greeting(env, rank))
-        rank.initialise()
-        coords = asdict(rank.mesh.coords)
-        events = EventFile(run_dir / f"events.rank{env.rank}.jsonl", env.rank, coords, env.attempt)
-        trainer = Trainer(config, rank, Batches(data, config), tracker, events)
-        trainer.run()
-        return settle(store, env, trainer.accounting(), tracker)
-    except BaseException as error:
-        record_failure(error)
-        raise
-    finally:
-        for part in (events, tracker, rank):
-            if part is not None:
-                part.close()
+    with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails
+        try:
+            store = connect_store(env)  # it goes after all parts, with this function's frame
+            device = choose_device(env, config.launch.backend)
+            data, env = meet(config, store, env)
+            rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
+            parts.callback(rank.close)
+            tracker = Tracker(config, run_dir, env.rank)
+            parts.callback(tracker.close)
+            tracker.message(greeting(env, rank))
+            rank.initialise()
+            coords = asdict(rank.mesh.coords)
+            events = EventFile(run_dir / f"events.rank{env.rank}.jsonl", env.rank, coords, env.attempt)
+            parts.callback(events.close)
+            trainer = Trainer(config, rank, Batches(data, config), tracker, events)
+            trainer.run()
+            return settle(store, env, trainer.accounting(), tracker)
+        except BaseException as error:
+            record_failure(error)  # before the connections close, which makes other ranks fail
+            raise
 
 
 def greeting(env: RankEnv, rank: Rank) -> str:
@@ -151,37 +146,3 @@ def greeting(env: RankEnv, rank: Rank) -> str:
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
     return f"rank {env.rank}/{env.world} local {env.local_rank}/{env.local_world} ({rank.mesh.coords}) on {where}"
-
-
-def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
-    """Tokens from the cache; the first rank of each node prepares them and the others wait for its word."""
-    key = f"data/{env.rank - env.local_rank}"
-    if env.local_rank == 0:
-        try:
-            data = prepare(config)
-        except Exception as error:
-            store.set(key, json.dumps({"error": str(error)}))
-            raise
-        store.set(key, json.dumps({"path": str(data.path)}))
-        return data
-    store.wait([key])
-    word = json.loads(store.get(key))
-    if "error" in word:
-        raise RendezvousError(f"rank {env.rank - env.local_rank} could not prepare the data: {word['error']}")
-    return open_prepared(word["path"])
-
-
-def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker) -> int:
-    """Lay the ranks' accounts together; rank 0 says whether they are exact. Returns the exit code, on every rank."""
-    store.set(f"accounting/{env.rank}", json.dumps(differences))
-    keys = [f"accounting/{rank}" for rank in range(env.world)]
-    store.wait(keys)
-    found = [f"rank {rank}: {line}" for rank, key in enumerate(keys) for line in json.loads(store.get(key))]
-    if env.rank == 0:
-        tracker.message("accounting: differs" if found else "accounting: exact")
-        for line in found[:20]:
-            tracker.message(f"  {line}")
-    store.set(f"left/{env.rank}", "")
-    if env.rank == 0:  # rank 0 may host the store: it leaves last
-        store.wait([f"left/{rank}" for rank in range(env.world)])
-    return 1 if found else 0

@@ -1,4 +1,5 @@
-"""The parity certificate: a layout against one process, in float64, over loss, gradients, norm and stepped weights.
+"""The parity certificate: a layout against one process, in float64, over loss (of training and of a validation
+batch), gradients, norm and stepped weights.
 
 Rank 0 trains the model alone, with every degree of parallelism at 1 and nothing sharded, and writes what it found;
 then all ranks train it in the layout under test, and each compares its own part, gradients whole, with the reference.
@@ -50,7 +51,7 @@ def verify_samples(config: Config, step: int) -> Samples:
 class Trace:
     """What a certificate compares: per step loss and norm, per parameter gradients of each step, final weights."""
 
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of each step, and last of a validation batch
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -73,6 +74,7 @@ def run_steps(replica: Rank, config: Config) -> Trace:
         trace.losses.append(loss)
         trace.norms.append(norm)
     replica.optimizer.before_clip = None
+    trace.losses.append(replica.evaluate([verify_samples(config, STEPS)]).item())
     trace.weights = {name: p.detach().clone() for name, p in replica.stage.named.items()}
     return trace
 
@@ -129,12 +131,9 @@ def certify_rank(config: Config, rank: int, backends: Backends, reference: Path)
 
 def _compare(verdict: Verdict, replica: Rank, trace: Trace, ref: dict[str, Tensor]) -> None:
     tp, index = replica.mesh.tp.size, replica.mesh.tp.index
-    for step in range(STEPS):
-        for measure, got, want in (
-            ("loss", trace.losses[step], ref["losses"][step].item()),
-            ("gradient_norm", trace.norms[step], ref["norms"][step].item()),
-        ):
-            verdict.see(measure, abs(got - want) / abs(want), f"step {step}")
+    for measure, got, want in (("loss", trace.losses, ref["losses"]), ("gradient_norm", trace.norms, ref["norms"])):
+        for step, (a, b) in enumerate(zip(got, want.tolist(), strict=True)):
+            verdict.see(measure, abs(a - b) / abs(b), f"step {step}" if step < STEPS else "validation")
     largest = max(t.abs().max().item() for k, t in ref.items() if k.startswith("g:"))
     for param in replica.params:
         weight = ref[f"w:{param.name}"]

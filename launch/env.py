@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from dist_gpt.config.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -50,8 +52,18 @@ def torch_is_cpu_build() -> bool:
         return False
 
 
-def choose_device(ranks_per_node: int, gpus: int) -> Device:
-    """GPUs when every rank can have its own, else the CPU."""
+def choose_device(ranks_per_node: int, gpus: int, backend: str = "auto") -> Device:
+    """GPUs when every rank can have its own, else the CPU. `backend` nccl insists on GPUs, gloo on the CPU.
+
+    Raises ConfigError where nccl is asked for and GPUs are missing.
+    """
+    if backend == "gloo":
+        return Device("cpu", "gloo on CPU, as launch.backend says")
+    if backend == "nccl" and gpus < ranks_per_node:
+        raise ConfigError([
+            f"launch.backend: nccl needs a GPU for each of the {ranks_per_node} ranks of a node, and this machine has "
+            f"{gpus}; start it where there are enough, or try it here with --set launch.backend=gloo"
+        ])  # fmt: skip
     if gpus == 0:
         return Device("cpu", "no GPU found: gloo on CPU")
     found = f"{gpus} GPU{'s' if gpus > 1 else ''} found"

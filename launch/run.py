@@ -33,7 +33,7 @@ def load_for_launch(path_or_preset: str, overrides: Sequence[str]) -> tuple[Conf
         world = gpus * nodes // rest * rest
         if world:
             config = load(path_or_preset, overrides, world=world)
-    return config, choose_device(config.world_size // nodes, gpus)
+    return config, choose_device(config.world_size // nodes, gpus, config.launch.backend)
 
 
 def _dp_is_auto(path_or_preset: str, overrides: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_gpt.comm.ledger import Ledger
 
+JOIN_S = 1.0
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -85,7 +86,10 @@ class SendWaiter:
         return waited
 
     def close(self) -> None:
+        """End the thread, so that nothing touches the backend when it goes; one that is stuck is left after JOIN_S."""
         self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
 
     def _run(self) -> None:
         while (waited := self._queue.get()) is not None:

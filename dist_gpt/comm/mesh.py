@@ -12,7 +12,8 @@ layout `edge` that `schedule.check` proves free of deadlock.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -64,9 +65,10 @@ class Mesh:
         return self.edges[source, destination, direction]
 
     def close(self) -> None:
-        """Give every group's backend back."""
-        for group in [*self.groups.values(), *self.edges.values()]:
-            group.close()
+        """Give every group's backend back, also when one of them fails to go."""
+        with ExitStack() as stack:
+            for group in [*self.groups.values(), *self.edges.values()]:
+                stack.callback(group.close)
 
 
 def group_sizes(layout: Layout) -> dict[str, int]:
@@ -88,59 +90,112 @@ def edges_of(holders: Iterable[int], pp: int) -> list[Edge]:
 def build_mesh(
     layout: Layout, rank: int, holders: Iterable[int], backends: Backends, ledger: Ledger | None = None
 ) -> Mesh:
-    """Create the groups of `rank`; `holders` is the pipeline rank of each chunk."""
+    """Create the groups of `rank`; `holders` is the pipeline rank of each chunk. On an error those made are closed."""
     ledger = ledger or Ledger(group_sizes(layout))
     here = layout.coords(rank)
-    groups = {}
-    for axis in COLLECTIVE_AXES:
-        ranks = layout.group(axis, rank)
-        groups[axis] = Group(axis, ranks, rank, backends.create(axis, ranks, rank), ledger)
-    edges = {}
-    for source, destination, direction in edges_of(holders, here.pp):
-        ranks = (
-            layout.rank(source, here.dp, here.cp, here.tp),
-            layout.rank(destination, here.dp, here.cp, here.tp),
-        )
-        backend = backends.create(f"pp_{direction}", ranks, rank)
-        edges[source, destination, direction] = Group("pp", ranks, rank, backend, ledger)
-    return Mesh(layout, rank, ledger, groups, edges)
+    with ExitStack() as undo:
+
+        def make(axis: str, name: str, ranks: tuple[int, ...]) -> Group:
+            group = Group(axis, ranks, rank, backends.create(name, ranks, rank), ledger)
+            undo.callback(group.close)
+            return group
+
+        groups = {axis: make(axis, axis, layout.group(axis, rank)) for axis in COLLECTIVE_AXES}
+        edges = {}
+        for source, destination, direction in edges_of(holders, here.pp):
+            ranks = (
+                layout.rank(source, here.dp, here.cp, here.tp),
+                layout.rank(destination, here.dp, here.cp, here.tp),
+            )
+            edges[source, destination, direction] = make("pp", f"pp_{direction}", ranks)
+        mesh = Mesh(layout, rank, ledger, groups, edges)
+        undo.pop_all()
+    return mesh
+
+
+class GlooGroup(dist.ProcessGroupGloo):
+    """Gloo whose operations end in time also when that is not the time its connections were made in."""
+
+    def limit(self, timeout: timedelta) -> None:
+        """From now on `timeout` is every operation's."""
+        self._set_default_timeout(timeout)
+        self.timeout = timeout
+
+    def send(self, tensors: list[torch.Tensor], destination: int, tag: int) -> Any:
+        return _PairWork(super().send(tensors, destination, tag), self.timeout)  # type: ignore[misc]
+
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> Any:
+        return _PairWork(super().recv(tensors, source, tag), self.timeout)  # type: ignore[misc]
+
+
+class _PairWork:
+    """A gloo send or receive. It would wait as long as the connections took at most: it keeps no later timeout."""
+
+    __slots__ = ("is_completed", "_timeout", "_work")
+
+    def __init__(self, work: Any, timeout: timedelta) -> None:
+        self._work = work
+        self._timeout = timeout
+        self.is_completed = work.is_completed
+
+    def wait(self) -> None:
+        self._work.wait(self._timeout)
 
 
 class GlooBackends:
-    """Gloo over `host`'s interface (loopback on one node), on a store that all ranks share."""
+    """Gloo on a store that all ranks share, over the interface of address `host` (loopback on one node).
 
-    def __init__(self, store: dist.Store, host: str, timeout_s: float) -> None:
+    `interfaces` are used instead of `host` where they are named. `timeout_s` is a collective's; a group is created
+    within what `left_s` says is left by then (by default `timeout_s`).
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        host: str,
+        timeout_s: float,
+        interfaces: Sequence[str] = (),
+        left_s: Callable[[], float] | None = None,
+    ) -> None:
         self.store = store
-        self.timeout = timedelta(seconds=timeout_s)
-        self.device = dist.ProcessGroupGloo.create_device(hostname=host)
+        self.timeout_s = timeout_s
+        self.left_s = left_s or (lambda: timeout_s)
+        create = dist.ProcessGroupGloo.create_device
+        self.devices = [create(interface=name) for name in interfaces] or [create(hostname=host)]
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
         if len(ranks) == 1:
             return None
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [self.device]
-        options._timeout = self.timeout
+        options._devices = self.devices
+        options._timeout = timedelta(seconds=self.left_s())
         options._threads = 1
         store = dist.PrefixStore(_key(name, ranks), self.store)
-        return dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), options)
+        backend = GlooGroup(store, ranks.index(rank), len(ranks), options)
+        backend.limit(timedelta(seconds=self.timeout_s))
+        return backend
 
 
 class NcclBackends:
     """NCCL, one GPU per process. Never run with several ranks by the authors; see the README's status table."""
 
-    def __init__(self, store: dist.Store, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, store: dist.Store, device: torch.device, timeout_s: float, left_s: Callable[[], float] | None = None
+    ) -> None:
         self.store = store
         self.device = device
-        self.timeout = timedelta(seconds=timeout_s)
+        self.timeout_s = timeout_s
+        self.left_s = left_s or (lambda: timeout_s)
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
         if len(ranks) == 1:
             return None
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self.timeout
+        options._timeout = timedelta(seconds=self.left_s())
         store = dist.PrefixStore(_key(name, ranks), self.store)
         backend = dist.ProcessGroupNCCL(store, ranks.index(rank), len(ranks), options)
         backend.eager_connect_single_device(self.device)
+        backend._set_default_timeout(timedelta(seconds=self.timeout_s))
         return backend
 
 

@@ -1,7 +1,7 @@
-"""How ranks meet: torchrun's variables, one store, one deadline, a roll call, and the group's end.
+"""How ranks meet: torchrun's variables, one store, one deadline, a roll call, and who talks over which interface.
 
-`with joined(...) as rank_env` connects the store; `roll_call` compares what every rank brought and names who is
-missing or differs; both spend the same deadline.
+`rank_env` starts the deadline, `connect_store` and `roll_call` spend it: the latter compares what every rank brought
+and names who is missing or differs. `make_backends` gives what is left of it to the creation of each group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -23,6 +24,7 @@ from dist_gpt.comm.mesh import Backends, GlooBackends, NcclBackends
 Store = dist.Store
 LOOPBACK = "127.0.0.1"
 STORE_FD = "DIST_GPT_STORE_FD"
+READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
 
 
 class RendezvousError(RuntimeError):
@@ -64,6 +66,12 @@ def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> Rank
             "or unset RANK for a single process"
         )
     world = _number(env, "WORLD_SIZE")
+    local = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in env]
+    if world > 1 and local:
+        raise RendezvousError(
+            f"WORLD_SIZE is {world} but {' and '.join(local)} {'is' if len(local) == 1 else 'are'} not set, so this "
+            "rank cannot know who shares its node: start ranks with dist-gpt launch or torchrun, which set both"
+        )
     return RankEnv(
         rank=_number(env, "RANK"),
         world=world,
@@ -127,50 +135,93 @@ def _listen(env: RankEnv) -> int:
     return server.detach()
 
 
-def identity(config_hash: str, data_digest: str) -> dict[str, str]:
+def wait_for(store: Store, env: RankEnv, keys: Mapping[int, str], purpose: str, timeout_s: float | None = None) -> None:
+    """Until every rank of `keys` has set its key; RendezvousError says which of them did not `purpose`.
+
+    Without `timeout_s` the store's own timeout counts: the one that its connection had.
+    """
+    started = time.monotonic()
+    try:
+        if timeout_s is None:
+            store.wait(list(keys.values()))
+        else:
+            store.wait(list(keys.values()), timedelta(seconds=timeout_s))
+    except Exception as error:  # torch raises its own C++ error types here
+        try:
+            absent = [rank for rank, key in keys.items() if not store.check([key])]
+        except Exception:
+            raise RendezvousError(
+                f"rank {env.rank} lost the store while it waited for {_named(keys)} to {purpose}: did the process "
+                f"that hosts it, at {env.master_addr}:{env.master_port}, end? See the log of rank 0 ({error})"
+            ) from error
+        raise RendezvousError(
+            f"rank {env.rank}: {_named(absent or keys)} did not {purpose} within {time.monotonic() - started:.0f} s. "
+            f"See the log of {_named(absent or keys)}"
+        ) from error
+
+
+def _named(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 1, 3`, or the first eight and how many more."""
+    names = [str(rank) for rank in sorted(ranks)]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names[:8]) + more
+
+
+def identity(config_hash: str) -> dict[str, str]:
     """What must be equal on all ranks."""
-    return {
-        "config": config_hash[:16],
-        "data": data_digest[:16],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    return {"config": config_hash[:16], "torch": torch.__version__, "python": platform.python_version()}
 
 
 def roll_call(store: Store, env: RankEnv, mine: Mapping[str, str]) -> None:
-    """Every rank answers with its identity; RendezvousError names who is missing or differs, on every rank."""
+    """Every rank answers with its identity; RendezvousError names who is missing or differs, on every rank.
+
+    An answer with the key `error` ends the roll call at once: its sentence, after the rank's name, is the verdict.
+    After a bad verdict rank 0 stays until the others have read it, READ_S at most: the store may go with it.
+    """
     if env.world == 1:
         return
     answer = {**mine, "host": socket.gethostname(), "pid": str(os.getpid())}
     store.set(f"roll/{env.rank}", json.dumps(answer))
+    readers: set[int] = set()
     if env.rank == 0:
-        store.set("roll/verdict", _take_roll(store, env, mine))
-    try:
-        store.wait(["roll/verdict"], timedelta(seconds=env.left_s() + 5.0))
-    except Exception as error:
-        raise RendezvousError(f"rank {env.rank}: rank 0 did not finish the roll call in time") from error
+        verdict, readers = _take_roll(store, env, mine)
+        store.set("roll/verdict", verdict)
+    wait_for(store, env, {0: "roll/verdict"}, "finish the roll call", env.left_s() + 5.0)
     verdict = store.get("roll/verdict").decode()
-    if verdict:
-        raise RendezvousError(verdict)
+    if not verdict:
+        return
+    with suppress(Exception):  # the verdict matters more than a store that fails now
+        store.set(f"roll/read/{env.rank}", "")
+        if readers:
+            store.wait([f"roll/read/{rank}" for rank in sorted(readers)], timedelta(seconds=READ_S))
+    raise RendezvousError(verdict)
 
 
-def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> str:
-    """Rank 0's verdict: empty, or the sentence that every rank will raise."""
-    missing = set(range(env.world))
-    while missing:
-        missing -= {rank for rank in sorted(missing) if store.check([f"roll/{rank}"])}
-        if missing and time.monotonic() > env.deadline:
-            names = ", ".join(map(str, sorted(missing)))
-            return f"roll call: {len(missing)} of {env.world} ranks did not appear in time: {names}. See their logs"
+def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str, set[int]]:
+    """Rank 0's verdict, empty or the sentence that every rank will raise, and the ranks that will read it."""
+    answers: dict[int, dict[str, str]] = {}
+    everybody = set(range(env.world))
+    while missing := sorted(everybody - set(answers)):
+        late = time.monotonic() > env.deadline  # asked before the last look: who came in time is not called missing
+        for rank in missing:
+            if store.check([f"roll/{rank}"]):
+                answers[rank] = json.loads(store.get(f"roll/{rank}"))
+        for rank, theirs in sorted(answers.items()):
+            if "error" in theirs:
+                return f"roll call: rank {rank} on {theirs['host']} {theirs['error']}", everybody
+        missing = sorted(everybody - set(answers))
+        if missing and late:
+            names = ", ".join(map(str, missing))
+            verdict = f"{len(missing)} of {env.world} ranks did not appear in time: {names}. See their logs"
+            return f"roll call: {verdict}", set(answers)
         if missing:
             time.sleep(0.02)
     problems = []
-    for rank in range(env.world):
-        theirs = json.loads(store.get(f"roll/{rank}"))
+    for rank, theirs in sorted(answers.items()):
         for key, value in mine.items():
             if theirs[key] != value:
                 problems.append(f"rank {rank} on {theirs['host']} has {key} {theirs[key]}, rank 0 has {value}")
-    return "roll call: " + "; ".join(problems) if problems else ""
+    return "roll call: " + "; ".join(problems) if problems else "", everybody
 
 
 def scoped(store: Store, prefix: str) -> Store:
@@ -179,16 +230,42 @@ def scoped(store: Store, prefix: str) -> Store:
 
 
 def make_backends(store: Store, env: RankEnv, device: torch.device, timeout_s: float) -> Backends:
-    """NCCL on GPUs, gloo otherwise; gloo listens on loopback when all ranks are on one node."""
+    """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
+
+    Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective. On several
+    nodes gloo listens on the interfaces that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose
+    route leads to MASTER_ADDR: what a host's own name means is often an address that only the host itself can reach.
+    """
     if device.type == "cuda":
-        return NcclBackends(store, device, timeout_s)
-    host = LOOPBACK if env.one_node else socket.gethostname()
-    return GlooBackends(store, host, timeout_s)
+        if env.one_node:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        return NcclBackends(store, device, timeout_s, env.left_s)
+    if env.one_node:
+        return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s)
+    interfaces = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
+    host = "" if interfaces else _address_towards(env.master_addr, env.master_port)
+    return GlooBackends(store, host, timeout_s, interfaces, env.left_s)
 
 
-def choose_device(env: RankEnv) -> torch.device:
-    """One GPU per process where there are GPUs, else the CPU."""
-    if torch.cuda.is_available():
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the route to `host`. Connecting a datagram socket asks the kernel and sends nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise RendezvousError(
+            f"no route from {socket.gethostname()} to MASTER_ADDR {host}: {error}. Set MASTER_ADDR to an address that "
+            "all nodes reach, or GLOO_SOCKET_IFNAME to the interface that leads to the other nodes"
+        ) from error
+
+
+def choose_device(env: RankEnv, backend: str = "auto") -> torch.device:
+    """One GPU per process where there are GPUs, else the CPU; `backend` nccl insists on a GPU, gloo on the CPU."""
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise RendezvousError("launch.backend: nccl, but torch sees no GPU; --set launch.backend=gloo runs on the CPU")
+    if torch.cuda.is_available() and backend != "gloo":
         if env.local_rank >= torch.cuda.device_count():
             raise RendezvousError(
                 f"local rank {env.local_rank} has no GPU of its own: {torch.cuda.device_count()} visible on "

@@ -211,6 +211,8 @@ class LaunchConfig(Section):
     """Nodes."""
     ranks_per_node: Positive | Literal["auto"] = "auto"
     """Ranks per node; auto: world / nodes when dp is a number, else one per GPU (without a GPU, tp x pp x cp)."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Who communicates: nccl (GPUs), gloo (CPU), or auto: nccl where GPUs are visible."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """One deadline for a collective, and for the whole initialisation."""
     elastic: bool = False

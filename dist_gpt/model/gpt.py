@@ -3,7 +3,11 @@
 Activations are (N, H): N tokens of one micro-batch, B sequences of T tokens flattened, by H features. Under sequence
 parallelism what lies between the column- and row-parallel products is (N/tp, H). K is the width of a head.
 
-The same code is the one-process model (every group has size 1) and a rank's part of a parallel one.
+The same code is the one-process model (every group has size 1) and a rank's part of a parallel one. There is no loop
+over the blocks here: `parallel.executor` calls them one by one, forward and backward, in the order its step list says.
+For the same reason a parameter's gradient does not travel through autograd. The layers hand it to the GradSink, which
+adds it to the parameter's place in a flat buffer, now or in a later step; `use(parameter, sink)` does this for
+parameters of ordinary functions.
 """
 
 from __future__ import annotations
@@ -31,12 +35,13 @@ ATTENTION_BRANCH, MLP_BRANCH, ATTENTION_WEIGHTS, EMBEDDING = range(4)  # dropout
 
 @dataclass(frozen=True)
 class Wiring:
-    """What all blocks of a rank share."""
+    """What all blocks of a rank share. `find` returns the parameter of a name, or None where the table has none (a
+    model without biases)."""
 
     config: Config
     tp: Group
     sink: GradSink
-    new: Callable[[str], Parameter | None]
+    find: Callable[[str], Parameter | None]
 
     @property
     def sequence_parallel(self) -> bool:
@@ -44,17 +49,17 @@ class Wiring:
 
     def parameter(self, name: str) -> Parameter:
         """The parameter `name`; the model cannot be without it."""
-        found = self.new(name)
+        found = self.find(name)
         if found is None:
             raise ValueError(f"parameter {name} is not in the table of this rank")
         return found
 
     def column(self, name: str) -> ColumnLinear:
-        weight, bias = self.parameter(f"{name}.weight"), self.new(f"{name}.bias")
+        weight, bias = self.parameter(f"{name}.weight"), self.find(f"{name}.bias")
         return ColumnLinear(weight, bias, self.tp, self.sequence_parallel, self.sink)
 
     def row(self, name: str) -> RowLinear:
-        weight, bias = self.parameter(f"{name}.weight"), self.new(f"{name}.bias")
+        weight, bias = self.parameter(f"{name}.weight"), self.find(f"{name}.bias")
         return RowLinear(weight, bias, self.tp, self.sequence_parallel, self.sink)
 
     def first_token(self, micro: MicroBatch, tokens_here: int) -> int:
@@ -77,7 +82,7 @@ class Norm(nn.Module):
     def __init__(self, wiring: Wiring, name: str) -> None:
         super().__init__()
         self.weight = wiring.parameter(f"{name}.weight")
-        self.bias = wiring.new(f"{name}.bias")
+        self.bias = wiring.find(f"{name}.bias")
         self.sink = wiring.sink
         self.kind, self.eps = wiring.config.model.norm, wiring.config.model.norm_eps
 
@@ -141,7 +146,7 @@ class Embed(nn.Module):
         super().__init__()
         self.wiring = wiring
         self.weight = wiring.parameter("embed.weight")
-        self.position = wiring.new("embed.position")
+        self.position = wiring.find("embed.position")
         self.first_row, _ = vocab_range(wiring.config, wiring.tp.index)
 
     def forward(self, x: Tensor | None, micro: MicroBatch) -> Tensor:
@@ -152,6 +157,32 @@ class Embed(nn.Module):
         if self.position is not None:
             x = add_positions(x, self.position, w.first_token(micro, x.shape[0]), w.sink)
         return w.drop(x, micro, 0, EMBEDDING)
+
+
+class _AddPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, position: Parameter, first_token: int, sink: GradSink) -> Tensor:
+        ctx.position, ctx.first_token, ctx.sink = position, first_token, sink
+        return x + position.detach()[_rows_of(x, position, first_token)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        length, width = ctx.position.shape
+        if grads[0].shape[0] % length == 0 and ctx.first_token % length == 0:  # whole sequences: a plain sum
+            ctx.sink.add(ctx.position, grads[0].view(-1, length, width).sum(0))
+        else:
+            ctx.sink.add_rows(ctx.position, _rows_of(grads[0], ctx.position, ctx.first_token), grads[0])
+        return grads[0], None, None, None
+
+
+def _rows_of(x: Tensor, position: Tensor, first_token: int) -> Tensor:
+    return (first_token + torch.arange(x.shape[0], device=x.device)) % position.shape[0]
+
+
+def add_positions(x: Tensor, position: Parameter, first_token: int, sink: GradSink) -> Tensor:
+    """x (N/tp or N, H) + rows of `position` (T, H), token n of the batch being at position n mod T."""
+    result: Tensor = _AddPositions.apply(x, position, first_token, sink)
+    return result
 
 
 class Layer(nn.Module):
@@ -216,25 +247,3 @@ class Stage(nn.Module):
     def forward(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor:
         result: Tensor = self.blocks[str(block)](x, micro)
         return result
-
-
-class _AddPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, position: Parameter, first_token: int, sink: GradSink) -> Tensor:
-        ctx.position, ctx.first_token, ctx.sink = position, first_token, sink
-        return x + position.detach()[_rows_of(x, position, first_token)]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.sink.add_rows(ctx.position, _rows_of(grads[0], ctx.position, ctx.first_token), grads[0])
-        return grads[0], None, None, None
-
-
-def _rows_of(x: Tensor, position: Tensor, first_token: int) -> Tensor:
-    return (first_token + torch.arange(x.shape[0], device=x.device)) % position.shape[0]
-
-
-def add_positions(x: Tensor, position: Parameter, first_token: int, sink: GradSink) -> Tensor:
-    """x (N/tp or N, H) + rows of `position` (T, H), token n of the batch being at position n mod T."""
-    result: Tensor = _AddPositions.apply(x, position, first_token, sink)
-    return result

@@ -25,18 +25,3 @@ def local_part(param: Param, whole: Tensor, tp: int, index: int) -> Tensor:
         return whole
     pieces = [whole.narrow(param.shard_dim, start, stop - start) for start, stop in param.pieces(tp, index)]
     return torch.cat(pieces, dim=param.shard_dim)
-
-
-def join_parts(param: Param, parts: list[Tensor]) -> Tensor:
-    """The whole parameter from what every tp rank stores (the inverse of `local_part`)."""
-    if param.shard_dim is None:
-        return parts[0]
-    tp = len(parts)
-    whole = parts[0].new_empty(param.shape)
-    for index, part in enumerate(parts):
-        at = 0
-        for start, stop in param.pieces(tp, index):
-            length = stop - start
-            whole.narrow(param.shard_dim, start, length).copy_(part.narrow(param.shard_dim, at, length))
-            at += length
-    return whole

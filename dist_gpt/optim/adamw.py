@@ -86,9 +86,11 @@ class Optimizer:
     def _apply(self, rate: float, divisor: Tensor, bad: Tensor) -> None:
         for group in self.engine.param_groups:
             group["lr"] = rate
-        if self.config.optim.clip:
+        if self.fused and self.config.train.dtype != "fp64":
+            self.engine.grad_scale = divisor.float()  # type: ignore[attr-defined]  # the kernel divides: no extra pass
+        else:  # the kernel's divisor is float32: not for a float64 certificate
             for flat in self.flats:
-                flat.gradient_shard.mul_((1.0 / divisor).to(flat.gradients.dtype))
+                flat.gradient_shard.div_(divisor.to(flat.gradients.dtype))
         if self.fused:
             self.engine.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the kernel, on the device
         with torch.no_grad():

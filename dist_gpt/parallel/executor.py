@@ -187,8 +187,15 @@ class Executor:
         self.peak_message_bytes = max(self.peak_message_bytes, len(self._receiving) * tensor.nbytes)
 
     def _free_sent(self) -> None:
-        """Let go of messages that are gone; what is left of a sent activation is its graph edge."""
-        self._sending = [(pending, t) for pending, t in self._sending if not pending.done()]
+        """Let go of messages that are gone; what is left of a sent activation is its graph edge. Raises what a send
+        failed of."""
+        under_way = []
+        for pending, tensor in self._sending:
+            if pending.done():
+                pending.wait()
+            else:
+                under_way.append((pending, tensor))
+        self._sending = under_way
 
     def _finish_sends(self) -> None:
         for pending, _ in self._sending:

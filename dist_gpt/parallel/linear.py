@@ -104,7 +104,7 @@ class _Row(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight, bias, sink = ctx.weight, ctx.bias, ctx.sink
         if bias is not None:
-            sink.add(bias, grad_out.sum(0))
+            sink.add_column_sums(bias, grad_out)
         if ctx.split:
             grad_out, gathered = gather_tokens(ctx.tp, grad_out)
             gathered.wait()
@@ -118,7 +118,7 @@ def _weight_gradients(
 ) -> None:
     sink.add_product(weight, grad_out, inputs)
     if bias is not None:
-        sink.add(bias, grad_out.sum(0))
+        sink.add_column_sums(bias, grad_out)
 
 
 def _gathered_weight_gradients(

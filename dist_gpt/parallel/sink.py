@@ -56,6 +56,16 @@ class GradSink:
         else:
             buffer.addmm_(grad_out.t(), inputs)
 
+    def add_column_sums(self, parameter: Parameter, grad_out: Tensor) -> None:
+        """gradient of a bias (out,) += the sum of grad_out (tokens, out) over tokens, as a product with ones: on a CPU
+        that is twice as fast as a sum."""
+        buffer, first = self._target(parameter)
+        ones = grad_out.new_ones(grad_out.shape[0])
+        if first:
+            torch.mv(grad_out.t(), ones, out=buffer)
+        else:
+            buffer.addmv_(grad_out.t(), ones)
+
     def add_rows(self, parameter: Parameter, rows: Tensor, gradient: Tensor) -> None:
         """gradient[rows[i]] += gradient[i]: the gradient of a lookup."""
         buffer, first = self._target(parameter)

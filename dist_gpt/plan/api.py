@@ -47,10 +47,23 @@ def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
         "memory_bytes": memory_bytes,
         "peak_rank": peak_rank,
         "rank_memory_bytes": count_memory(plan, plan.steps),
+        "notes": _notes(config),
         "schedule": schedule,
         "bubble": schedule["simulated_bubble"],
         **dict.fromkeys(("step_s", "tokens_per_s", "tflops_per_gpu", "mfu", "hfu", "budget_s")),
     }
+
+
+def _notes(config: Config) -> list[str]:
+    """What the numbers take for granted."""
+    notes = []
+    if config.model.attention_dropout:
+        notes.append(
+            "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"
+        )
+    if config.launch.backend == "auto" and RankPlan(config, 0).scatter_bytes:
+        notes.append("buffers: counted for gloo; with --set launch.backend=nccl reductions need none")
+    return notes
 
 
 def _layout_document(config: Config) -> dict[str, Any]:

@@ -88,12 +88,16 @@ def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_i
         members: list[Param] = []
         for block in reversed(blocks):
             members += [p for p in table if p.block == block and p not in tied]
-            if sum(prod(p.local_shape(config.parallel.tp, tp_index)) for p in members) >= limit:
+            # by the widest piece, tp rank 0's: all tp ranks must cut the same buckets
+            if sum(prod(p.local_shape(config.parallel.tp, 0)) for p in members) >= limit:
                 close(chunk, block, members)
                 members = []
         close(chunk, blocks[0], members)
         if tied and 0 in blocks:
             close(chunk, 0, tied, tied=True)
+    names = [slot.param.name for bucket in buckets for slot in bucket.slots]
+    if len(set(names)) != len(names):
+        raise ValueError("a rank that holds the first and the last chunk apart would store the tied embedding twice")
     return tuple(buckets)
 
 

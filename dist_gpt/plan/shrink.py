@@ -25,6 +25,7 @@ def certificate_config(config: Config, full: bool, parameters: int) -> tuple[Con
         "train": {"dtype": "fp64"},
         "model": {"attention_dropout": 0.0},
         "optim": {"warmup": 0},
+        "launch": {"backend": "gloo"},
     }
     if not full and (config.world_size > MAX_WORLD or parameters > MAX_PARAMETERS):
         for section, keys in shrunk(config).items():

@@ -51,7 +51,7 @@ def layers_per_chunk(config: Config) -> list[int]:
 def _balanced(layers: int, chunks: int, head_cost: float) -> tuple[int, ...]:
     """The split with the smallest largest chunk, a layer costing 1 and the head `head_cost`.
 
-    Dynamic program over (chunks placed, layers placed); ties go to the smaller sum of squares.
+    Dynamic program over (chunks placed, layers placed); of equals it takes one with a small sum of squares.
     """
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for chunk in range(chunks):

@@ -240,8 +240,8 @@ class RankPlan:
 
     @property
     def scatter_bytes(self) -> int:
-        """Receive buffers of reduce-scatters under way, where the backend emulates them by all-to-all (gloo)."""
-        if self.layout.data == 1 or self.config.optim.sharding == "none":
+        """Receive buffers of reduce-scatters under way, which gloo's need (see comm.group) and NCCL's do not."""
+        if self.layout.data == 1 or self.config.optim.sharding == "none" or self.config.launch.backend == "nccl":
             return 0
         return sum(b.padded for b in self.buckets) * self.element
 

@@ -30,7 +30,11 @@ def plan_text(doc: dict[str, Any], config: Config) -> str:
         _layout_lines(doc),
         [f"Traffic of {_place(doc['layout'], rank)}, one training step", *_traffic(doc["comm"])],
         ["Traffic of all ranks together, one training step", *_traffic(doc["total"]["comm"])],
-        [f"Memory of {_place(doc['layout'], doc['peak_rank'])}, which needs most", *_memory(doc["memory_bytes"])],
+        [
+            f"Memory of {_place(doc['layout'], doc['peak_rank'])}, which needs most",
+            *_memory(doc["memory_bytes"]),
+            *doc["notes"],
+        ],
         _schedule_lines(doc, config),
         ["Step time, tokens/s and MFU need the speeds of a cluster and are not part of this plan."],
     ]

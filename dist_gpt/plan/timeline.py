@@ -11,8 +11,8 @@ from dist_gpt.plan.steps import RankPlan, layout_of, lowered_orders
 from dist_gpt.schedule.action import COMPUTE, Action, Op, format_order
 from dist_gpt.schedule.check import check
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, WEIGHT, Step
-from dist_gpt.schedule.lower import weight_gradient_op
-from dist_gpt.schedule.orders import placement
+from dist_gpt.schedule.lower import add_communication, weight_gradient_op
+from dist_gpt.schedule.orders import forward_only, placement
 from dist_gpt.schedule.simulate import Timeline, simulate
 
 _KIND = {Op.F: FORWARD, Op.B: BACKWARD, Op.W: WEIGHT}
@@ -56,6 +56,12 @@ def _timeline(
     orders = lowered_orders(name, pp, virtual_stages, micro_batches)
     where = placement(name, pp, virtual_stages)
     check(orders, where, micro_batches)
+    check(
+        add_communication(forward_only(name, pp, virtual_stages, micro_batches), where),
+        where,
+        micro_batches,
+        training=False,
+    )  # validation runs these
     cost = dict(flops)
     unit = max(cost.values(), default=0) or 1
     return simulate(orders, where, lambda rank, action: cost.get((action.chunk, action.op), 0) / unit)

@@ -1,7 +1,10 @@
 """The second level of lowering: every action of a rank's list becomes steps, one per block.
 
     F   forward(block) ...                       B   backward(block) ..., last block first
-    W   weight(block) ...                        REDUCE  reduce(bucket), right after the step that completes it
+    W   weight(block) ...                        REDUCE  reduce(bucket) ...
+
+A bucket's reduction starts right after the step that completes it, under the rest of the last backward. Only what the
+chunk's first block completes waits for REDUCE, behind the SEND that a neighbour waits for.
 
 The executor runs exactly this list; `plan.steps.declare` says what each step communicates, computes and keeps.
 """
@@ -44,8 +47,8 @@ def expand(
 ) -> list[Step]:
     """Steps of one rank. `blocks` gives the blocks of each of its chunks; `buckets` lists (index, chunk, last_block).
 
-    A bucket's reduction follows the step that writes the last of its gradients: the backward (or, where weight
-    gradients are split off, the weight step) of `last_block` in the chunk's last such action.
+    The step that completes a bucket is the backward (or, where weight gradients are split off, the weight step) of its
+    `last_block`, in the chunk's last such action.
     """
     split = any(a.op is Op.W for a in actions)
     producing = Op.W if split else Op.B
@@ -58,7 +61,7 @@ def expand(
             kind = BACKWARD if action.op is Op.B else WEIGHT
             for block in reversed(blocks[action.chunk]):
                 steps.append(Step(kind, action, block, split=split and kind == BACKWARD))
-                if final.get(action.chunk) == action:
+                if final.get(action.chunk) == action and block != blocks[action.chunk][0]:
                     steps += _reductions(action.chunk, block, buckets)
         elif action.op in (Op.SEND_F, Op.SEND_B):
             steps.append(Step(SEND, action))
@@ -66,7 +69,9 @@ def expand(
             steps.append(Step(RECV, action))
         elif action.op is Op.STEP:
             steps.append(Step(UPDATE, action))
-        elif action.op is not Op.REDUCE:  # REDUCE is already in place, spread over the last backward
+        elif action.op is Op.REDUCE:
+            steps += _reductions(action.chunk, blocks[action.chunk][0], buckets)
+        else:
             raise ValueError(f"action {action}: no lowering for {action.op}")
     return steps
 

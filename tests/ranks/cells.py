@@ -51,8 +51,10 @@ HEADS: dict[tuple[str, int], tuple[int, int, int]] = {
     **{("grouped", tp): (6, 2, 24) for tp in (1, 2)},
     ("grouped", 3): (6, 3, 24),
     ("grouped", 4): (8, 4, 32),
+    ("full", 8): (8, 8, 32),
 }
 """(form, tp) -> query heads, key/value heads, hidden size: the smallest that tp divides."""
+BUCKET_WORDS = {"one": "", "several": "buckets", "between": "between"}
 RATES: dict[str, dict[str, Any]] = {
     "constant": {"decay": "none", "warmup": 0},
     "cosine": {"decay": "cosine", "warmup": 1},
@@ -88,6 +90,46 @@ SIX = {
 }
 """Two rounds of micro-batches through three interleaved stages: as long as it gets, so it is there once."""
 
+WIDE = {
+    **{"dp": 1, "tp": 8, "pp": 1, "sequence_parallel": True, "schedule": "gpipe", "virtual_stages": 1},
+    **{"family": "gpt2", "heads": "full", "tied": False, "sharding": "none", "layers": "uneven", "vocab": 37},
+    **{"micro_batches": 3, "micro_batch": 2, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1, "rate": "linear"},
+    **{"buckets": "between", "weight_decay": 0.1},
+}
+"""One head per tensor rank. 12 tokens a sequence over 8 ranks: only the micro-batch of two can be split."""
+
+ODD = {
+    **{"dp": 2, "tp": 2, "pp": 2, "sequence_parallel": True, "schedule": "interleaved", "virtual_stages": 2},
+    **{"family": "llama", "heads": "grouped", "tied": False, "sharding": "zero1", "layers": "bare_first"},
+    **{"vocab": 37, "micro_batches": 2, "micro_batch": 2, "optimizer": "sgd", "clip": 0.01, "dropout": 0.1},
+    **{"rate": "cosine", "buckets": "between", "weight_decay": 0.0, "seq_len": 11},
+}
+"""A token shard ends within a sequence, the embedding is alone on its chunk, and tensor ranks that cut buckets by
+their own sizes would cut them differently, and hang."""
+
+SHORT = {
+    **{"dp": 1, "tp": 4, "pp": 2, "sequence_parallel": True, "schedule": "1f1b", "virtual_stages": 1},
+    **{"family": "gpt2", "heads": "full", "tied": True, "sharding": "none", "layers": "bare_first", "vocab": 37},
+    **{"micro_batches": 3, "micro_batch": 2, "optimizer": "sgd_plain", "clip": 100.0, "dropout": 0.0},
+    **{"rate": "constant", "buckets": "several", "weight_decay": 0.1, "seq_len": 10},
+}
+"""As ODD, with learned positions and a tied embedding that is alone on its chunk."""
+
+SINGLE = (SIX, WIDE, ODD, SHORT)
+"""Cells outside the table of forms and MIXED. `seq_len` is 12 where an option does not say otherwise."""
+
+
+# W apart from B, in the manner of the zero-bubble schedules: rank 0 fills with W the time in which it would wait.
+SPLIT_2 = """
+    0F0 0F1 0B0 0F2 0W0 0B1 0F3 0B2 0W1 0W2 0B3 0W3
+    1F0 1B0 1F1 1B1 1W0 1F2 1B2 1W1 1F3 1W2 1B3 1W3
+"""
+SPLIT_3 = """
+    0F0 0F1 0F2 0B0 0W0 0F3 0B1 0B2 0W1 0W2 0B3 0W3
+    1F0 1F1 1B0 1F2 1B1 1W0 1F3 1B2 1W1 1B3 1W2 1W3
+    2F0 2B0 2F1 2B1 2W0 2F2 2B2 2W1 2F3 2B3 2W2 2W3
+"""
+
 
 def forms() -> Iterator[dict[str, Any]]:
     """Every legal way to split over at most RANKS ranks: axes, sequence parallel, schedule."""
@@ -112,6 +154,8 @@ def layer_split(kind: str, chunks: int) -> tuple[int, str | list[int]] | None:
     if kind == "equal":
         return (4 if chunks == 2 else chunks), "equal"
     counts = [2] + [1] * (chunks - 1)
+    if kind == "bare_first":  # the embedding alone, the head with layers
+        counts = [0, 2 + (chunks == 2), *[1] * (chunks - 2)]
     if kind == "bare_ends":  # the embedding or the head alone on its chunk
         counts = [3, 0] if chunks == 2 else [0, 2, *[1] * (chunks - 3), 0]
     return sum(counts), counts
@@ -123,11 +167,13 @@ def make_cell(options: dict[str, Any]) -> Cell | None:
     layers = layer_split(o["layers"], o["pp"] * o["virtual_stages"])
     if layers is None or (o["schedule"] == "interleaved" and o["micro_batches"] % o["pp"]):
         return None
+    if o["buckets"] == "between" and (o["tied"] or o["vocab"] % o["tp"] == 0):
+        return None
     heads, kv_heads, hidden = HEADS[o["heads"], o["tp"]]
     model = {
         **FAMILIES[o["family"]],
         **{"num_heads": heads, "num_kv_heads": kv_heads, "hidden_size": hidden, "num_layers": layers[0]},
-        **{"seq_len": 12, "vocab_size": o["vocab"], "tie_embeddings": o["tied"]},
+        **{"seq_len": o.get("seq_len", 12), "vocab_size": o["vocab"], "tie_embeddings": o["tied"]},
         **{"dropout": o["dropout"], "attention_dropout": 0.0},  # the kernel's own mask depends on the layout
     }
     split = ("dp", "tp", "pp", "sequence_parallel", "schedule", "virtual_stages")
@@ -138,7 +184,7 @@ def make_cell(options: dict[str, Any]) -> Cell | None:
             **OPTIMIZERS[o["optimizer"]],
             **RATES[o["rate"]],
             **{"clip": o["clip"], "weight_decay": o["weight_decay"], "sharding": o["sharding"]},
-            "bucket_mb": 25.0 if o["buckets"] == "one" else 0.005,  # less than a layer: one bucket per block
+            "bucket_mb": bucket_mb(o),
         },
         "train": {
             **{"steps": 4, "dtype": "fp64", "micro_batch": o["micro_batch"]},
@@ -149,13 +195,24 @@ def make_cell(options: dict[str, Any]) -> Cell | None:
     return Cell(_name(o), o["dp"] * o["tp"] * o["pp"], config, tuple(o.items()))
 
 
+def bucket_mb(o: dict[str, Any]) -> float:
+    """`between`: the head's block reaches the limit on tensor ranks with one vocabulary row more, and on the others
+    does not."""
+    if o["buckets"] == "between":
+        hidden = HEADS[o["heads"], o["tp"]][2]
+        norm = hidden * (2 if FAMILIES[o["family"]]["bias"] else 1)
+        return (norm + (o["vocab"] // o["tp"] + 0.5) * hidden) * 8 / 1e6
+    return 25.0 if o["buckets"] == "one" else 0.005  # less than a layer: one bucket per block
+
+
 def _name(o: dict[str, Any]) -> str:
     """Short, and different for different options: it is the test's id."""
     schedule = o["schedule"] + (f"{o['virtual_stages']}" if o["virtual_stages"] > 1 else "")
     words = [f"dp{o['dp']}.tp{o['tp']}.pp{o['pp']}", "sp" if o["sequence_parallel"] else "", schedule, o["family"]]
     words += ["gqa" if o["heads"] == "grouped" else "", "tied" if o["tied"] else "untied", o["sharding"], o["layers"]]
     words += [f"v{o['vocab']}", f"{o['micro_batches']}x{o['micro_batch']}", o["optimizer"], f"clip{o['clip']:g}"]
-    words += ["dropout" if o["dropout"] else "", o["rate"], "buckets" if o["buckets"] == "several" else ""]
+    words += ["dropout" if o["dropout"] else "", o["rate"], BUCKET_WORDS[o["buckets"]]]
+    words += [f"t{o['seq_len']}"] if "seq_len" in o else []
     return "-".join(word for word in [*words, "decay" if o["weight_decay"] else ""] if word)
 
 
@@ -181,8 +238,8 @@ def _candidates() -> list[list[Cell]]:
             if len(cells) == CANDIDATES_PER_FORM:
                 break
         table.append(list(cells.values()))
-    six = make_cell(SIX)
-    return [*table, [six] if six else []]
+    single = [make_cell(options) for options in SINGLE]
+    return [*table, *([cell] for cell in single if cell)]
 
 
 def choose_covering(cells: list[Cell]) -> list[Cell]:

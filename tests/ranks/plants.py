@@ -31,9 +31,11 @@ from dist_gpt.model.gpt import Wiring
 from dist_gpt.optim.adamw import Optimizer
 from dist_gpt.optim.clip import clip_divisor, squared_norm_here
 from dist_gpt.parallel.buckets import FlatBucket
+from dist_gpt.parallel.executor import Executor
 from dist_gpt.parallel.linear import _Row
 from dist_gpt.parallel.sink import GradSink
 from dist_gpt.rank import Rank
+from dist_gpt.schedule.action import Action, Op
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,26 @@ def loss_counted_on_every_tensor_rank(call: int, original: Any, self: Rank, loss
     return loss
 
 
+@plant(Rank, "evaluate")
+def validation_loss_not_summed(call: int, original: Any, self: Rank, batches: Any) -> Tensor:
+    """Each rank takes the sum of its own samples for the whole."""
+    world, rank = self.mesh.world, self.mesh.rank
+    self.mesh.groups["world"] = Group("world", (rank,), rank, None, self.mesh.ledger)
+    try:
+        return original(self, batches)
+    finally:
+        self.mesh.groups["world"] = world
+
+
+@plant(Rank, "_validation_micro_batch")
+def validation_samples_of_the_first_data_rank(call: int, original: Any, self: Rank, samples: Any, m: int) -> Any:
+    here, self.mesh.coords = self.mesh.coords, replace(self.mesh.coords, dp=0)
+    try:
+        return original(self, samples, m)
+    finally:
+        self.mesh.coords = here
+
+
 @plant(dist_gpt.model.gpt, "vocab_range")
 def vocabulary_range_off_by_one(call: int, original: Any, config: Any, index: int) -> tuple[int, int]:
     start, stop = original(config, index)
@@ -205,6 +227,43 @@ def collective_too_many(call: int, original: Any, self: FlatBucket, mesh: Any) -
     original(self, mesh)
     if self.bucket.index == 0:
         mesh.data.all_reduce(self.gradients.new_zeros(1)).wait()
+
+
+# --- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+@plant(Executor, "_output_gradient")
+def gradient_of_another_chunk(call: int, original: Any, self: Executor, chunk: int, m: int) -> Tensor:
+    """What arrived for chunk 2 is used for chunk 0 of the same rank, too."""
+    arrived = Action(chunk, Op.RECV_B, m) in self._receiving
+    gradient: Tensor = original(self, chunk, m)
+    kept: dict[int, Tensor] = vars(self).setdefault("kept", {})
+    if arrived and chunk == 2:
+        kept[m] = gradient
+    return kept.pop(m) if arrived and chunk == 0 else gradient
+
+
+@plant(GradSink, "run")
+def weight_job_dropped(call: int, original: Any, self: GradSink, key: tuple[int, int]) -> None:
+    """The weight step of micro-batch 1 finds nothing to do."""
+    if key[1] == 1:
+        self._queue.pop(key)
+    else:
+        original(self, key)
+
+
+@plant(GradSink, "run")
+def weight_job_of_another_micro_batch(call: int, original: Any, self: GradSink, key: tuple[int, int]) -> None:
+    """The jobs of micro-batch 1 are lost and those of 2 run twice: as many FLOPs and bytes as planned."""
+    m = key[1]
+    if m == 1:
+        self._queue.pop(key)
+    if m == 2:
+        jobs = list(self._queue[key])
+        original(self, key)
+        self._queue[key] = jobs
+    if m != 1:
+        original(self, key)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,16 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_gpt.comm.mesh import FakeBackends, build_mesh
+from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.dryrun import SavedBytes, dryrun_document
-from dist_gpt.layout import Layout
 from dist_gpt.parallel.executor import MicroBatch
 from dist_gpt.plan.api import flops_document, plan_document
 from dist_gpt.plan.memory import saved_bytes
 from dist_gpt.rank import Rank
-from dist_gpt.schedule.orders import placement
 from tests.reference.plain_gpt import PlainConfig, PlainGPT
 
 BATCH, T, H, V = 3, 16, 48, 61
@@ -174,21 +171,3 @@ def test_saved_bytes_of_each_block(family: list[str], dropout: str, dtype: str, 
         for block in (0, 1, config.model.num_layers + 1):
             expected = saved_bytes(config, block, rank)
             assert measured_bytes(replica, block) == expected, f"block {block} of tp rank {rank}"
-
-
-# --- groups -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", [Layout(pp=16, dp=24, cp=1, tp=8), Layout(dp=3072)], ids=str)
-def test_groups_of_one_rank_of_3072(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
-    holders = placement("1f1b", layout.pp, 1)
-    start = time.perf_counter()
-    mesh = build_mesh(layout, 0, holders, FakeBackends())
-    taken = time.perf_counter() - start
-    with capsys.disabled():
-        print(f"\ngroups of rank 0 of {layout.world:,} ({layout}): {taken * 1e3:.1f} ms")
-    assert mesh.world.size == layout.world == 3072 and mesh.data.size == layout.data and mesh.tp.size == layout.tp
-    assert mesh["embed"].ranks == ((0, layout.rank(15, 0, 0, 0)) if layout.pp > 1 else (0,))
-    assert sorted(mesh.edges) == ([(0, 1, "f"), (1, 0, "b")] if layout.pp > 1 else [])
-    mesh.close()
-    assert taken < 1.0

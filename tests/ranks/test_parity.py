@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dist_gpt.verify import MEASURES, TOLERANCE
-from tests.ranks.cells import ALL, COVERING, Cell, make_cell
+from tests.ranks.cells import ALL, COVERING, SPLIT_2, SPLIT_3, Cell, make_cell
 from tests.ranks.pool import Pool
 from tests.ranks.test_plants import BASE
 
@@ -20,17 +20,6 @@ PARAMETERS = [
     for cells, covers in ((COVERING, True), ([cell for cell in ALL if cell not in COVERING], False))
     for cell in cells
 ]
-
-# W apart from B, in the manner of the zero-bubble schedules: rank 0 fills with W the time in which it would wait.
-SPLIT_2 = """
-    0F0 0F1 0B0 0F2 0W0 0B1 0F3 0B2 0W1 0W2 0B3 0W3
-    1F0 1B0 1F1 1B1 1W0 1F2 1B2 1W1 1F3 1W2 1B3 1W3
-"""
-SPLIT_3 = """
-    0F0 0F1 0F2 0B0 0W0 0F3 0B1 0B2 0W1 0W2 0B3 0W3
-    1F0 1F1 1B0 1F2 1B1 1W0 1F3 1B2 1W1 1B3 1W2 1W3
-    2F0 2B0 2F1 2B1 2W0 2F2 2B2 2W1 2F3 2B3 2W2 2W3
-"""
 
 
 def assert_certified(result: dict[str, Any], record_property: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dist_gpt.verify import MEASURES, TOLERANCE
-from tests.ranks.cells import Cell, make_cell
+from tests.ranks.cells import SPLIT_2, Cell, make_cell
 from tests.ranks.plants import PLANTS
 from tests.ranks.pool import Pool
 
@@ -30,14 +30,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_split": {"tp": 2, "sequence_parallel": True},
     "tp2_split_dropout": {"tp": 2, "sequence_parallel": True, "family": "llama", "dropout": 0.1},
     "pp2": {"pp": 2, "micro_batch": 2},
+    "pp2_interleaved": {"pp": 2, "schedule": "interleaved", "virtual_stages": 2},
+    "pp2_split_backward": {"pp": 2, "micro_batches": 4},
 }
+GRIDS = {"pp2_split_backward": SPLIT_2}
+"""Orders that replace the schedule's."""
 
 
 def cell_of(layout: str) -> Cell:
-    """Two layers, so that a certificate takes a second."""
+    """Two layers, or one per chunk, so that a certificate takes a second."""
     cell = make_cell(BASE | LAYOUTS[layout])
     assert cell is not None
-    return Cell(layout, cell.world, {**cell.config, "model": {**cell.config["model"], "num_layers": 2}}, cell.tags)
+    parallel = cell.config["parallel"]
+    model = {**cell.config["model"], "num_layers": max(2, parallel["pp"] * parallel["virtual_stages"])}
+    return Cell(layout, cell.world, {**cell.config, "model": model}, cell.tags)
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,35 @@ CASES = (
     Case("micro_batches_swapped", "pp2", {"loss": "", "gradient": ""}),
     Case("loss_scaled_per_data_rank", "dp2", {"loss": "", "gradient": "", "gradient_norm": ""}),
     Case("loss_counted_on_every_tensor_rank", "tp2", {"loss": ""}, ("gradient", "gradient_norm", "weight")),
+    Case(
+        "validation_loss_not_summed",
+        "dp2",
+        {"loss": "validation"},
+        ("gradient", "gradient_norm", "weight"),
+        ("1 fewer world all_reduce of 8 bytes",),
+    ),
+    Case(
+        "validation_samples_of_the_first_data_rank",
+        "dp2",
+        {"loss": "validation"},
+        ("gradient", "gradient_norm", "weight"),
+    ),
     Case("vocabulary_range_off_by_one", "tp2", {"loss": "", "gradient": ""}),
     Case("forward_all_reduce_left_out", "tp2", {"loss": ""}, (), ("forward 0F0 block 1", "1 fewer tp all_reduce")),
     Case("collective_too_many", "dp2", {}, MEASURES, ("reduce 0REDUCE bucket 0", "1 more data all_reduce of 8 bytes")),
+    Case("gradient_of_another_chunk", "pp2_interleaved", {"gradient": "", "gradient_norm": ""}),
+    Case(
+        "weight_job_dropped",
+        "pp2_split_backward",
+        {"gradient": "", "gradient_norm": ""},
+        (),
+        ("model_flops: dry run",),
+    ),
+    Case("weight_job_of_another_micro_batch", "pp2_split_backward", {"gradient": "", "gradient_norm": ""}),
     Case("bias_gradient_forgotten", "tp2", {"gradient": ".bias"}, (), ("no gradient was written",)),
     Case("gradient_overwritten", "dp2", {"gradient": "", "gradient_norm": ""}),
     Case("row_bias_on_every_tensor_rank", "tp2", {"loss": "step 1"}),
-    Case("bucket_left_stale", "dp2", {"weight": "layers.1", "loss": "step 1"}),
+    Case("bucket_left_stale", "dp2", {"weight": "layers.1", "loss": "validation"}),  # it grows with every update
     Case("norms_decay", "dp2_adamw", {"weight": "norm"}),
     Case("weights_drawn_per_rank", "tp2", {"loss": "", "weight": ""}),
     Case("dropout_keyed_per_rank", "dp2_dropout", {"loss": "", "gradient": ""}),
@@ -92,14 +120,14 @@ def test_every_plant_has_a_case() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cell_is_green_without_a_plant(pool: Pool, layout: str) -> None:
     cell = cell_of(layout)
-    result = pool.certify(cell.config, cell.world)
+    result = pool.certify(cell.config, cell.world, grid=GRIDS.get(layout))
     assert (result["verdict"], result["accounting"]) == ("pass", "exact"), result["differences"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.plant)
 def test_plant_turns_its_cell_red(pool: Pool, case: Case) -> None:
     cell = cell_of(case.layout)
-    result = pool.certify(cell.config, cell.world, plant=case.plant)
+    result = pool.certify(cell.config, cell.world, plant=case.plant, grid=GRIDS.get(case.layout))
     assert result["plant_hits"] > 0, "the product never called what the plant replaced"
     assert result["verdict"] == "fail"
     seen = {measure: (result["worst"][measure], result["where"][measure]) for measure in MEASURES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -15,13 +16,22 @@ import torch.distributed as dist
 
 from dist_gpt.comm import rendezvous
 from dist_gpt.comm.mesh import GlooBackends
-from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, connect_store, identity, rank_env, roll_call
+from dist_gpt.comm.rendezvous import (
+    RankEnv,
+    RendezvousError,
+    connect_store,
+    identity,
+    rank_env,
+    roll_call,
+    wait_for,
+)  # fmt: skip
 from tests.ranks.runs import Killed
 from tests.ranks.threads import in_threads
 
 LOOPBACK = "127.0.0.1"
 FAR_S = 60.0
 FULL = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
+LOCAL = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 MINE = {"config": "c0ffee", "data": "da7a", "torch": "2.13.0", "python": "3.11.7"}
 
 
@@ -33,7 +43,9 @@ def env_of(rank: int, world: int, left_s: float, port: int = 0, host: str = LOOP
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests may themselves run under a launcher."""
-    for name in (*FULL, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", rendezvous.STORE_FD):
+    elastic = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+    interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in (*FULL, *LOCAL, *elastic, *interfaces, rendezvous.STORE_FD):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -60,7 +72,7 @@ class TestRankEnv:
         assert env.one_node
 
     def test_torchruns_variables(self) -> None:
-        given = {**FULL, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "4"}
+        given = {**FULL, **LOCAL, "TORCHELASTIC_RESTART_COUNT": "4"}
         env = rank_env(5.0, given)
         assert (env.rank, env.world, env.local_rank, env.local_world) == (3, 8, 1, 2)
         assert (env.master_addr, env.master_port, env.attempt) == ("10.0.0.7", 29500, 4)
@@ -79,6 +91,15 @@ class TestRankEnv:
     def test_all_that_is_missing_is_named(self) -> None:
         with pytest.raises(RendezvousError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
             rank_env(5.0, {"RANK": "0"})
+
+    @pytest.mark.parametrize("name", sorted(LOCAL))
+    def test_several_ranks_must_know_their_node(self, name: str) -> None:
+        given = {key: value for key, value in {**FULL, **LOCAL}.items() if key != name}
+        with pytest.raises(RendezvousError, match=f"WORLD_SIZE is 8 but {name} is not set.*with dist-gpt launch"):
+            rank_env(5.0, given)
+
+    def test_a_single_rank_is_its_node(self) -> None:
+        assert rank_env(5.0, {**FULL, "RANK": "0", "WORLD_SIZE": "1"}).one_node
 
 
 class TestConnect:
@@ -190,7 +211,41 @@ class TestRollCall:
     def test_without_rank_0_the_others_leave_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(RankEnv, "left_s", lambda self: -4.8)  # 0.2 s with roll_call's margin for rank 0
         said = self.call({1: MINE}, 2, 0.0, dist.HashStore())
-        assert said == ["rank 1: rank 0 did not finish the roll call in time"]
+        assert said == ["rank 1: rank 0 did not finish the roll call within 0 s. See the log of rank 0"]
+
+    def test_an_error_ends_it_at_once(self) -> None:
+        """Rank 2 never answers: nobody waits for it when rank 1 has said why it cannot go on."""
+        started = time.monotonic()
+        said = self.call({0: MINE, 1: {"error": "has no data: gone"}}, 2, FAR_S, dist.HashStore())
+        assert said == [f"roll call: rank 1 on {socket.gethostname()} has no data: gone"] * 2
+        assert time.monotonic() - started < FAR_S
+
+    @pytest.mark.parametrize("verdict", ["differs", "missing"])
+    def test_rank_0_stays_until_the_verdict_is_read(self, verdict: str) -> None:
+        """Rank 1 answered, and reads only when the test lets it."""
+        store, left = dist.HashStore(), threading.Event()
+        world = 2 if verdict == "differs" else 3
+        store.set("roll/1", json.dumps({**MINE, "config": "y", "host": "there"}))
+
+        def rank_0() -> None:
+            with pytest.raises(RendezvousError, match="has config y" if verdict == "differs" else "appear in time: 2"):
+                roll_call(store, env_of(0, world, FAR_S if verdict == "differs" else 0.0), MINE)
+            left.set()
+
+        thread = threading.Thread(target=rank_0)
+        thread.start()
+        store.wait(["roll/verdict"], timedelta(seconds=FAR_S))
+        assert not left.wait(0.2)
+        store.set("roll/read/1", "")
+        assert left.wait(rendezvous.READ_S / 2)
+        thread.join()
+
+    def test_rank_0_does_not_stay_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rendezvous, "READ_S", 0.1)
+        store = dist.HashStore()
+        store.set("roll/1", json.dumps({**MINE, "config": "y", "host": "there"}))
+        with pytest.raises(RendezvousError, match="has config y"):
+            roll_call(store, env_of(0, 2, FAR_S), MINE)
 
     @pytest.mark.parametrize("key", sorted(MINE))
     def test_a_difference_is_named_to_everybody(self, key: str) -> None:
@@ -206,9 +261,28 @@ class TestRollCall:
             assert words in said
 
     def test_what_is_compared(self) -> None:
-        card = identity("c" * 64, "d" * 64)
-        assert card["config"] == "c" * 16 and card["data"] == "d" * 16
+        card = identity("c" * 64)
+        assert card["config"] == "c" * 16
         assert card["torch"].startswith("2.") and card["python"].startswith("3.")
+
+
+class TestWaitFor:
+    def test_who_is_absent_is_named(self) -> None:
+        store = dist.HashStore()
+        store.set("k1", "")
+        with pytest.raises(RendezvousError) as raised:
+            wait_for(store, env_of(0, 4, FAR_S), {rank: f"k{rank}" for rank in range(1, 4)}, "bring its key", 0.1)
+        assert str(raised.value) == "rank 0: ranks 2, 3 did not bring its key within 0 s. See the log of ranks 2, 3"
+
+    def test_a_store_that_is_gone(self) -> None:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            port = server.getsockname()[1]
+            host = dist.TCPStore(LOOPBACK, port, is_master=True, master_listen_fd=server.detach(),
+                                 wait_for_workers=False)  # fmt: skip
+        store = dist.TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False)
+        del host
+        with pytest.raises(RendezvousError, match=rf"rank 1 lost the store while it waited for rank 0 to go.*{port}"):
+            wait_for(store, env_of(1, 2, FAR_S, port), {0: "key"}, "go", 1.0)
 
 
 def test_the_node_is_one_when_all_ranks_are_local() -> None:

@@ -261,7 +261,14 @@ class TestTrainer:
         assert all(math.isfinite(row["loss"]) for row in metrics)
 
     def test_the_world_must_fit_the_layout(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "3",
+        }.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(RendezvousError, match=r"3 ranks were started, but the layout pp 1 x dp 1 x cp 1 x tp 2"):
             main(load(str(place.config), ["parallel.tp=2"]))

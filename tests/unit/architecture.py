@@ -22,7 +22,7 @@ LAYERS = (
     ("model",),
     ("optim", "data", "checkpoint", "track"),
     ("rank",),  # one rank's parts put together: what train, verify and dryrun stand on
-    ("train",),
+    ("train", "meeting"),
     ("verify", "dryrun", "sample"),
 )
 PURE = {"config", "layout", "params", "schedule", "plan", "events"}

@@ -1,0 +1,80 @@
+"""What the ranks of a run settle with words, over the store: who is here, with which data, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, identity, roll_call, scoped, wait_for
+from dist_gpt.config.load import config_hash
+from dist_gpt.config.schema import Config
+from dist_gpt.data.tokens import Prepared, open_prepared, prepare
+from dist_gpt.track import Tracker, record_failure
+
+DATA_TIMEOUT_S = 1800.0  # reading and tokenising a large text; ranks that are missing are found before it starts
+
+
+def meet(config: Config, store: Store, env: RankEnv) -> tuple[Prepared, RankEnv]:
+    """The run's data, once all ranks are here with one configuration and one data set.
+
+    Data has an allowance of its own, and the deadline of the environment that is returned starts after it.
+    """
+    roll_call(store, env, identity(config_hash(config)))
+    data = shared_data(config, store, env)
+    return data, replace(env, deadline=time.monotonic() + config.launch.timeout_s)
+
+
+def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
+    """Tokens from the cache, the same ones on all ranks; who has none says why to everybody, and all ranks raise.
+
+    To be called by all ranks, when all are known to be here: one that is silent is waited for DATA_TIMEOUT_S long.
+    """
+    scope = scoped(store, "data")
+    patient = replace(env, deadline=time.monotonic() + DATA_TIMEOUT_S)
+    try:
+        data = _prepared(config, scope, patient)
+    except Exception as error:
+        record_failure(error)  # before the others know and fail too
+        with suppress(Exception):  # this rank's own error says more
+            roll_call(scope, patient, {"error": f"has no data: {error}"})
+        raise
+    roll_call(scope, patient, {"data": data.digest[:16]})
+    return data
+
+
+def _prepared(config: Config, scope: Store, env: RankEnv) -> Prepared:
+    """The first rank of each node prepares the tokens, the others wait for its word."""
+    first = env.rank - env.local_rank
+    key = f"node/{first}"
+    if env.local_rank == 0:
+        try:
+            data = prepare(config)
+        except Exception as error:
+            record_failure(error)
+            scope.set(key, json.dumps({"error": str(error)}))
+            raise
+        scope.set(key, json.dumps({"path": str(data.path)}))
+        return data
+    wait_for(scope, env, {first: key}, "prepare the data", DATA_TIMEOUT_S)
+    word = json.loads(scope.get(key))
+    if "error" in word:
+        raise RendezvousError(f"rank {first} could not prepare the data: {word['error']}")
+    return open_prepared(word["path"])
+
+
+def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker) -> int:
+    """Lay the ranks' accounts together; rank 0 says whether they are exact. Returns the exit code, on every rank."""
+    store.set(f"accounting/{env.rank}", json.dumps(differences))
+    keys = {rank: f"accounting/{rank}" for rank in range(env.world)}
+    wait_for(store, env, keys, "hand in its account")
+    found = [f"rank {rank}: {line}" for rank, key in keys.items() for line in json.loads(store.get(key))]
+    if env.rank == 0:
+        tracker.message("accounting: differs" if found else "accounting: exact")
+        for line in found[:20]:
+            tracker.message(f"  {line}")
+    store.set(f"left/{env.rank}", "")
+    if env.rank == 0:  # rank 0 may host the store: it leaves last
+        wait_for(store, env, {rank: f"left/{rank}" for rank in range(env.world)}, "read the accounts")
+    return 1 if found else 0
