@@ -48,8 +48,10 @@ def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], N
     from dist_gpt.comm.mesh import GlooBackends
     from dist_gpt.comm.rendezvous import connect_store, rank_env
     from dist_gpt.config.schema import Config
+    from dist_gpt.heap import keep_freed_memory
     from dist_gpt.rank import Rank
 
+    keep_freed_memory()
     env = rank_env(TIMEOUT_S)
     config = Config.model_validate_json(json.dumps(tree))
     store = connect_store(env)

@@ -23,6 +23,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
 from dist_gpt.events import EVAL, TRAIN, Counts, EventFile
 from dist_gpt.meeting import meet, settle
+from dist_gpt.heap import keep_freed_memory
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
@@ -123,6 +124,8 @@ def main(config: Config) -> int:
         try:
             store = connect_store(env)  # it goes after all parts, with this function's frame
             device = choose_device(env, config.launch.backend)
+            if device.type == "cpu":
+                keep_freed_memory()
             data, env = meet(config, store, env)
             rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
             parts.callback(rank.close)

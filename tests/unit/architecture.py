@@ -21,7 +21,7 @@ LAYERS = (
     ("parallel",),
     ("model",),
     ("optim", "data", "checkpoint", "track"),
-    ("rank",),  # one rank's parts put together: what train, verify and dryrun stand on
+    ("rank", "heap"),  # one rank's parts put together: what train, verify and dryrun stand on
     ("train", "meeting"),
     ("verify", "dryrun", "sample"),
 )
