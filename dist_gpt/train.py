@@ -22,8 +22,8 @@ from dist_gpt.comm.rendezvous import (
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
 from dist_gpt.events import EVAL, TRAIN, Counts, EventFile
-from dist_gpt.meeting import meet, settle
 from dist_gpt.heap import keep_freed_memory
+from dist_gpt.meeting import meet, settle
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
