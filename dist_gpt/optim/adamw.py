@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from dist_gpt.comm.mesh import Mesh
 from dist_gpt.config.schema import Config
 from dist_gpt.optim.clip import clip_divisor, squared_norm_here
-from dist_gpt.parallel.buckets import FlatBucket, FlatBuffers
+from dist_gpt.parallel.buckets import FlatBuffers
 
 
 class Optimizer:
@@ -101,8 +101,3 @@ def state_bytes(engine: torch.optim.Optimizer) -> int:
     """Bytes of optimizer state held here (step counters left out)."""
     tensors = [t for state in engine.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
     return sum(t.nbytes for t in tensors)
-
-
-def owned_elements(flats: list[FlatBucket]) -> int:
-    """Parameter elements this rank steps (padding left out)."""
-    return sum(max(0, min(f.stop, f.bucket.numel) - f.start) for f in flats)

@@ -245,10 +245,6 @@ class RankPlan:
             return 0
         return sum(b.padded for b in self.buckets) * self.element
 
-    def costs(self, steps: Iterable[Step]) -> list[Cost]:
-        """The declaration of every step."""
-        return [self.declare(step) for step in steps]
-
 
 def calls_by_key(comm: Iterable[Call]) -> dict[tuple[str, str, int], int]:
     """{(axis, op, payload): calls}: the form in which the ledger compares."""

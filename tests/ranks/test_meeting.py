@@ -194,7 +194,9 @@ class TestClosing:
         release.set()
 
     def test_without_sends_nothing_is_joined(self) -> None:
-        SendWaiter().close()
+        waiter = SendWaiter()
+        waiter.close()
+        assert waiter._thread is None
 
 
 class TestBackends:

@@ -186,9 +186,16 @@ class TestRollCall:
     def test_it_waits_for_the_last(self) -> None:
         store = dist.HashStore()
         env = env_of(1, 2, FAR_S)
-        late = threading.Timer(0.3, lambda: roll_call(store, env, MINE))
+        came = threading.Event()
+
+        def come() -> None:
+            came.set()
+            roll_call(store, env, MINE)
+
+        late = threading.Timer(0.3, come)
         late.start()
         roll_call(store, env_of(0, 2, FAR_S), MINE)
+        assert came.is_set(), "the roll call was over before the last rank had come"
         late.join()
 
     def test_missing_ranks_are_named_to_everybody(self) -> None:
