@@ -234,8 +234,10 @@ class TestLauncherEnds:
     def launcher(self, tmp_path: Path) -> subprocess.Popen[bytes]:
         argv = program(tmp_path, WRITE_PID + f"time.sleep({LONG_S})")
         code = (
-            "import sys; from pathlib import Path; from launch.local import launch_local; "
+            "import signal, sys; from pathlib import Path; from launch.local import launch_local; "
             "from launch.spec import JobSpec; "
+            # tests that run in the background or under nohup inherit ignored signals, which the launcher respects
+            "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL); "
             f"sys.exit(launch_local(JobSpec(tuple({list(argv)!r}), 3, Path({str(tmp_path / 'logs')!r}))))"
         )
         process = subprocess.Popen(
