@@ -7,13 +7,10 @@ keep from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -21,58 +18,9 @@ from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN
 from dist_gpt.optim.adamw import state_bytes
+from dist_gpt.parallel.saved import SavedBytes
 from dist_gpt.plan.count import memory_document
 from dist_gpt.rank import Rank
-
-
-class SavedBytes:
-    """Live bytes of the storages that are kept for later steps, and their peak; parameters and their views excepted."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self._state = {t.untyped_storage()._cdata for t in parameters}
-        self._users: dict[int, int] = {}
-        self.live = self.peak = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[SavedBytes]:
-        with torch.autograd.graph.saved_tensors_hooks(self.hold, lambda held: held.tensor):
-            yield self
-
-    def mark(self) -> None:
-        """A step ends: what is live now stays."""
-        self.peak = max(self.peak, self.live)
-
-    def hold(self, tensor: Tensor) -> _Held:
-        """Counts until the result is dropped."""
-        return _Held(self, tensor)
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._state:
-            return
-        self._users[storage._cdata] = self._users.get(storage._cdata, 0) + 1
-        if self._users[storage._cdata] == 1:
-            self.live += storage.nbytes()
-
-    def remove(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._state:
-            return
-        self._users[storage._cdata] -= 1
-        if not self._users[storage._cdata]:
-            del self._users[storage._cdata]
-            self.live -= storage.nbytes()
-
-
-class _Held:
-    """A saved tensor; gives its bytes back when autograd drops it."""
-
-    def __init__(self, owner: SavedBytes, tensor: Tensor) -> None:
-        self.owner, self.tensor = owner, tensor
-        owner.add(tensor)
-
-    def __del__(self) -> None:
-        self.owner.remove(self.tensor)
 
 
 def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:

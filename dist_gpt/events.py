@@ -8,14 +8,24 @@ with the factors of nccl-tests (doc/PERFORMANCE.md).
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 TRAIN, EVAL, SAVE, CONTROL = "train", "eval", "save", "control"
+OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "barrier")
+CALL, SPAN = 1, 2
+"""First number of a row of the profiling window: a collective, or an entry of the step list."""
+CALL_COLUMNS = (
+    "step", "index", "channel", "op", "payload", "issue", "issued", "done", "wait", "waited", "cpu", "flags",
+)  # fmt: skip
+SPAN_COLUMNS = ("step", "index", "start", "wall", "cpu")
+EMULATED, BOUND = 1, 2
+"""Flags of a call: the backend has no such operation and another one did its work; `done` is an upper bound."""
 
 
 def wire_bytes(op: str, payload: int, size: int) -> int:
@@ -102,22 +112,33 @@ def total(parts: Iterable[Counts]) -> Counts:
 
 
 class EventFile:
-    """events.rank*.jsonl: a header line, then one row per step with what the step communicated.
+    """events.rank*.jsonl: a header, then facts (objects) and, inside the profiling window, rows (arrays of numbers).
 
-    Opened for appending: a resumed run writes another header with its attempt.
+    Opened for appending: a resumed run writes another header with its attempt. Times in rows are ns since `base_ns` of
+    this rank's CLOCK_MONOTONIC. What a fact holds is described in docs/events.md.
     """
 
-    def __init__(self, path: Path, rank: int, coords: dict[str, int], attempt: int) -> None:
+    def __init__(self, path: Path, rank: int, coords: dict[str, int], attempt: int, **header: Any) -> None:
         self._file = path.open("a", encoding="utf-8")
-        self._write({"schema": SCHEMA, "rank": rank, "coords": coords, "attempt": attempt})
+        self.base_ns = time.perf_counter_ns()
+        clock = {"base_ns": self.base_ns, "unix_s": time.time()}
+        self._write([{"schema": SCHEMA, "rank": rank, "coords": coords, "attempt": attempt, **clock, **header}])
 
-    def step(self, step: int, phase: str, step_s: float, comm: Counts) -> None:
-        """One row: what was communicated in `phase` during step `step` (1-based)."""
-        self._write({"step": step, "phase": phase, "step_s": round(step_s, 6), "comm": comm.as_dict()})
+    def step(self, step: int, phase: str, step_s: float, comm: Counts, **more: Any) -> None:
+        """What was communicated in `phase` during step `step` (1-based)."""
+        self._write([{"step": step, "phase": phase, "step_s": round(step_s, 6), "comm": comm.as_dict(), **more}])
+
+    def fact(self, name: str, content: dict[str, Any]) -> None:
+        """One line {name: content}."""
+        self._write([{name: content}])
+
+    def rows(self, rows: Sequence[Sequence[int]]) -> None:
+        """Rows of the window."""
+        self._write(rows)
 
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+    def _write(self, lines: Iterable[Any]) -> None:
+        self._file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
         self._file.flush()  # a rank that dies leaves what it had

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from dist_gpt.comm.clock import read_clock
 from dist_gpt.comm.rendezvous import (
     RankEnv,
     RendezvousError,
@@ -21,12 +21,13 @@ from dist_gpt.comm.rendezvous import (
 )  # fmt: skip
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
-from dist_gpt.events import EVAL, TRAIN, Counts, EventFile
-from dist_gpt.heap import keep_freed_memory
+from dist_gpt.events import EVAL, TRAIN, Counts
+from dist_gpt.heap import Heap, keep_freed_memory
 from dist_gpt.meeting import meet, settle
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
+from dist_gpt.profile.recorder import Recorder
 from dist_gpt.rank import Rank
 from dist_gpt.track import Tracker, record_failure
 
@@ -36,9 +37,9 @@ MAX_SKIPPED = 10
 class Trainer:
     """Trains `rank`'s part of the model for `train.steps` steps."""
 
-    def __init__(self, config: Config, rank: Rank, batches: Batches, tracker: Tracker, events: EventFile) -> None:
+    def __init__(self, config: Config, rank: Rank, batches: Batches, tracker: Tracker, recorder: Recorder) -> None:
         self.config, self.rank, self.batches = config, rank, batches
-        self.tracker, self.events = tracker, events
+        self.tracker, self.recorder = tracker, recorder
         self.evaluations = self.skipped = 0
 
     def run(self) -> None:
@@ -46,12 +47,10 @@ class Trainer:
         t = self.config.train
         self.validate(0)
         for step in range(1, t.steps + 1):
-            started, before = time.perf_counter(), self.rank.mesh.ledger.counts(TRAIN).copy()
-            self.rank.train_step(step - 1, partial(self.batches.sample, step - 1))
-            loss, norm = self.rank.optimizer.statistics.tolist()
-            elapsed = time.perf_counter() - started
-            self.record(step, loss, norm, elapsed)
-            self.events.step(step, TRAIN, elapsed, self.rank.mesh.ledger.counts(TRAIN).since(before))
+            with self.recorder.step(step) as taken:
+                self.rank.train_step(step - 1, partial(self.batches.sample, step - 1))
+                loss, norm = self.rank.optimizer.statistics.tolist()
+            self.record(step, loss, norm, taken.seconds)
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 self.validate(step)
 
@@ -85,7 +84,7 @@ class Trainer:
         self.evaluations += 1
         self.tracker.validation(step, loss.item())
         elapsed = time.perf_counter() - started
-        self.events.step(step, EVAL, elapsed, self.rank.mesh.ledger.counts(EVAL).since(before))
+        self.recorder.evaluation(step, EVAL, elapsed, self.rank.mesh.ledger.counts(EVAL).since(before))
 
     def accounting(self) -> list[str]:
         """What this rank issued against steps x train + evaluations x eval; empty when exact."""
@@ -127,18 +126,22 @@ def main(config: Config) -> int:
             if device.type == "cpu":
                 keep_freed_memory()
             data, env = meet(config, store, env)
+            baseline = Heap().bytes_in_use()
             rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
             parts.callback(rank.close)
             tracker = Tracker(config, run_dir, env.rank)
             parts.callback(tracker.close)
             tracker.message(greeting(env, rank))
             rank.initialise()
-            coords = asdict(rank.mesh.coords)
-            events = EventFile(run_dir / f"events.rank{env.rank}.jsonl", env.rank, coords, env.attempt)
-            parts.callback(events.close)
-            trainer = Trainer(config, rank, Batches(data, config), tracker, events)
+            recorder = Recorder(config, rank, env, run_dir, baseline)
+            parts.callback(recorder.close)
+            recorder.clock(read_clock(store, env, "start"))
+            trainer = Trainer(config, rank, Batches(data, config), tracker, recorder)
             trainer.run()
-            return settle(store, env, trainer.accounting(), tracker)
+            recorder.clock(read_clock(store, env, "end"))
+            differences = trainer.accounting()
+            recorder.finish(differences)
+            return settle(store, env, differences, tracker)
         except BaseException as error:
             record_failure(error)  # before the connections close, which makes other ranks fail
             raise

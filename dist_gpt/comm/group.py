@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_gpt.comm.ledger import Ledger
+from dist_gpt.comm.tape import Record
 
 JOIN_S = 1.0
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -25,14 +26,32 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 class Pending:
     """An issued collective. `finish` runs once, after the backend is done (the local part of an emulated one)."""
 
-    __slots__ = ("_finish", "_work")
+    __slots__ = ("_finish", "_ledger", "_record", "_work")
 
-    def __init__(self, work: Any = None, finish: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        work: Any = None,
+        finish: Callable[[], object] | None = None,
+        ledger: Ledger | None = None,
+        record: Record | None = None,
+    ) -> None:
         self._work = work
         self._finish = finish
+        self._ledger = ledger
+        self._record = record
 
     def wait(self) -> None:
         """Until the result can be used. May be called again."""
+        ledger, record = self._ledger, self._record
+        if ledger is not None and record is not None:
+            self._ledger = self._record = None
+            ledger.waits(record)
+            self._complete()
+            ledger.waited(record)
+        else:
+            self._complete()
+
+    def _complete(self) -> None:
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -52,6 +71,7 @@ class WaitedWork:
         self.work = work
         self.error: Exception | None = None
         self.ended = Event()
+        self._note: Callable[[], object] | None = None
 
     def run(self) -> None:
         try:
@@ -60,6 +80,18 @@ class WaitedWork:
             self.error = error
         self.work = None
         self.ended.set()
+        self._tell()
+
+    def when_done(self, note: Callable[[], object]) -> None:
+        """Call `note` once, at the end, on whatever thread sees it first."""
+        self._note = note
+        if self.ended.is_set():
+            self._tell()
+
+    def _tell(self) -> None:
+        note, self._note = self._note, None
+        if note is not None:
+            note()
 
     def wait(self) -> None:
         self.ended.wait()
@@ -97,9 +129,14 @@ class SendWaiter:
 
 
 class Group:
-    """The ranks that this rank meets along `axis`. `backend` is a c10d process group, or None for a single rank."""
+    """The ranks that this rank meets along `axis`. `backend` is a c10d process group, or None for a single rank.
 
-    def __init__(self, axis: str, ranks: tuple[int, ...], rank: int, backend: Any, ledger: Ledger) -> None:
+    A group with a `direction` ('f' or 'b') is a pipeline edge from its first rank to its second.
+    """
+
+    def __init__(
+        self, axis: str, ranks: tuple[int, ...], rank: int, backend: Any, ledger: Ledger, direction: str = ""
+    ) -> None:
         if len(ranks) > 1 and backend is None:
             raise ValueError(f"group {axis} {ranks}: no backend for {len(ranks)} ranks")
         self.axis = axis
@@ -107,6 +144,8 @@ class Group:
         self.index = ranks.index(rank)
         self.backend = backend
         self.ledger = ledger
+        self.channel = ledger.channel(axis, ranks, direction) if len(ranks) > 1 else -1
+        self.scratch_bytes = self.peak_scratch_bytes = 0  # receive buffers of emulated operations under way
         # gloo's own reduce-scatter is an all-reduce inside: twice the wire bytes
         self.emulates_reduce_scatter = backend is not None and backend.name() == "gloo"
         self._waiter = SendWaiter() if self.emulates_reduce_scatter else None
@@ -119,8 +158,10 @@ class Group:
         self, op: str, payload: int, start: Callable[[], Any], finish: Callable[[], object] | None = None
     ) -> Pending:
         """THE line through which every collective goes."""
-        self.ledger.record(self.axis, op, payload)
-        return Pending(start(), finish)
+        record = self.ledger.issue(self.axis, op, payload, self.channel)
+        work = start()
+        self.ledger.issued(record, work, emulated=finish is not None)
+        return Pending(work, finish, self.ledger, record)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Pending:
         """In place over `tensor` (contiguous). Never MAX over floats that can be NaN: gloo drops them."""
@@ -145,16 +186,24 @@ class Group:
                 out.copy_(full.view_as(out))
             return Pending()
         if self.emulates_reduce_scatter:
-            parts = torch.empty_like(full).view(self.size, *out.shape)
-            return self._issue(
-                "reduce_scatter",
-                full.nbytes,
-                lambda: self.backend.alltoall_base(parts, full, [], []),
-                lambda: torch.sum(parts, dim=0, out=out),
-            )
+            return self._reduce_scatter_by_all_to_all(out, full)
         options = dist.ReduceScatterOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         return self._issue("reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options))
+
+    def _reduce_scatter_by_all_to_all(self, out: Tensor, full: Tensor) -> Pending:
+        """The true (n-1)/n bytes: everybody sends everybody its part, and each sums what it got."""
+        parts = torch.empty_like(full).view(self.size, *out.shape)
+        self.scratch_bytes += parts.nbytes
+        self.peak_scratch_bytes = max(self.peak_scratch_bytes, self.scratch_bytes)
+
+        def finish() -> None:
+            torch.sum(parts, dim=0, out=out)
+            self.scratch_bytes -= parts.nbytes
+
+        return self._issue(
+            "reduce_scatter", full.nbytes, lambda: self.backend.alltoall_base(parts, full, [], []), finish
+        )
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Pending:
         """`tensor` of the group's member `root` to all, in place."""

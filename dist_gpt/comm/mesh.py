@@ -95,8 +95,8 @@ def build_mesh(
     here = layout.coords(rank)
     with ExitStack() as undo:
 
-        def make(axis: str, name: str, ranks: tuple[int, ...]) -> Group:
-            group = Group(axis, ranks, rank, backends.create(name, ranks, rank), ledger)
+        def make(axis: str, name: str, ranks: tuple[int, ...], direction: str = "") -> Group:
+            group = Group(axis, ranks, rank, backends.create(name, ranks, rank), ledger, direction)
             undo.callback(group.close)
             return group
 
@@ -107,7 +107,7 @@ def build_mesh(
                 layout.rank(source, here.dp, here.cp, here.tp),
                 layout.rank(destination, here.dp, here.cp, here.tp),
             )
-            edges[source, destination, direction] = make("pp", f"pp_{direction}", ranks)
+            edges[source, destination, direction] = make("pp", f"pp_{direction}", ranks, direction)
         mesh = Mesh(layout, rank, ledger, groups, edges)
         undo.pop_all()
     return mesh
@@ -129,7 +129,8 @@ class GlooGroup(dist.ProcessGroupGloo):
 
 
 class _PairWork:
-    """A gloo send or receive. It would wait as long as the connections took at most: it keeps no later timeout."""
+    """A gloo send or receive. It would wait as long as the connections took at most: it keeps no later timeout.
+    It has no future either."""
 
     __slots__ = ("is_completed", "_timeout", "_work")
 

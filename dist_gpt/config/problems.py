@@ -28,8 +28,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "train.loss_chunks": (1,),
     "checkpoint.every": (0,),
     "checkpoint.async_save": (False,),
-    "profile.steps": (None,),
-    "profile.torch": (False,),
     "launch.elastic": (False,),
 }
 """THE table of what the schema knows but this version has not proven: key -> values allowed now."""
@@ -37,7 +35,7 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
 
 def problems(config: Config) -> list[str]:
     """Every reason why `config`, a resolved one, cannot run. Empty: it can."""
-    checks = (_not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop)
+    checks = (_not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _profile)
     return [message for check in checks for message in check(config)]
 
 
@@ -236,6 +234,28 @@ def _loop(config: Config) -> list[str]:
         found.append(
             f"train.eval_every {t.eval_every} with train.eval_batches 0 would validate on nothing; "
             "set eval_batches >= 1, or eval_every: 0"
+        )
+    return found
+
+
+def _profile(config: Config) -> list[str]:
+    window, steps = config.profile.steps, config.train.steps
+    found = []
+    if window is None:
+        if config.profile.torch:
+            found.append(
+                "profile.torch true without profile.steps has no window to run in; set profile.steps: [first, last]"
+            )
+        return found
+    if not 1 <= window[0] <= window[1] <= steps:
+        found.append(
+            f"profile.steps {shown_list(window)} must be [first, last] with 1 <= first <= last <= train.steps {steps}"
+        )
+    outside = [rank for rank in config.profile.torch_ranks if rank >= config.world_size]
+    if config.profile.torch and outside:
+        found.append(
+            f"profile.torch_ranks {shown_list(outside)} are outside the world of {config.world_size} ranks; "
+            f"use ranks 0 to {config.world_size - 1}"
         )
     return found
 

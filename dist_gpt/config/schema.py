@@ -182,9 +182,11 @@ class ProfileConfig(Section):
     """The profiling window."""
 
     steps: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = None
-    """[first, last] step of the window."""
+    """[first, last] step of the window, counted from 1: every collective and every entry of the step list is kept."""
     torch: bool = False
     """Run torch.profiler in the window."""
+    torch_ranks: list[NonNegative] = [0]
+    """Ranks that run it."""
 
 
 class WandbConfig(Section):

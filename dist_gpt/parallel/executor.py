@@ -86,9 +86,13 @@ class Executor:
         if phase not in self._declared:
             self._declared[phase] = [calls_by_key(self.plan.declare(step).comm) for step in steps]
         self.loss = torch.zeros_like(self.loss)
-        for step, declared in zip(steps, self._declared[phase], strict=True):
-            with self.mesh.ledger.step(phase, step, declared):
-                self._dispatch(step, batch, update)
+        ledger = self.mesh.ledger
+        for index, (step, declared) in enumerate(zip(steps, self._declared[phase], strict=True)):
+            if step.kind == expand.FORWARD and step.action.micro_batch not in self._micro_batches:
+                with ledger.reading():
+                    self._micro_batches[step.action.micro_batch] = batch(step.action.micro_batch)
+            with ledger.step(phase, step, declared, index):
+                self._dispatch(step, update)
             if self.after_step is not None:
                 self.after_step()
         self._finish_sends()
@@ -97,14 +101,11 @@ class Executor:
             raise RuntimeError(f"rank {self.mesh.rank}: the step list left work behind on the tape")
         return self.loss
 
-    def _dispatch(self, step: Step, batch: Batches, update: Update | None) -> None:
+    def _dispatch(self, step: Step, update: Update | None) -> None:
         if self._sending:
             self._free_sent()
         if step.kind == expand.FORWARD:
-            m = step.action.micro_batch
-            if m not in self._micro_batches:
-                self._micro_batches[m] = batch(m)
-            self._forward(step, self._micro_batches[m])
+            self._forward(step, self._micro_batches[step.action.micro_batch])
         elif step.kind == expand.BACKWARD:
             self._backward(step)
         elif step.kind == expand.WEIGHT:

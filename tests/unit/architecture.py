@@ -22,6 +22,7 @@ LAYERS = (
     ("model",),
     ("optim", "data", "checkpoint", "track"),
     ("rank", "heap"),  # one rank's parts put together: what train, verify and dryrun stand on
+    ("profile",),
     ("train", "meeting"),
     ("verify", "dryrun", "sample"),
 )

@@ -41,6 +41,15 @@ def refused(path: str, overrides: list[str] | None = None, world: int | None = N
 # --- what cannot run -------------------------------------------------------------------------------------------------
 
 IMPOSSIBLE: dict[str, tuple[list[str], list[str]]] = {
+    "a window beyond the last step": (
+        ["profile.steps=[2, 1000000]"], ["profile.steps [2, 1000000]", "1 <= first <= last <= train.steps"],
+    ),
+    "a window from step 0": (["profile.steps=[0, 1]"], ["profile.steps [0, 1]", "1 <= first"]),
+    "torch.profiler without a window": (["profile.torch=true"], ["profile.torch", "profile.steps: [first, last]"]),
+    "torch.profiler on a rank that is not there": (
+        ["profile.steps=[1, 1]", "profile.torch=true", "profile.torch_ranks=[0, 5]"],
+        ["profile.torch_ranks [5]", "world of 1 ranks", "ranks 0 to 0"],
+    ),
     "heads do not divide the width": (
         ["model.hidden_size=130"],
         ["model.hidden_size 130", "model.num_heads 4", "128 or 132"],
@@ -169,6 +178,8 @@ def test_impossible_settings_are_named_once(small: str, case: str) -> None:
         ["train.eval_batches=1"],
         ["optim.warmup=10", "optim.clip=0", "optim.name=sgd"],
         ["name=a.b_c-9"],
+        ["profile.steps=[1, 1]"],
+        ["profile.steps=[1, 2]", "profile.torch=true"],
     ],
 )
 def test_the_legal_neighbours_are_accepted(small: str, overrides: list[str]) -> None:
@@ -179,8 +190,7 @@ REFUSED_NOW = {
     "parallel.cp": "2", "parallel.p2p_scatter": "true", "parallel.schedule": "zbv", "optim.sharding": "zero3",
     "optim.engine": "deepspeed", "optim.shard_group": "node", "optim.reduce_dtype": "fp32", "optim.state_dtype": "bf16",
     "optim.offload": "true", "train.dtype": "bf16", "train.recompute": "full", "train.compile": "true",
-    "train.loss_chunks": "2", "checkpoint.every": "5", "checkpoint.async_save": "true", "profile.steps": "[1, 2]",
-    "profile.torch": "true", "launch.elastic": "true",
+    "train.loss_chunks": "2", "checkpoint.every": "5", "checkpoint.async_save": "true", "launch.elastic": "true",
 }  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+"""Times of the device for the profiling window on a GPU. NEVER RUN by the authors on a GPU; see the README's table.
+
+The host runs ahead of the device, so its stamps say nothing about who waited. Every moment here is an event on a
+stream, read after the step (which ends with a read of the loss anyway) against one anchor whose host time is known:
+
+    arrival   on the compute stream at the issue: the collective's own stream waits for exactly this point
+    end       on a stream of our own that waits for the collective (`Work.wait` orders a stream, it does not block)
+    wait      on the compute stream, before and after `Work.wait`: the compute stream stands still in between
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+
+from dist_gpt.comm.tape import Record, Span
+
+
+@dataclass
+class _Marks:
+    """Events of one collective."""
+
+    arrival: Any
+    end: Any
+    wait: Any = None
+    waited: Any = None
+
+
+class CudaTimer:
+    """`device` defaults to torch.cuda; a test puts something else in its place."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device if device is not None else torch.cuda
+        self._free: list[Any] = []
+        self._used: list[Any] = []
+        self._sides: dict[int, Any] = {}  # one per channel: a group's collectives end in their order
+        self._anchor = self.device.Event(enable_timing=True)
+        self._anchor.record()
+        self._anchor.synchronize()
+        self._anchor_ns = perf_counter_ns()
+
+    def mark(self) -> Any:
+        """An event on the current stream, now."""
+        event = self._free.pop() if self._free else self.device.Event(enable_timing=True)
+        event.record()
+        self._used.append(event)
+        return event
+
+    def issued(self, record: Record, work: Any) -> None:
+        arrival = self.mark()
+        if record.channel not in self._sides:
+            self._sides[record.channel] = self.device.Stream()
+        with self.device.stream(self._sides[record.channel]):
+            work.wait()
+            record.marks = _Marks(arrival, self.mark())
+
+    def waits(self, record: Record) -> None:
+        if record.marks is not None:
+            record.marks.wait = self.mark()
+
+    def waited(self, record: Record) -> None:
+        if record.marks is not None:
+            record.marks.waited = self.mark()
+
+    def settle(self, records: list[Record]) -> None:
+        """Replace the host's stamps by the device's; all events go back to the pool when the spans have been read."""
+        self.device.synchronize()
+        for record in records:
+            marks, record.marks = record.marks, None
+            if marks is None:
+                continue
+            record.issue = self._ns(marks.arrival)
+            record.issued = record.issue  # the host's time in the call does not stop the device
+            record.done = self._ns(marks.end)
+            record.wait = record.waited = 0
+            if marks.waited is not None:
+                record.wait, record.waited = self._ns(marks.wait), self._ns(marks.waited)
+            record.cpu = 0
+        self._free += self._used
+        self._used = []
+
+    def times(self, span: Span) -> tuple[int, int, int]:
+        start, end = self._ns(span.began), self._ns(span.ended)
+        return start, end - start, end - start  # a device is never descheduled
+
+    def _ns(self, event: Any) -> int:
+        return self._anchor_ns + int(self._anchor.elapsed_time(event) * 1e6)

@@ -1,0 +1,181 @@
+"""The tape of the profiling window: every collective and every entry of the step list of one rank, with times.
+
+Times are nanoseconds of this rank's CLOCK_MONOTONIC (`time.perf_counter_ns`). Who measures them is a `Timer`: on a CPU
+the host, which blocks where the rank blocks (`HostTimer`); on a GPU the device, since the host runs ahead of it
+(`comm.device_time.CudaTimer`). A timer never waits for anything while a step runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from time import perf_counter_ns, thread_time_ns
+from typing import Any, Protocol
+
+from dist_gpt.events import BOUND, CALL, EMULATED, OPS, SPAN
+
+MAX_ROWS = 200_000
+"""Calls, and spans, of one step that are kept; what is more is counted as dropped."""
+_OP = {op: number for number, op in enumerate(OPS)}
+
+
+@dataclass(slots=True)
+class Record:
+    """One issued collective. Stamps in ns, 0 where it has not happened."""
+
+    axis: str
+    op: str
+    payload: int
+    channel: int
+    issue: int
+    issued: int = 0
+    done: int = 0
+    wait: int = 0
+    waited: int = 0
+    cpu: int = 0  # of this thread, while it waited
+    index: int = -1
+    flags: int = 0
+    marks: Any = None  # the timer's own
+
+    def complete(self, _: Any = None) -> None:
+        """The backend is finished, now; called on the backend's thread."""
+        self.done = perf_counter_ns()
+
+
+@dataclass(slots=True)
+class Mark:
+    """A span under way, and the one around it."""
+
+    index: int
+    outer: int
+    began: Any
+    note: AbstractContextManager[Any] | None = None
+
+
+@dataclass(slots=True)
+class Span:
+    """An entry of the step list, done. `began` and `ended` are the timer's."""
+
+    index: int
+    began: Any
+    ended: Any
+
+
+class Timer(Protocol):
+    """Who measures. `issued`, `waits` and `waited` may note something on a record; `mark` is a moment."""
+
+    def mark(self) -> Any: ...
+
+    def issued(self, record: Record, work: Any) -> None: ...
+
+    def waits(self, record: Record) -> None: ...
+
+    def waited(self, record: Record) -> None: ...
+
+    def settle(self, records: list[Record]) -> None:
+        """A step is over: fill in the stamps of its records."""
+
+    def times(self, span: Span) -> tuple[int, int, int]:
+        """(start, wall, CPU of this thread) of a span, in ns."""
+
+
+class HostTimer:
+    """Stamps of the host. A collective's end is when gloo says so, on its own thread."""
+
+    def mark(self) -> tuple[int, int]:
+        return perf_counter_ns(), thread_time_ns()
+
+    def issued(self, record: Record, work: Any) -> None:
+        when_done = getattr(work, "when_done", None)  # a send, watched by a thread of ours
+        if when_done is not None:
+            when_done(record.complete)
+            return
+        try:
+            work.get_future().add_done_callback(record.complete)
+        except (AttributeError, RuntimeError):  # gloo's receive has none: it ends before the wait for it does
+            record.flags |= BOUND
+
+    def waits(self, record: Record) -> None:
+        record.cpu = thread_time_ns()
+
+    def waited(self, record: Record) -> None:
+        record.cpu = thread_time_ns() - record.cpu
+
+    def settle(self, records: list[Record]) -> None:
+        for record in records:
+            if record.flags & BOUND:
+                record.done = record.waited
+
+    def times(self, span: Span) -> tuple[int, int, int]:
+        (start, cpu), (end, cpu_end) = span.began, span.ended
+        return start, end - start, cpu_end - cpu
+
+
+@dataclass
+class Tape:
+    """Keeps one step at a time; `rows` hands it over. `base_ns` is where the file's times begin."""
+
+    timer: Timer
+    base_ns: int
+    annotate: Callable[[str], AbstractContextManager[Any]] | None = None
+    limit: int = MAX_ROWS
+    dropped: int = 0
+    index: int = -1
+    records: list[Record] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+
+    def start(self, index: int, name: object) -> Mark:
+        """Entry `index` of the step list begins."""
+        note = self.annotate(str(name)) if self.annotate is not None else None
+        if note is not None:
+            note.__enter__()
+        mark = Mark(index, self.index, self.timer.mark(), note)
+        self.index = index
+        return mark
+
+    def end(self, mark: Mark) -> None:
+        ended = self.timer.mark()
+        self.index = mark.outer
+        if len(self.spans) < self.limit:
+            self.spans.append(Span(mark.index, mark.began, ended))
+        else:
+            self.dropped += 1
+        if mark.note is not None:
+            mark.note.__exit__(None, None, None)
+
+    def issued(self, record: Record, work: Any, emulated: bool) -> None:
+        record.index = self.index
+        record.flags = EMULATED if emulated else 0
+        if len(self.records) < self.limit:
+            self.records.append(record)
+            self.timer.issued(record, work)
+        else:
+            self.dropped += 1
+
+    def waits(self, record: Record) -> None:
+        self.timer.waits(record)
+
+    def waited(self, record: Record) -> None:
+        self.timer.waited(record)
+
+    def rows(self, step: int) -> list[list[int]]:
+        """The rows of training step `step` as `events` describes them; the tape is empty afterwards."""
+        records, spans = self.records, self.spans
+        self.records, self.spans = [], []
+        self.timer.settle(records)
+        rows = [self._call(step, record) for record in records]
+        for span in spans:
+            start, wall, cpu = self.timer.times(span)
+            rows.append([SPAN, step, span.index, start - self.base_ns, wall, cpu])
+        return rows
+
+    def _call(self, step: int, r: Record) -> list[int]:
+        def after(stamp: int) -> int:
+            return max(0, stamp - r.issue) if stamp else -1
+
+        waits = (after(r.wait), after(r.waited)) if r.waited else (-1, -1)
+        return [
+            CALL, step, r.index, r.channel, _OP[r.op], r.payload, r.issue - self.base_ns, after(r.issued),
+            after(r.done), *waits, r.cpu, r.flags,
+        ]  # fmt: skip

@@ -1,0 +1,62 @@
+"""Bytes that a step of training leaves for later steps, as autograd and queued weight jobs keep them.
+
+The dry run counts with it on meta tensors, the profile on real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class SavedBytes:
+    """Live bytes of the storages that are kept for later steps, and their peak; parameters and their views excepted."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._state = {t.untyped_storage()._cdata for t in parameters}
+        self._users: dict[int, int] = {}
+        self.live = self.peak = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[SavedBytes]:
+        with torch.autograd.graph.saved_tensors_hooks(self.hold, lambda held: held.tensor):
+            yield self
+
+    def mark(self) -> None:
+        """A step ends: what is live now stays."""
+        self.peak = max(self.peak, self.live)
+
+    def hold(self, tensor: Tensor) -> _Held:
+        """Counts until the result is dropped."""
+        return _Held(self, tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._state:
+            return
+        self._users[storage._cdata] = self._users.get(storage._cdata, 0) + 1
+        if self._users[storage._cdata] == 1:
+            self.live += storage.nbytes()
+
+    def remove(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._state:
+            return
+        self._users[storage._cdata] -= 1
+        if not self._users[storage._cdata]:
+            del self._users[storage._cdata]
+            self.live -= storage.nbytes()
+
+
+class _Held:
+    """A saved tensor; gives its bytes back when autograd drops it."""
+
+    def __init__(self, owner: SavedBytes, tensor: Tensor) -> None:
+        self.owner, self.tensor = owner, tensor
+        owner.add(tensor)
+
+    def __del__(self) -> None:
+        self.owner.remove(self.tensor)

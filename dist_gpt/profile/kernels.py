@@ -1,0 +1,84 @@
+"""The rank's products measured alone, and what this device can do at most: the two sides of a roofline.
+
+Each is the fastest of several runs: what disturbs a run only makes it longer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dist_gpt.config.schema import Config
+from dist_gpt.parallel.buckets import TORCH_DTYPE
+from dist_gpt.plan.kernels import ATTENTION, Kernel, rank_kernels
+
+BUDGET_S = 0.12
+"""For all runs of one product."""
+LARGE = {"cpu": 1024, "cuda": 8192}
+"""Side of the square product behind the ceiling."""
+COPIED = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Bytes of the copy behind the bandwidth: far more than any cache."""
+
+
+def kernel_facts(config: Config, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of the events file: `ceiling`, then a `kernel` for each product of this rank."""
+    dtype = TORCH_DTYPE[config.train.dtype]
+    facts: list[dict[str, Any]] = [{"ceiling": {**ceiling(device, dtype), "dtype": config.train.dtype}}]
+    for kernel in rank_kernels(config):
+        seconds = fastest(runner(kernel, device, dtype), device)
+        shape = [kernel.m, kernel.k, kernel.n]
+        row = {"name": kernel.name, "shape": shape, "batch": kernel.batch, "flops": kernel.flops, "bytes": kernel.bytes}
+        facts.append({"kernel": {**row, "seconds": seconds}})
+    return facts
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a large square product, and bytes per second of a large copy (read and written)."""
+    side = LARGE[device.type]
+    square = torch.randn(side, side, device=device).to(dtype)
+    out = torch.empty_like(square)
+    product = fastest(lambda: torch.mm(square, square, out=out), device)
+    source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device).fill_(1)
+    copy = torch.empty_like(source)
+    moved = fastest(lambda: copy.copy_(source), device)
+    return {"flops_per_s": 2 * side**3 / product, "bytes_per_s": 2 * source.nbytes / moved}
+
+
+def runner(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """What runs `kernel` once, its operands made here."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    if kernel.name == ATTENTION:
+        q = random(1, kernel.batch, kernel.m, kernel.k)
+        k, v = (random(1, kernel.kv_batch, kernel.m, kernel.k) for _ in range(2))
+        grouped = kernel.kv_batch != kernel.batch
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    a, weight = random(kernel.m, kernel.k), random(kernel.n, kernel.k)
+    out = torch.empty(kernel.m, kernel.n, dtype=dtype, device=device)
+    return lambda: torch.mm(a, weight.t(), out=out)
+
+
+def fastest(run: Callable[[], object], device: torch.device, budget_s: float = BUDGET_S) -> float:
+    """Seconds of the fastest of at least three runs, as many as fit into `budget_s`."""
+    best, ran, started = float("inf"), 0, time.perf_counter()
+    with torch.no_grad():
+        while ran < 4 or time.perf_counter() - started < budget_s:
+            _settle(device)
+            began = time.perf_counter()
+            run()
+            _settle(device)
+            if ran:  # the first one warms up
+                best = min(best, time.perf_counter() - began)
+            ran += 1
+    return best
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

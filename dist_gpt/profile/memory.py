@@ -1,0 +1,85 @@
+"""Measured memory of one training step, in the categories of the plan, with the allocator's own peak beside them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dist_gpt.heap import Heap
+from dist_gpt.optim.adamw import state_bytes
+from dist_gpt.parallel.saved import SavedBytes
+from dist_gpt.plan.count import memory_document
+from dist_gpt.rank import Rank
+
+
+class MemoryWatch:
+    """Watches one step of `rank`. On a CPU the heap in use is read between the entries of the step list; what was in
+    use before the model was built (`baseline`) is taken off. On a GPU the allocator knows its peak."""
+
+    def __init__(self, rank: Rank, baseline: int | None) -> None:
+        self.rank = rank
+        self.cuda = rank.device.type == "cuda"
+        self.heap, self.baseline = Heap(), baseline
+        flats = rank.buffers.buckets
+        self.saved = SavedBytes([b.parameters for b in flats] + [b.gradients for b in flats])
+        self.peak: int | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, one step is trained."""
+        executor, sink = self.rank.executor, self.rank.sink
+        before = executor.after_step, sink.hold
+        executor.after_step, sink.hold = self._look, self.saved.hold
+        executor.peak_message_bytes = 0
+        self.rank.mesh.data.peak_scratch_bytes = 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.rank.device)
+        try:
+            with self.saved.counting():
+                yield
+        finally:
+            executor.after_step, sink.hold = before
+        if self.cuda:
+            self.peak = torch.cuda.max_memory_allocated(self.rank.device)
+
+    def _look(self) -> None:
+        self.saved.mark()
+        if self.cuda:
+            return
+        in_use = self.heap.bytes_in_use()
+        if in_use is not None and self.baseline is not None:
+            self.peak = max(self.peak or 0, in_use - self.baseline)
+
+    def fact(self, step: int) -> dict[str, Any]:
+        """The row of the events file."""
+        source = "cuda" if self.cuda else "mallinfo2" if self.peak is not None else None
+        return {
+            "step": step,
+            "parts": parts(self.rank, self.saved.peak, self.rank.mesh.data.peak_scratch_bytes),
+            "peak_bytes": self.peak,
+            "source": source,
+            "rss_bytes": peak_rss_bytes(),
+        }
+
+
+def parts(rank: Rank, activations: int, scratch: int) -> dict[str, int]:
+    """What `rank` holds, by the plan's categories; `scratch` are receive buffers of reductions under way."""
+    flats = rank.buffers.buckets
+    return memory_document(
+        parameters=sum(b.parameters.nbytes for b in flats),
+        gradients=sum(b.gradients.nbytes for b in flats),
+        optimizer=state_bytes(rank.optimizer.engine),
+        activations=activations,
+        buffers=rank.executor.peak_message_bytes + scratch,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

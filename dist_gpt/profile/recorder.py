@@ -1,0 +1,218 @@
+"""Around every training step: what it spent goes to the events file; inside the window every call and span does.
+
+Nothing here waits for the device or for another rank while a step runs, and nothing is written before the step is over.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from dist_gpt import __version__
+from dist_gpt.comm.clock import ClockReading
+from dist_gpt.comm.group import Group
+from dist_gpt.comm.ledger import Ledger
+from dist_gpt.comm.rendezvous import RankEnv
+from dist_gpt.comm.tape import HostTimer, Tape, Timer
+from dist_gpt.config.schema import Config
+from dist_gpt.events import TRAIN, Counts, EventFile
+from dist_gpt.profile.device import DeviceSampler
+from dist_gpt.profile.kernels import kernel_facts
+from dist_gpt.profile.memory import MemoryWatch
+from dist_gpt.profile.torch_trace import TorchTrace
+from dist_gpt.rank import Rank
+
+TOLD = ("NCCL_", "GLOO_", "SLURM_", "TORCH_", "CUDA_", "OMP_", "MKL_", "OMPI_COMM_", "PMI_", "UCX_", "FI_", "MASTER_")
+"""Beginnings of the environment variables that the header keeps."""
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+COST_RECORDS = 2_000
+
+
+@dataclass
+class Taken:
+    """One training step; `seconds` are known when it is over."""
+
+    seconds: float = 0.0
+
+
+class Recorder:
+    """Records the steps of `rank`. `baseline` are the heap bytes in use before the model was built."""
+
+    def __init__(self, config: Config, rank: Rank, env: RankEnv, run_dir: Path, baseline: int | None = None) -> None:
+        self.config, self.rank, self.baseline = config, rank, baseline
+        self.ledger = rank.mesh.ledger
+        self.window = config.profile.steps
+        self.began = time.perf_counter()
+        coords = asdict(rank.mesh.coords)
+        path = run_dir / f"events.rank{env.rank}.jsonl"
+        self.events = EventFile(path, env.rank, coords, env.attempt, **header(config, rank, env))
+        self.tape: Tape | None = None
+        self.dropped = self.trained = 0
+        self.sampler = DeviceSampler(rank.device)
+        wanted = config.profile.torch and env.rank in config.profile.torch_ranks
+        self.torch = TorchTrace(run_dir / f"torch.rank{env.rank}.json.gz", rank.device) if wanted else None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[Taken]:
+        """Inside, training step `number` runs and ends with a read of its loss."""
+        taken, memory = Taken(), None
+        self._open(number)
+        before = self.ledger.counts(TRAIN)
+        with ExitStack() as stack:
+            if number == self._memory_step():
+                memory = MemoryWatch(self.rank, self.baseline)
+                stack.enter_context(memory.watching())
+            if self.tape is not None and self.torch is not None:
+                stack.enter_context(self.torch.step(number))
+            stack.callback(self._over, number)
+            self.ledger.begin(number)
+            self.ledger.tape = self.tape  # not for what happens between steps
+            started = time.perf_counter_ns()
+            yield taken
+            taken.seconds = (time.perf_counter_ns() - started) / 1e9
+        self.trained += 1
+        spent = self.ledger.end()
+        self.events.step(
+            number, TRAIN, taken.seconds, self.ledger.counts(TRAIN).since(before),
+            start_ns=started - self.events.base_ns,
+            blocked_s={axis: ns / 1e9 for axis, ns in spent.blocked_ns.items()}, data_s=spent.data_ns / 1e9,
+        )  # fmt: skip
+        if memory is not None:
+            self.events.fact("memory", memory.fact(number))
+        self._close(number)
+
+    def evaluation(self, step: int, phase: str, seconds: float, comm: Counts) -> None:
+        """A validation after `step` steps."""
+        self.events.step(step, phase, seconds, comm)
+
+    def clock(self, reading: ClockReading | None) -> None:
+        """This rank's clock against rank 0's."""
+        if reading is not None:
+            at = reading.at_ns - self.events.base_ns
+            self.events.fact("clock", {"at_ns": at, "offset_ns": reading.offset_ns, "error_ns": reading.error_ns})
+
+    def finish(self, differences: list[str]) -> None:
+        """All steps are done. `differences` is this rank's account."""
+        if self.window is not None and self.rank.mesh.rank == 0:
+            for fact in kernel_facts(self.config, self.rank.device):
+                for name, content in fact.items():
+                    self.events.fact(name, content)
+        for at, reading in self.sampler.samples:
+            self.events.fact("sample", {"at_ns": at - self.events.base_ns, **reading})
+        if self.torch is not None and self.torch.anchors:
+            self.events.fact("torch_trace", self.torch.fact(self.events.base_ns))
+        for difference in self.ledger.found:
+            self.events.fact("difference", asdict(difference))
+        end = {
+            "differences": differences, "dropped": self.dropped, "record_ns": record_cost_ns(),
+            "records_per_step": self.ledger.records / max(1, self.trained), "wall_s": time.perf_counter() - self.began,
+        }  # fmt: skip
+        self.events.fact("end", end)
+
+    def close(self) -> None:
+        """Leave what there is on disk; also when training failed."""
+        self.sampler.stop()
+        self.events.close()
+
+    # --- the window --------------------------------------------------------------------------------------------
+
+    def _open(self, number: int) -> None:
+        if self.window is None or number != max(1, self.window[0]):
+            return
+        annotate = record_function if self.torch is not None else None
+        self.tape = Tape(make_timer(self.rank.device), self.events.base_ns, annotate)
+        self.sampler.start()
+        if self.torch is not None:
+            self.torch.start()
+
+    def _over(self, number: int) -> None:
+        """Also after a step that failed: the tape holds what led to it."""
+        self.ledger.tape = None
+        if self.tape is not None:
+            self.events.rows(self.tape.rows(number))
+
+    def _close(self, number: int) -> None:
+        if self.tape is None or self.window is None or number < self.window[1]:
+            return
+        self.dropped += self.tape.dropped
+        self.tape = None
+        self.sampler.stop()
+        if self.torch is not None:
+            self.torch.stop()
+
+    def _memory_step(self) -> int | None:
+        """The step whose memory is measured: beside the window, not inside, since watching costs time."""
+        if self.window is None:
+            return None
+        first, last = max(1, self.window[0]), self.window[1]
+        if first > 1:
+            return first - 1
+        return last + 1 if last < self.config.train.steps else None
+
+
+def make_timer(device: torch.device) -> Timer:
+    """Who measures on `device`."""
+    if device.type == "cuda":
+        from dist_gpt.comm.device_time import CudaTimer
+
+        return CudaTimer()
+    return HostTimer()
+
+
+def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
+    """What identifies this rank's process and place."""
+    cuda = rank.device.type == "cuda"
+    return {
+        "world": env.world,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": torch.cuda.get_device_name(rank.device) if cuda else "cpu",
+        "backend": "nccl" if cuda else "gloo",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "dist_gpt": __version__},
+        "environment": told(os.environ),
+        "window": config.profile.steps,
+        "channels": rank.mesh.ledger.channels,
+    }
+
+
+def told(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that say how ranks communicate and compute; none that may hold a secret."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(TOLD) and not any(word in name for word in SECRET)
+    }
+
+
+class _Nothing:
+    """A backend whose collectives are over at once."""
+
+    def name(self) -> str:
+        return "none"
+
+    def allreduce(self, tensors: object, options: object) -> _Nothing:
+        return self
+
+    def wait(self) -> None: ...
+
+
+def record_cost_ns() -> float:
+    """What one record costs outside of the window, measured in isolation: a collective that does nothing, recorded."""
+    group = Group("tp", (0, 1), 0, _Nothing(), Ledger({"tp": 2}))
+    tensor = torch.empty(1)
+    started = time.perf_counter_ns()
+    for _ in range(COST_RECORDS):
+        group.all_reduce(tensor).wait()
+    return (time.perf_counter_ns() - started) / COST_RECORDS
