@@ -23,6 +23,7 @@ NAMES = {
     "bubble": "bubble",
     "one-process": "one_process",
     "layouts": "layouts",
+    "ledger": "ledger",
 }
 """Name -> module with `run(settings, say)`, quick ones first."""
 
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     default = Settings()
     p = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what the README compares.")
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default all")
-    p.add_argument("--pairs", type=_positive, help="alternating pairs, or runs (default: one-process 20, layouts 10)")
+    p.add_argument("--pairs", type=_positive, help="alternating pairs, or runs (default: the benchmark's own)")
     p.add_argument("--warm-up", type=_positive, default=default.warm_up, help="steps of each side before the pairs")
     p.add_argument("--threads", type=_positive, help="threads of one process of ours (default 1)")
     p.add_argument("--family", choices=sorted(FAMILIES), default=default.family, help="kind of model")

@@ -125,10 +125,10 @@ class Team:
             worker.tell(message)
         return [worker.hear() for worker in self.workers]
 
-    def run(self, steps: int) -> Sample:
+    def run(self, steps: int, mode: str = "on") -> Sample:
         """`steps` steps, from the first rank's start to the last one's end (one clock serves the machine)."""
         time.sleep(SETTLE_S)
-        answers = self._ask_all({"do": "steps", "steps": steps})
+        answers = self._ask_all({"do": "steps", "steps": steps, "mode": mode})
         seconds = max(a["ended"] for a in answers) - min(a["started"] for a in answers)
         return Sample(seconds, answers[0]["loss"])
 

@@ -1,7 +1,7 @@
 """A worker process: trains one rank of ours, or the plain GPT, when a line on standard input asks for it.
 
     {"side": "ours" | "plain", "threads": n, "same_weights": bool, "config": {...}}    -> {"rss_bytes": n}
-    {"do": "steps", "steps": k}                                                        -> {"started", "ended", "loss"}
+    {"do": "steps", "steps": k, "mode": "on" | "off" | "window"}                       -> {"started", "ended", "loss"}
     {"do": "memory"}                                                                   -> {"peak_bytes": n}
 
 `rss_bytes` is the resident size right after `import torch`, before anything of ours: whatever a side imports, counts
@@ -10,7 +10,9 @@ as its memory. Each side is imported only in its own process.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -23,8 +25,24 @@ import numpy as np
 import torch
 
 TIMEOUT_S = 600.0
-Step = Callable[[int, np.ndarray], float]
-"""(step, token ids (global_batch, seq_len + 1)) -> loss, a number on the host."""
+Step = Callable[[int, np.ndarray, str], float]
+"""(step, token ids (global_batch, seq_len + 1), what is recorded) -> loss, a number on the host."""
+
+
+class Silent:
+    """A ledger that counts, times and compares nothing: what training costs without one."""
+
+    number = tape = None
+
+    def issue(self, *call: object) -> None: ...
+
+    def issued(self, *call: object, **more: object) -> None: ...
+
+    def step(self, *entry: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -47,7 +65,9 @@ def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], N
     """One rank, as the trainer makes it."""
     from dist_gpt.comm.mesh import GlooBackends
     from dist_gpt.comm.rendezvous import connect_store, rank_env
+    from dist_gpt.comm.tape import HostTimer, Tape
     from dist_gpt.config.schema import Config
+    from dist_gpt.events import EventFile
     from dist_gpt.heap import keep_freed_memory
     from dist_gpt.rank import Rank
 
@@ -58,9 +78,19 @@ def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], N
     rank = Rank(config, env.rank, GlooBackends(store, "127.0.0.1", TIMEOUT_S), torch.device("cpu"))
     rank.initialise()
 
-    def step(number: int, ids: np.ndarray) -> float:
+    ledger, silent, events = rank.mesh.ledger, Silent(), EventFile(Path(os.devnull), env.rank, {}, 0)
+
+    def step(number: int, ids: np.ndarray, mode: str) -> float:
+        """One step; "on" is how everybody trains, "window" records every call and span as well."""
+        chosen: Any = silent if mode == "off" else ledger
+        rank.mesh.ledger = chosen
+        for group in (*rank.mesh.groups.values(), *rank.mesh.edges.values()):
+            group.ledger = chosen
+        ledger.tape = Tape(HostTimer(), events.base_ns) if mode == "window" else None
         rank.train_step(number, lambda first, count: ids[first : first + count])
         loss, _ = rank.optimizer.statistics.tolist()
+        if ledger.tape is not None:
+            events.rows(ledger.tape.rows(number))
         return float(loss)
 
     def close() -> None:
@@ -86,7 +116,7 @@ def plain(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], 
         model, optim.name, optim.lr, betas, optim.eps, optim.momentum, weight_decay=optim.weight_decay
     )
 
-    def step(number: int, ids: np.ndarray) -> float:
+    def step(number: int, ids: np.ndarray, mode: str) -> float:
         starts = range(0, train.global_batch, train.micro_batch)
         parts = [torch.from_numpy(ids[first : first + train.micro_batch]) for first in starts]
         loss, norm = train_step(model, optimizer, [(p[:, :-1], p[:, 1:]) for p in parts], optim.clip, optim.lr)
@@ -108,13 +138,13 @@ def copy_our_weights(tree: dict[str, Any], named: dict[str, torch.Tensor]) -> No
             named[param.name].copy_(initial_weight(param, config.train.seed))
 
 
-def timed_steps(step: Step, tree: dict[str, Any], first: int, count: int) -> dict[str, float]:
+def timed_steps(step: Step, tree: dict[str, Any], first: int, count: int, mode: str) -> dict[str, float]:
     """Steps first .. first + count - 1; tokens are drawn before the clock starts."""
     batches = [token_ids(tree, number) for number in range(first, first + count)]
     loss = 0.0
     started = time.perf_counter()
     for number, ids in enumerate(batches, start=first):
-        loss = step(number, ids)
+        loss = step(number, ids, mode)
     return {"started": started, "ended": time.perf_counter(), "loss": loss}
 
 
@@ -134,7 +164,7 @@ def main() -> None:
             request = json.loads(line)
             answer: dict[str, Any] = {"peak_bytes": resident_bytes("VmHWM")}
             if request["do"] == "steps":
-                answer = dict(timed_steps(step, tree, done, request["steps"]))
+                answer = dict(timed_steps(step, tree, done, request["steps"], request["mode"]))
                 done += request["steps"]
             print(json.dumps(answer), file=answers, flush=True)
         close()

@@ -1,0 +1,104 @@
+"""`report-scale`: seconds and memory of the report's work on a synthetic run of 1,024 ranks, 20 steps, 100 rows a step.
+
+The run is written by the tests' generator: rows are those of real step lists, so channels, waits and messages are as
+many as a run of that layout has. The work is done in a process of its own, whose peak is the report's.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import ROOT, WorkerError
+from benchmarks.result import Result, Row
+from benchmarks.settings import Settings
+from dist_gpt.report.clocks import align
+from dist_gpt.report.load import load
+from dist_gpt.report.match import match
+
+NAME = "report-scale"
+STEPS = 20
+TARGET_S, TARGET_BYTES = 45.0, 2e9
+LAYOUT = ("parallel.dp=16", "parallel.tp=8", "parallel.pp=8")
+MODEL = ("model.num_layers=14", "model.num_heads=8", "train.global_batch=80", "optim.bucket_mb=25")
+
+
+def work(folder: Path) -> dict[str, float]:
+    """What is measured: seconds of every stage, and counts. Whatever the report does more belongs here."""
+    stages: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def done(stage: str) -> None:
+        stages[stage] = time.perf_counter() - started - sum(stages.values())
+
+    run = load(folder)
+    done("load")
+    clocks = align(run)
+    done("align")
+    calls, meetings = match(run, clocks)
+    done("match")
+    if run.problems or not meetings.complete.all():
+        raise WorkerError(f"the run was not read whole: {run.problems}")
+    rows = sum(len(log.calls) + len(log.spans) for log in run.ranks.values())
+    return {**stages, "rows": rows, "calls": len(calls), "meetings": len(meetings)}
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> Result:
+    """Write the run once, work on it `--pairs` (default 1) times."""
+    what = f"the report's work on 1,024 ranks x {STEPS} steps, the slowest of {settings.pairs or 1}"
+    result = Result(NAME, what, settings.document())
+    with tempfile.TemporaryDirectory(prefix="report_scale_") as name:
+        folder = Path(name)
+        started = time.perf_counter()
+        size = _write(folder)
+        say(f"wrote {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
+        found = [_measured(folder) for _ in range(settings.pairs or 1)]
+    for one in found:
+        say(", ".join(f"{key} {value:,.4g}" for key, value in one.items()))
+    worst = max(found, key=lambda one: one["seconds"])
+    result.rows = [
+        Row("rows", worst["rows"]),
+        Row("bytes of event files", size, "B"),
+        *(Row(f"seconds: {stage}", worst[stage], "s") for stage in ("load", "align", "match")),
+        Row("seconds, with imports", worst["seconds"], "s", target=TARGET_S, at_least=False),
+        Row("peak resident size", max(one["peak_bytes"] for one in found), "B", target=TARGET_BYTES, at_least=False),
+    ]
+    result.raw["measured"] = found
+    return result
+
+
+def _write(folder: Path) -> int:
+    """The run directory; returns its bytes."""
+    from tests.unit.synthetic import Clock, small, write
+
+    config = small(*LAYOUT, *MODEL, f"train.steps={STEPS}", window=(1, STEPS))
+    clocks = {rank: Clock(rank * 1_000_000, rank % 7 - 3.0) for rank in range(1, config.world_size)}
+    write(folder, config, clocks=clocks, keep=False)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    argv = [sys.executable, "-m", "benchmarks.report_scale", str(folder)]
+    started = time.perf_counter()
+    done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
+    if done.returncode:
+        raise WorkerError(f"the child ended with code {done.returncode}; its own message stands above")
+    return {**json.loads(done.stdout), "seconds": time.perf_counter() - started}
+
+
+def main(folder: str) -> None:
+    """The child: works, and prints what `work` found with its own peak."""
+    found = work(Path(folder))
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kB on Linux
+    print(json.dumps({**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
