@@ -126,7 +126,7 @@ class EventFile:
 
     def step(self, step: int, phase: str, step_s: float, comm: Counts, **more: Any) -> None:
         """What was communicated in `phase` during step `step` (1-based)."""
-        self._write([{"step": step, "phase": phase, "step_s": round(step_s, 6), "comm": comm.as_dict(), **more}])
+        self._write([{"step": step, "phase": phase, "step_s": round(step_s, 9), "comm": comm.as_dict(), **more}])
 
     def fact(self, name: str, content: dict[str, Any]) -> None:
         """One line {name: content}."""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.profiler import record_function
 
@@ -176,6 +177,7 @@ def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
         "world": env.world,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "start_s": round(time.time() - psutil.Process().create_time(), 3),
         "device": torch.cuda.get_device_name(rank.device) if cuda else "cpu",
         "backend": "nccl" if cuda else "gloo",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -14,7 +14,8 @@ from dist_gpt.plan.peaks import PEAKS, published_peak
 @pytest.mark.parametrize("preset", ["demo", "gpt2-124m", "llama-8b"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_all_ranks_products_are_the_models(preset: str, tp: int) -> None:
-    config = load(preset, [f"parallel.tp={tp}", "parallel.pp=1", "parallel.dp=auto"], world=2 if preset == "demo" else 16)
+    world = 2 if preset == "demo" else 16
+    config = load(preset, [f"parallel.tp={tp}", "parallel.pp=1", "parallel.dp=auto"], world=world)
     whole = {m.name: m for m in matmuls(config)}
     per_sequence = {k.name: tp * k.flops / config.train.micro_batch for k in rank_kernels(config)}
     for name, flops in per_sequence.items():
