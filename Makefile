@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench clean
+.PHONY: help install demo test test-all test-browser lint bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]" -c constraints.txt
 	@touch $@
 
-demo: install ## train a small GPT on 8 processes of this machine
-	$(BIN)/dist-gpt launch demo --set run_dir=$(RUN) $(ARGS)
+demo: install ## train a small GPT on 8 processes of this machine, and report where its time went
+	$(BIN)/dist-gpt launch demo --set run_dir=$(RUN) --set profile.steps=[101,120] $(ARGS)
+	$(BIN)/dist-gpt report $(RUN)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
@@ -37,8 +38,13 @@ lint: install ## ruff and mypy
 test: lint ## lint, and the tests that cover every pair of options
 	$(BIN)/python -m pytest tests/unit tests/ranks -m "not all_cells" $(PYTEST_ARGS)
 
-test-all: lint ## every test and every cell
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+test-all: lint ## every test and every cell (in a browser: make test-browser)
+	$(BIN)/python -m pytest tests --ignore tests/browser $(PYTEST_ARGS)
+
+test-browser: install ## the report in a real headless Chromium; as root on Debian it is installed when missing
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null
+	$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 bench: install ## what the README compares, measured here
 	$(BIN)/python -m benchmarks $(ARGS)

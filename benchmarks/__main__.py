@@ -24,6 +24,7 @@ NAMES = {
     "one-process": "one_process",
     "layouts": "layouts",
     "ledger": "ledger",
+    "report-scale": "report_scale",
 }
 """Name -> module with `run(settings, say)`, quick ones first."""
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -73,7 +74,7 @@ def launch(
         print(f"{loaded.name}: {loaded.world_size} ranks. {device.sentence}", flush=True)
         _make_run_dir(loaded)
     code = launch_local(job)
-    document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir)}
+    document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
     text = f"{run.summary_text(document)}\n" if code == 0 else ""
     _print(document, as_json, f"{text}run_dir: {run_dir}")
     raise typer.Exit(code)
@@ -99,6 +100,12 @@ def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
         from dist_gpt.train import main as train_main
 
         code = train_main(loaded)
+    if first and "DIST_GPT_RUN_DIR" not in os.environ:
+        from launch.run import verdict
+
+        line = verdict(Path(str(loaded.run_dir)))
+        with _progress(as_json):
+            print(f"verdict: {line}", flush=True)
     if as_json and first:
         _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
     raise typer.Exit(code)
@@ -170,6 +177,23 @@ def flops(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
 
     document = api.flops_document(load(config, overrides or []))
     _print(document, as_json, "" if as_json else api.flops_text(document))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a run, also one that still goes on.")],
+    compare: Annotated[str | None, typer.Option("--compare", metavar="OTHER", help="A run to hold it against.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Where every millisecond and every byte went.
+
+    Writes report.html, report.md, report.json, trace.json.gz and figures/ into RUN_DIR.
+    """
+    from dist_gpt.report import write
+
+    with _progress(as_json):
+        document = write.report(run_dir, compare, lambda text: print(text, file=sys.stderr, flush=True))
+    _print(document, as_json, "" if as_json else write.report_text(document))
 
 
 def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, rank: int) -> Config:

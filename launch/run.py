@@ -135,6 +135,16 @@ def summary(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def verdict(run_dir: Path) -> str | None:
+    """The report's line on what the run spent its time on; None where nothing of the run can be read."""
+    from dist_gpt.report.write import read_document
+
+    try:
+        return str(read_document(run_dir)["verdict"]["line"])
+    except ConfigError:
+        return None
+
+
 def summary_text(document: dict[str, Any]) -> str:
     """One line per thing worth knowing at the end of a run."""
     lines = [f"{document['steps']} steps done"]
@@ -145,4 +155,6 @@ def summary_text(document: dict[str, Any]) -> str:
         lines.append(f"validation loss  {first:.4f} -> {last:.4f}  ({last / first:.2f} x the initial)")
     if document["tokens_per_s"]:
         lines.append(f"median           {document['tokens_per_s']:.0f} tokens/s")
+    if document.get("verdict"):
+        lines.append(f"verdict          {document['verdict']}")
     return "\n".join(lines)

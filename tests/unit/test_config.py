@@ -42,7 +42,8 @@ def refused(path: str, overrides: list[str] | None = None, world: int | None = N
 
 IMPOSSIBLE: dict[str, tuple[list[str], list[str]]] = {
     "a window beyond the last step": (
-        ["profile.steps=[2, 1000000]"], ["profile.steps [2, 1000000]", "1 <= first <= last <= train.steps"],
+        ["profile.steps=[2, 1000000]"],
+        ["profile.steps [2, 1000000]", "1 <= first <= last <= train.steps"],
     ),
     "a window from step 0": (["profile.steps=[0, 1]"], ["profile.steps [0, 1]", "1 <= first"]),
     "torch.profiler without a window": (["profile.torch=true"], ["profile.torch", "profile.steps: [first, last]"]),

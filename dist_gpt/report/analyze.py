@@ -1,0 +1,210 @@
+"""From a run directory to the report's document: plain JSON, which pages, figures and comparisons read.
+
+    document = analyze(load("runs/demo"))
+
+Everything that needs the profiling window is null or empty where there was none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from dist_gpt.events import OPS
+from dist_gpt.report import collectives, pipeline, predicted, stragglers
+from dist_gpt.report.budget import COMPUTE, KINDS, Blocked, Budget, Spans, blocked, budget, read_spans
+from dist_gpt.report.clocks import Clocks, align
+from dist_gpt.report.headline import headline, waterfall
+from dist_gpt.report.identity import accounting, definitions, files, flat, identity
+from dist_gpt.report.load import Run
+from dist_gpt.report.match import Calls, Meetings, match
+from dist_gpt.report.replay import ReplayError, build, critical_path, free_axes
+from dist_gpt.report.verdict import profiling_cost, verdict
+
+SCHEMA = 1
+DRAWN_RANKS = 8
+
+
+@dataclass
+class Profile:
+    """What the window holds, on one clock; the parts that the sections share."""
+
+    run: Run
+    clocks: Clocks
+    calls: Calls
+    meetings: Meetings
+    spans: Spans
+    stood: Blocked
+    budget: Budget
+
+    @property
+    def median_step(self) -> int | None:
+        """The profiled step of middle length: what is drawn and replayed."""
+        longest = self.budget.wall.max(axis=0) if self.budget.wall.size else np.empty(0)
+        return self.budget.steps[int(np.argsort(longest)[len(longest) // 2])] if len(longest) else None
+
+
+def profile(run: Run) -> Profile:
+    """Aligns, matches and splits."""
+    clocks = align(run)
+    calls, meetings = match(run, clocks)
+    spans = read_spans(run, clocks)
+    stood = blocked(run, calls, meetings, spans)
+    return Profile(run, clocks, calls, meetings, spans, stood, budget(run, calls, spans, stood))
+
+
+def analyze(run: Run, found: Profile | None = None) -> dict[str, Any]:
+    """The document of a report."""
+    p = found or profile(run)
+    profiled = bool(p.budget.steps)
+    sections = _window_sections(p) if profiled else _EMPTY
+    memory = predicted.memory(run)
+    said = verdict(run, sections["budget_s"], sections["stragglers"], sections["collectives"], sections["pipeline"])
+    document = {
+        "schema": SCHEMA,
+        "name": run.config.name,
+        "run_dir": str(run.folder),
+        "generated": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "verdict": {**asdict(said), "profiling": profiling_cost(run, p.budget.steps)},
+        "problems": run.problems,
+        "identity": identity(run, p.clocks, p.budget.steps),
+        "config": flat(run.config),
+        "headline": headline(run, p.budget),
+        **sections,
+        "memory_bytes": memory,
+        "predicted": predicted.predicted(run, memory, sections["pipeline"]),
+        "roofline": predicted.roofline(run),
+        "torch_kernels": [],
+        "device_samples": [{"rank": rank, **row} for rank, log in run.ranks.items() for row in log.samples],
+        "accounting": accounting(run),
+        "definitions": definitions(),
+        "files": files(run),
+    }
+    return dict(_finite(document))
+
+
+_EMPTY: dict[str, Any] = {
+    "budget_s": {}, "budget_by_rank": [], "budget_spread_s": {}, "waterfall": [], "collectives": [], "traffic": None,
+    "sizes": [], "overlap": None, "timeline": None, "free": [], "replay_error": None, "stragglers": None,
+    "pipeline": None, "critical_path": None,
+}  # fmt: skip
+
+
+def _window_sections(p: Profile) -> dict[str, Any]:
+    parts = collectives.parts_of(p.calls, p.meetings, len(p.budget.steps))
+    mean = p.budget.mean_s()
+    charges = stragglers.charge(p.calls, p.meetings, p.stood, p.budget)
+    drawn = p.median_step or 0
+    return {
+        "budget_s": mean,
+        "budget_by_rank": [{"rank": rank, **p.budget.of_rank_s(rank)} for rank in p.budget.ranks],
+        "budget_spread_s": _spread(p.budget),
+        "waterfall": waterfall(p.run, mean),
+        "collectives": collectives.table(p.calls, p.meetings, p.stood, parts),
+        "traffic": collectives.traffic(p.calls, parts, list(p.run.ranks)),
+        "sizes": collectives.sizes(p.calls, parts),
+        "overlap": collectives.overlap(p.run, p.calls, p.meetings, p.stood, parts, p.spans),
+        "timeline": _timeline(p, drawn),
+        **_replayed(p, drawn),
+        "stragglers": stragglers.document(charges, p.budget, _computing(p)),
+        "pipeline": pipeline.pipeline_document(p.run, p.calls, p.spans, p.stood, drawn),
+    }
+
+
+def _spread(found: Budget) -> dict[str, float]:
+    """Standard error of each category's mean over steps, in seconds."""
+    count = len(found.steps)
+    if count < 2:
+        return {}
+    return {name: float(part.mean(axis=0).std(ddof=1)) / math.sqrt(count) / 1e9 for name, part in found.parts.items()}
+
+
+def _computing(p: Profile) -> np.ndarray:
+    """ns by (rank, step) in entries of the step list that were not blocked, on a processor or not: how long a rank
+    takes for its own work is what makes others wait."""
+    own = sum(p.budget.parts[name] for name in COMPUTE)
+    late = np.zeros(p.budget.wall.shape)
+    place = {rank: i for i, rank in enumerate(p.budget.ranks)}
+    for rank in p.budget.ranks:
+        of = p.calls.of(rank)
+        columns = np.searchsorted(p.budget.steps, p.calls.step[of])
+        late[place[rank]] = np.bincount(columns, weights=p.stood.late[of], minlength=len(p.budget.steps))
+    return np.asarray(own + p.budget.parts["descheduled"] - late)
+
+
+def _replayed(p: Profile, step: int) -> dict[str, Any]:
+    """What the step would cost if an axis were free, and what held it up."""
+    try:
+        graph = build(p.run, p.clocks, p.calls, p.meetings, step)
+        path = critical_path(graph)
+        total = sum(part["s"] for part in path)
+        return {
+            "free": free_axes(graph),
+            "replay_error": graph.replay_error,
+            "critical_path": {"step": step, "step_s": total, "parts": path},
+        }
+    except ReplayError as error:
+        p.run.problems.append(f"step {step} cannot be replayed: {error}")
+        return {"free": [], "replay_error": None, "critical_path": None}
+
+
+def _timeline(p: Profile, step: int) -> dict[str, Any]:
+    """One step of a few ranks: what they computed, and every collective from its issue to its end."""
+    chosen = p.budget.ranks[:: -(-len(p.budget.ranks) // DRAWN_RANKS)]
+    zero = min((int(p.spans.start[p.spans.of(r)][p.spans.step[p.spans.of(r)] == step].min(initial=1 << 62))
+                for r in chosen), default=0)  # fmt: skip
+    return {"step": step, "ranks": [{"rank": rank, "lanes": _lanes(p, rank, step, zero)} for rank in chosen]}
+
+
+def _lanes(p: Profile, rank: int, step: int, zero: int) -> list[dict[str, Any]]:
+    here, of = p.spans.of(rank), p.calls.of(rank)
+    rows = np.flatnonzero(p.spans.step[here] == step) + here.start
+    entries = p.run.plan_of(rank).steps
+    spans = []
+    for row in rows.tolist():
+        kind, index = KINDS[p.spans.kind[row]], int(p.spans.index[row])
+        if kind != "message":
+            label = str(entries[index]) if index >= 0 else "data"
+            spans.append([*_seconds(zero, p.spans.start[row], p.spans.end[row]), kind, label])
+    lanes = [{"lane": "compute", "spans": spans}]
+    for number, axis in enumerate(p.calls.axes):
+        rows = np.flatnonzero((p.calls.step[of] == step) & (p.calls.axis[of] == number)) + of.start
+        if len(rows):
+            lanes.append({"lane": axis, "spans": [span for row in rows.tolist() for span in _pieces(p, row, zero)]})
+    return lanes
+
+
+def _pieces(p: Profile, row: int, zero: int) -> list[list[Any]]:
+    """A call: under way without standing in the way, then blocked: waiting for others, transferring."""
+    c = p.calls
+    payload = int(p.meetings.payload[c.meeting[row]]) if c.meeting[row] >= 0 else int(c.payload[row])
+    label = f"{OPS[c.op[row]].replace('_', '-')} {payload:,} B"
+    if c.wait[row] < 0:
+        return [[*_seconds(zero, c.issue[row], max(c.done[row], c.issued[row])), "overlapped", label]]
+    waiting = int(p.stood.wait[row] + p.stood.bubble[row])
+    moment = int(c.wait[row])
+    pieces = [[*_seconds(zero, c.issue[row], moment), "overlapped", label]] if moment > c.issued[row] else []
+    if waiting:
+        pieces.append([*_seconds(zero, moment, moment + waiting), "wait", label])
+    if c.waited[row] > moment + waiting:
+        pieces.append([*_seconds(zero, moment + waiting, c.waited[row]), "transfer", label])
+    return pieces
+
+
+def _seconds(zero: int, start: Any, end: Any) -> list[float]:
+    return [round((int(start) - zero) / 1e9, 7), round((int(end) - zero) / 1e9, 7)]
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

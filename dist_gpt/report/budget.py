@@ -1,0 +1,231 @@
+"""Where every nanosecond of every step went, rank by rank: categories that are disjoint by construction.
+
+A rank's step is cut at its own time stamps. A moment lies either inside a blocked interval of a call (in the issuing
+call, or in the wait for it), or inside an entry of the step list, or in neither; no moment in two.
+
+    blocked before the last member came     wait.AXIS, of a pipeline's receive: bubble
+    ... and until this rank's part ended    transfer.AXIS (with the local part of an emulated operation)
+    ... and until this rank went on         descheduled: the operating system had not woken it
+    in an entry, not blocked                forward, backward, weight, recompute, optimizer, data: the thread's CPU time
+    ... and not on a processor either       descheduled (on a CPU; a GPU runs what it is given)
+    neither                                 unexplained
+
+The drain of a pipeline is bubble too: waiting in any collective behind a rank's own last action, until the last action
+of its pipeline has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_gpt.events import BOUND, EMULATED, OPS, SPAN_COLUMNS
+from dist_gpt.report.clocks import Clocks
+from dist_gpt.report.load import Run
+from dist_gpt.report.match import Calls, Meetings
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, REDUCE, SEND, UPDATE, WEIGHT
+
+COMPUTE = ("forward", "backward", "weight", "recompute", "optimizer")
+ALWAYS = ("bubble", "data", "checkpoint", "descheduled", "unexplained")
+KINDS = ("forward", "backward", "weight", "recompute", "optimizer", "data", "message")
+"""Of spans, by number. What a message's entry takes besides its call is left unexplained."""
+_KIND = {FORWARD: 0, BACKWARD: 1, WEIGHT: 2, "recompute": 3, REDUCE: 4, UPDATE: 4, SEND: 6, RECV: 6}
+_DATA, _MESSAGE, _OPTIMIZER = KINDS.index("data"), KINDS.index("message"), KINDS.index("optimizer")
+_RECV = OPS.index("recv")
+
+
+@dataclass
+class Spans:
+    """Entries of the step lists of all ranks, by rank and time; aligned ns. They do not overlap on a rank."""
+
+    rank: np.ndarray
+    step: np.ndarray
+    index: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    cpu: np.ndarray
+    kind: np.ndarray  # into KINDS
+    bounds: dict[int, slice]
+
+    def of(self, rank: int) -> slice:
+        """Where the spans of a rank stand."""
+        return self.bounds.get(rank, slice(0, 0))
+
+
+def read_spans(run: Run, clocks: Clocks) -> Spans:
+    """All spans of the window on the common clock."""
+    total = sum(len(log.spans) for log in run.ranks.values())
+    column = {name: np.empty(total, np.int64) for name in ("rank", "step", "index", "start", "end", "cpu", "kind")}
+    bounds, at = {}, 0
+    for rank, log in run.ranks.items():
+        here = slice(at, at + len(log.spans))
+        rows = dict(zip(SPAN_COLUMNS, log.spans[np.argsort(log.spans[:, 2], kind="stable")].T, strict=True))
+        kinds = np.array([*(_KIND[s.kind] for s in run.plan_of(rank).steps), _DATA])  # the last one: index -1
+        column["rank"][here] = rank
+        column["start"][here] = clocks.to_origin(rank, rows["start"])
+        column["end"][here] = column["start"][here] + rows["wall"]
+        column["kind"][here] = kinds[rows["index"]]
+        for name in ("step", "index", "cpu"):
+            column[name][here] = rows[name]
+        bounds[rank] = here
+        at = here.stop
+    return Spans(**column, bounds=bounds)
+
+
+@dataclass
+class Blocked:
+    """Per call, ns in which its rank stood still for it. `cpu`: used meanwhile."""
+
+    wait: np.ndarray
+    bubble: np.ndarray
+    transfer: np.ndarray
+    late: np.ndarray
+    cpu: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.wait + self.bubble + self.transfer + self.late
+
+
+def blocked(run: Run, calls: Calls, meetings: Meetings, spans: Spans) -> Blocked:
+    """Splits what every call blocked its rank for."""
+    waited = (calls.wait >= 0) & (calls.waited >= 0)
+    begin = np.where(waited, calls.wait, 0)
+    end = np.where(waited, np.maximum(calls.waited, calls.wait), 0)
+    met = calls.meeting >= 0
+    arrival = np.where(met, meetings.arrival[np.maximum(calls.meeting, 0)], calls.issue) if len(meetings) else begin
+    done = np.where(calls.done >= 0, calls.done, end)
+    if len(meetings):  # of a receive the backend gives a bound; its sender knows better
+        known = met & (calls.flags & BOUND > 0) & (meetings.end[np.maximum(calls.meeting, 0)] >= 0)
+        done = np.where(known, meetings.end[np.maximum(calls.meeting, 0)], done)
+    over = np.clip(done, begin, end)  # this rank's part has ended
+    before = np.clip(np.minimum(over, arrival) - begin, 0, None)
+    after = end - over
+    local = np.where((calls.flags & EMULATED) > 0, np.minimum(after, calls.cpu), 0)
+    bubble = np.where(calls.op == _RECV, before, np.minimum(before, _drain(run, calls, spans, begin, arrival)))
+    issuing = np.clip(calls.issued - calls.issue, 0, None)
+    transfer = (end - begin) - before - after + local + issuing
+    return Blocked(before - bubble, bubble, transfer, after - local, np.minimum(calls.cpu, end - begin))
+
+
+def _drain(run: Run, calls: Calls, spans: Spans, begin: np.ndarray, until: np.ndarray) -> np.ndarray:
+    """Per call, the part of [begin, until] between its rank's last pipeline action and its pipeline's."""
+    own, whole = last_actions(run, spans)
+    found = np.zeros(len(calls), np.int64)
+    for rank in run.ranks:
+        here = calls.of(rank)
+        for step in np.unique(calls.step[here]).tolist():
+            if (rank, step) in whole:
+                rows = np.flatnonzero(calls.step[here] == step) + here.start
+                low = np.maximum(begin[rows], own[rank, step])
+                found[rows] = np.clip(np.minimum(until[rows], whole[rank, step]) - low, 0, None)
+    return found
+
+
+def last_actions(run: Run, spans: Spans) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
+    """When each (rank, step) ended its last forward, backward or weight step, and when its pipeline did. Empty where
+    there is no pipeline."""
+    own: dict[tuple[int, int], int] = {}
+    if run.layout.pp == 1:
+        return own, {}
+    compute = spans.kind <= KINDS.index("recompute")
+    for rank in run.ranks:
+        here = spans.of(rank)
+        mask = compute[here]
+        steps, ends = spans.step[here][mask], spans.end[here][mask]
+        for step in np.unique(steps).tolist():
+            own[rank, step] = int(ends[steps == step].max())
+    pipelines = {rank: run.layout.group("pp", rank) for rank in run.ranks}
+    whole = {(r, s): max(own.get((member, s), 0) for member in pipelines[r]) for r, s in own}
+    return own, whole
+
+
+@dataclass
+class Budget:
+    """ns by (rank, step) and category. `wall` is the sum of all categories."""
+
+    ranks: list[int]
+    steps: list[int]
+    wall: np.ndarray  # (ranks, steps); 0 where a step is not known
+    parts: dict[str, np.ndarray]
+
+    def mean_s(self) -> dict[str, float]:
+        """Seconds of a step, mean over ranks and steps."""
+        known = self.wall > 0
+        return {name: float(part[known].mean()) / 1e9 if known.any() else 0.0 for name, part in self.parts.items()}
+
+    def of_rank_s(self, rank: int) -> dict[str, float]:
+        """The same of one rank, with its `wall_s`."""
+        row = self.ranks.index(rank)
+        known = self.wall[row] > 0
+        mean = {name: float(part[row][known].mean()) / 1e9 if known.any() else 0.0 for name, part in self.parts.items()}
+        return {"wall_s": float(self.wall[row][known].mean()) / 1e9 if known.any() else 0.0, **mean}
+
+
+def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
+    """The budget of every profiled step."""
+    ranks = list(run.ranks)
+    steps = np.union1d(spans.step, calls.step).tolist()  # a rank that died leaves calls without spans
+    place = np.zeros(max(ranks, default=0) + 1, np.int64)
+    place[ranks] = np.arange(len(ranks))
+    shape = (len(ranks), len(steps))
+    wall = _walls(run, ranks, steps)
+
+    def summed(rank: np.ndarray, step: np.ndarray, values: np.ndarray) -> np.ndarray:
+        cells = place[rank] * len(steps) + np.searchsorted(steps, step)
+        return np.bincount(cells, weights=values, minlength=shape[0] * shape[1]).reshape(shape)
+
+    inside, inside_cpu = _inside(calls, spans, stood)
+    own = np.clip(spans.end - spans.start - inside, 0, None)
+    running = np.minimum(own, np.clip(spans.cpu - inside_cpu, 0, None))
+    parts = {}
+    for kind, name in enumerate(KINDS[: _DATA + 1]):
+        mask = spans.kind == kind
+        parts[name] = summed(spans.rank[mask], spans.step[mask], running[mask])
+    counted = spans.kind != _MESSAGE
+    late = summed(spans.rank[counted], spans.step[counted], (own - running)[counted])
+    parts["descheduled"] = late + summed(calls.rank, calls.step, stood.late)
+    parts["bubble"] = summed(calls.rank, calls.step, stood.bubble)
+    for number, axis in enumerate(calls.axes):
+        mask = calls.axis == number
+        parts[f"transfer.{axis}"] = summed(calls.rank[mask], calls.step[mask], stood.transfer[mask])
+        parts[f"wait.{axis}"] = summed(calls.rank[mask], calls.step[mask], stood.wait[mask])
+    parts["checkpoint"] = np.zeros(shape)
+    parts = {name: np.where(wall > 0, part, 0.0) for name, part in parts.items()}
+    parts["unexplained"] = wall - sum(parts.values())
+    order = [*COMPUTE, *sorted(name for name in parts if "." in name), *ALWAYS]
+    return Budget(ranks, steps, wall, {name: parts[name] for name in order})
+
+
+def _walls(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
+    """ns of every profiled step as its rank measured it."""
+    wall = np.zeros((len(ranks), len(steps)))
+    column = {step: i for i, step in enumerate(steps)}
+    for row, rank in enumerate(ranks):
+        for fact in run.ranks[rank].steps:
+            if fact["phase"] == "train" and fact["step"] in column:
+                wall[row, column[fact["step"]]] = fact["step_s"] * 1e9
+    return wall
+
+
+def _inside(calls: Calls, spans: Spans, stood: Blocked) -> tuple[np.ndarray, np.ndarray]:
+    """Per span, blocked ns and CPU ns meanwhile. A reduction is issued in one entry and waited for in another: each
+    interval belongs to the span in which it began."""
+    inside, cpu = np.zeros(len(spans.start)), np.zeros(len(spans.start))
+    issuing = np.clip(calls.issued - calls.issue, 0, None)
+    standing = stood.total - issuing
+    for rank, here in spans.bounds.items():
+        of = calls.of(rank)
+        size = here.stop - here.start
+        if not size:
+            continue
+        for began, blocked_ns, cpu_ns in (
+            (calls.issue[of], issuing[of], np.zeros(of.stop - of.start)),
+            (calls.wait[of], standing[of], stood.cpu[of]),
+        ):
+            at = np.searchsorted(spans.start[here], began, side="right") - 1
+            valid = (began >= 0) & (at >= 0) & (began < spans.end[here][np.clip(at, 0, None)])
+            inside[here] += np.bincount(at[valid], weights=blocked_ns[valid], minlength=size)
+            cpu[here] += np.bincount(at[valid], weights=cpu_ns[valid], minlength=size)
+    return inside, cpu

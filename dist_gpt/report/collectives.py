@@ -1,0 +1,191 @@
+"""Collectives by axis, operation and size; who sent how much to whom; how much of it ran under computing.
+
+Time is from the last arrival to the last end. Bandwidths as nccl-tests defines them (doc/PERFORMANCE.md): algbw is
+payload over time, busbw is algbw times 2(n-1)/n for all-reduce, (n-1)/n for all-gather, reduce-scatter, all-to-all and
+broadcast, 1 for a message, with the group's own n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dist_gpt.events import EMULATED, OPS, wire_bytes
+from dist_gpt.report.budget import KINDS, Blocked, Spans
+from dist_gpt.report.load import Run
+from dist_gpt.report.match import Calls, Meetings
+from dist_gpt.schedule.expand import REDUCE
+
+MOST_RANKS = 64
+"""Rows of the traffic matrix; more ranks are drawn as blocks of neighbours."""
+SEND, RECV = OPS.index("send"), OPS.index("recv")
+
+
+@dataclass
+class Parts:
+    """Calls that met, with their meeting's operation and payload: both ends of a message are a send of its bytes."""
+
+    rows: np.ndarray  # into Calls
+    op: np.ndarray
+    payload: np.ndarray
+    axis: np.ndarray
+    size: np.ndarray
+    counts: np.ndarray  # bool: the receiving end of a message is no call of its own
+    ranks: np.ndarray  # how many ranks use the axis
+    steps: int
+
+    def per_step(self, mask: np.ndarray, values: np.ndarray) -> float:
+        """Sum of `values` (of all parts) where `mask`, per step and rank of the axis."""
+        return float(values[mask].sum()) / max(1, self.steps * int(self.ranks[mask][0])) if mask.any() else 0.0
+
+
+def parts_of(calls: Calls, meetings: Meetings, steps: int) -> Parts:
+    """Every call of a complete meeting."""
+    rows = np.flatnonzero(calls.meeting >= 0)
+    rows = rows[meetings.complete[calls.meeting[rows]]]
+    meeting = calls.meeting[rows]
+    axis = calls.axis[rows]
+    users = np.array([len(np.unique(calls.rank[rows][axis == a])) for a in range(len(calls.axes))], dtype=np.int64)
+    return Parts(
+        rows, meetings.op[meeting], meetings.payload[meeting], axis, meetings.size[meeting], calls.op[rows] != RECV,
+        users[axis] if len(users) else axis, steps,
+    )  # fmt: skip
+
+
+def bus_factor(op: str, size: int) -> float:
+    """busbw over algbw."""
+    if op == "all_reduce":
+        return 2 * (size - 1) / size
+    return 1.0 if op in ("send", "recv", "barrier") else (size - 1) / size
+
+
+def table(calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts) -> list[dict[str, Any]]:
+    """A row per (axis, op, payload, group size); counts and seconds are per step, mean over the ranks of the axis."""
+    keys = np.stack([parts.axis, parts.op, parts.payload, parts.size])
+    unique, inverse = np.unique(keys, axis=1, return_inverse=True) if parts.rows.size else (keys, keys[0])
+    inverse = inverse.reshape(-1)
+    took = (meetings.end - meetings.arrival)[calls.meeting[parts.rows]] / 1e9
+    found = []
+    for number, (axis, op, payload, size) in enumerate(unique.T.tolist()):
+        mask = inverse == number
+        rows = parts.rows[mask]
+        seconds = took[mask & (meetings.end[calls.meeting[parts.rows]] >= 0)]
+        p50, p95 = (float(np.percentile(seconds, q)) for q in (50, 95)) if len(seconds) else (0.0, 0.0)
+        count = parts.per_step(mask, parts.counts.astype(float))
+        algbw = payload / p50 if p50 else 0.0
+        found.append(
+            {
+                "axis": calls.axes[axis],
+                "op": OPS[op],
+                "payload_bytes": payload,
+                "ranks": size,
+                "calls": count,
+                "bytes_per_step": count * payload,
+                "time_s_p50": p50,
+                "time_s_p95": p95,
+                "algbw_bytes_per_s": algbw,
+                "busbw_bytes_per_s": algbw * bus_factor(OPS[op], size),
+                "exposed_s": float(stood.transfer[rows].sum()) / 1e9 / max(1, parts.steps * int(parts.ranks[mask][0])),
+                "wait_s": float(stood.wait[rows].sum()) / 1e9 / max(1, parts.steps * int(parts.ranks[mask][0])),
+                "emulated": bool((calls.flags[rows] & EMULATED).any()),
+            }
+        )
+    return sorted(found, key=lambda row: -(row["exposed_s"] + row["wait_s"]))
+
+
+def sizes(calls: Calls, parts: Parts) -> list[dict[str, Any]]:
+    """Message sizes by axis, in powers of two; calls per step, mean over the ranks of the axis."""
+    found = []
+    for number, axis in enumerate(calls.axes):
+        mask = (parts.axis == number) & parts.counts & (parts.payload > 0)
+        if not mask.any():
+            continue
+        exponents = np.floor(np.log2(parts.payload[mask])).astype(int)
+        share = 1 / max(1, parts.steps * int(parts.ranks[mask][0]))
+        bins = [
+            {"low": 2**e, "high": 2 ** (e + 1), "calls": share * int((exponents == e).sum())}
+            for e in sorted(set(exponents.tolist()))
+        ]
+        found.append({"axis": axis, "bins": bins})
+    return found
+
+
+def traffic(calls: Calls, parts: Parts, ranks: list[int]) -> dict[str, Any]:
+    """Wire bytes per step from rank (row) to rank (column): along the ring, or to everybody for an all-to-all."""
+    block = -(-len(ranks) // MOST_RANKS)
+    place = {rank: i // block for i, rank in enumerate(ranks)}
+    count = -(-len(ranks) // block)
+    matrix = np.zeros((count, count))
+    mask = parts.counts
+    rows = parts.rows[mask]
+    emulated = (calls.flags[rows] & EMULATED) > 0
+    keys = np.stack([calls.gid[rows], parts.op[mask], parts.payload[mask], emulated])
+    unique, counts = np.unique(keys, axis=1, return_counts=True) if rows.size else (keys, np.empty(0, int))
+    for (gid, op, payload, all_to_all), total in zip(unique.T.tolist(), counts.tolist(), strict=True):
+        members = [place[r] for r in calls.channels[gid][1] if r in place]
+        if len(members) < 2:
+            continue
+        if OPS[op] == "send":
+            matrix[members[0], members[1]] += total * payload
+            continue
+        each = total / len(members) * wire_bytes(OPS[op], payload, len(members))
+        if all_to_all or OPS[op] == "all_to_all":
+            for source in members:
+                for destination in members:
+                    matrix[source, destination] += each / (len(members) - 1)
+            for source in members:
+                matrix[source, source] -= each / (len(members) - 1)
+        else:
+            for source, destination in zip(members, members[1:] + members[:1], strict=True):
+                matrix[source, destination] += each
+    return {"ranks": ranks[::block], "wire_bytes": (matrix / max(1, parts.steps)).tolist(), "grouped": block > 1}
+
+
+def overlap(run: Run, calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts, spans: Spans) -> dict[str, Any]:
+    """How long messages were under way, and how much of that stood in nobody's way."""
+    done = np.where(calls.done >= 0, calls.done, calls.waited)[parts.rows]
+    under_way = np.clip(done - meetings.arrival[calls.meeting[parts.rows]], 0, None)
+    exposed = np.minimum(stood.transfer[parts.rows], under_way)
+    axes = []
+    for number, axis in enumerate(calls.axes):
+        mask = parts.axis == number
+        busy, shown = (parts.per_step(mask, values) / 1e9 for values in (under_way, exposed))
+        axes.append(
+            {"axis": axis, "busy_s": busy, "exposed_s": shown, "overlapped": 1 - shown / busy if busy else None}
+        )
+    return {"axes": axes, "buckets": _buckets(run, calls, parts, spans, under_way, exposed)}
+
+
+def _buckets(
+    run: Run, calls: Calls, parts: Parts, spans: Spans, under_way: np.ndarray, exposed: np.ndarray
+) -> list[dict[str, Any]]:
+    """The gradient reductions of each stage, at dp, cp, tp 0."""
+    if "data" not in calls.axes:
+        return []
+    found = []
+    for stage in range(run.layout.pp):
+        rank = run.layout.rank(stage, 0, 0, 0)
+        if rank not in run.ranks:
+            continue
+        entries = run.plan_of(rank).steps
+        of = (calls.rank[parts.rows] == rank) & (parts.axis == calls.axes.index("data"))
+        index = calls.index[parts.rows]
+        reduces = [i for i, entry in enumerate(entries) if entry.kind == REDUCE]
+        for i in reduces:
+            mask = of & (index == i)
+            if not mask.any():
+                continue
+            later = {entry.kind for entry in entries[i + 1 :]} & set(KINDS[:3])
+            found.append(
+                {
+                    "stage": stage,
+                    "bucket": entries[i].bucket,
+                    "bytes": int(parts.payload[mask][0]),
+                    "busy_s": float(under_way[mask].mean()) / 1e9,
+                    "exposed_s": float(exposed[mask].mean()) / 1e9,
+                    "under": "backward" if later else "nothing",
+                }
+            )
+    return found

@@ -1,0 +1,245 @@
+"""A run directory, read: the plan it followed and what every rank recorded.
+
+    run = load("runs/demo")
+    run.ranks[3].calls[:, CALL_COLUMNS.index("issue")]      # int64, ns since that rank's header
+
+Files are read one at a time, in blocks, and trusted in nothing: what cannot be used is left out and told in
+`Run.problems`. Only where there is nothing at all to show does `load` raise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from dist_gpt.config import explain, yaml_io
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import resolve
+from dist_gpt.config.schema import Config
+from dist_gpt.layout import AXES, BASE_AXES, Layout
+from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.report.facts import fits
+from dist_gpt.report.lines import Attempt, SchemaError, parse, read_attempt
+
+_NAME = re.compile(r"events\.rank(0|[1-9][0-9]{0,8})\.jsonl")
+
+
+class RunError(ConfigError):
+    """A run directory of which nothing can be shown."""
+
+
+@dataclass
+class RankLog:
+    """What one rank recorded in its last attempt. Times in ns since its header's `base_ns`, on its own clock."""
+
+    rank: int
+    header: dict[str, Any]
+    attempts: int
+    steps: list[dict[str, Any]]
+    calls: np.ndarray
+    """(n, 12) int64, columns CALL_COLUMNS; done, wait and waited -1 where they are not known."""
+    spans: np.ndarray
+    """(n, 5) int64, columns SPAN_COLUMNS."""
+    clocks: list[dict[str, int]]
+    memory: dict[str, Any] | None
+    kernels: list[dict[str, Any]]
+    ceiling: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    torch_traces: list[dict[str, Any]]
+    differences: list[dict[str, Any]]
+    end: dict[str, Any] | None
+
+
+@dataclass
+class Run:
+    """A run directory. `problems` are sentences: what is missing, cut off, left out or still going on."""
+
+    folder: Path
+    config: Config
+    plan: dict[str, Any]
+    layout: Layout
+    ranks: dict[int, RankLog] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    _plans: dict[tuple[int, int], RankPlan] = field(default_factory=dict, repr=False)
+
+    def plan_of(self, rank: int) -> RankPlan:
+        """The plan of the ranks at `rank`'s place in pipeline and tensor group: they share one step list."""
+        at = self.layout.coords(rank)
+        if (at.pp, at.tp) not in self._plans:
+            self._plans[at.pp, at.tp] = RankPlan(self.config, self.layout.rank(at.pp, 0, 0, at.tp))
+        return self._plans[at.pp, at.tp]
+
+
+def load(folder: str | Path) -> Run:
+    """Read a run directory. Raises RunError when nothing in it can be shown."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError([f"{folder}: no such folder; expected a run directory"])
+    config = _config(folder / "config.yaml")
+    run = Run(folder, config, _plan(folder / "plan.json"), layout_of(config))
+    if any(run.plan["layout"].get(axis) != getattr(run.layout, axis) for axis in BASE_AXES):
+        run.problems.append(f"plan.json is of another layout than config.yaml; the latter's is taken: {run.layout}")
+    _ranks(run)
+    run.metrics = _metrics(folder / "metrics.jsonl", run.problems)
+    return run
+
+
+def _config(path: Path) -> Config:
+    """config.yaml, resolved. A run that was made is not asked whether this version would make it."""
+    try:
+        tree, _ = yaml_io.read(path)
+        if not isinstance(tree, dict):
+            raise RunError([f"{path}: no configuration"])
+        return resolve(Config.model_validate(tree))
+    except ValidationError as error:
+        raise RunError([f"{path}: {message}" for message, _ in explain.explain(error, tree).values()]) from None
+    except ConfigError as error:
+        raise RunError(error.problems) from None
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_bytes().decode("utf-8", "replace"))
+    except FileNotFoundError:
+        raise RunError([f"{path}: no such file; a run directory has one"]) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError([f"{path}: cannot be read ({error})"]) from None
+    if not fits(plan, {"layout": dict}):
+        raise RunError([f"{path}: no plan; expected an object with a layout"])
+    return dict(plan)
+
+
+def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that name their step."""
+    try:
+        lines = [line for line in path.read_bytes().decode("utf-8", "replace").split("\n") if line]
+    except OSError:
+        problems.append("metrics.jsonl: no such file; losses are not known")
+        return []
+    found = [row for row in parse(lines) if fits(row, {"step": int})]
+    if len(found) < len(lines):
+        problems.append(f"metrics.jsonl: {len(lines) - len(found)} of {len(lines)} lines cannot be read")
+    return found
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def _ranks(run: Run) -> None:
+    """Read every event file into `run`. Raises RunError when none can be used."""
+    problems = _Problems()
+    files = {int(m[1]): path for path in run.folder.iterdir() if (m := _NAME.fullmatch(path.name))}
+    for rank, path in sorted(files.items()):
+        if rank >= run.layout.world:
+            problems.add(rank, f"no rank of the plan, which has {run.layout.world}; the event file is left out")
+            continue
+        try:
+            attempt = read_attempt(path)
+        except SchemaError as error:
+            raise RunError([f"{path}: {error}"]) from None
+        except OSError as error:
+            problems.add(rank, f"the event file cannot be read ({error.strerror})")
+            continue
+        if misfit := _misfit(run, rank, attempt):
+            problems.add(rank, misfit)
+        else:
+            run.ranks[rank] = _log(run, rank, attempt, problems)
+    for rank in sorted(set(range(run.layout.world)) - set(files)):
+        problems.add(rank, "no event file")
+    _leave_out_earlier_attempts(run, problems)
+    run.problems += problems.sentences()
+    if not run.ranks:
+        nothing = ["no events.rank*.jsonl; no rank has started, or this is no run directory"]
+        raise RunError([f"{run.folder}: {problem}" for problem in (run.problems if files else nothing)])
+
+
+def _misfit(run: Run, rank: int, attempt: Attempt) -> str:
+    """Why a file cannot be taken as rank `rank`'s; empty when it can."""
+    if attempt.lines == 0:
+        return "the event file is empty"
+    if not attempt.header:
+        return "the event file has no header that can be read; it is left out"
+    given, at, world = attempt.header, run.layout.coords(rank), run.layout.world
+    place = {axis: getattr(at, axis) for axis in BASE_AXES}
+    if given["rank"] != rank or given["world"] not in (None, world) or given["coords"] not in (None, place):
+        return "the event file is of another rank or another layout and is left out"
+    for channel in given["channels"]:
+        pair = channel.get("ranks")
+        if channel["axis"] not in (*AXES, "embed") or (pair is not None and not _is_pair(pair, rank, world)):
+            return "the event file names groups that this layout does not have; it is left out"
+    return ""
+
+
+def _is_pair(ranks: list[int], rank: int, world: int) -> bool:
+    return len(ranks) == 2 and ranks[0] != ranks[1] and rank in ranks and all(0 <= r < world for r in ranks)
+
+
+def _log(run: Run, rank: int, attempt: Attempt, problems: _Problems) -> RankLog:
+    """The log, and what is wrong with it."""
+    calls, spans = attempt.rows(len(run.plan_of(rank).steps))
+    end = attempt.last("end")
+    if attempt.broken:
+        what = f"{attempt.broken} {'line' if attempt.broken == 1 else 'lines'}"
+        what += f", the first is line {attempt.first_broken}" if attempt.first_broken else ""
+        what += f"; rows of steps {ranges(attempt.gaps)} go with them" if attempt.gaps else ""
+        problems.add(rank, "lines of the event file that cannot be read are left out", what)
+    if attempt.cut:
+        problems.add(rank, "the last line of the event file is cut off")
+    if end is None:
+        problems.add(rank, "the event file has no end: the run still goes on, or this rank died")
+    elif end["dropped"]:
+        problems.add(rank, "rows were dropped, since there were too many", str(end["dropped"]))
+    return RankLog(
+        rank, attempt.header, attempt.number, attempt.steps, calls, spans, attempt.facts["clock"],
+        attempt.last("memory"), attempt.facts["kernel"], attempt.last("ceiling"), attempt.facts["sample"],
+        attempt.facts["torch_trace"], attempt.facts["difference"], end,
+    )  # fmt: skip
+
+
+def _leave_out_earlier_attempts(run: Run, problems: _Problems) -> None:
+    """Ranks that have not come to the attempt of the others have nothing to do with it."""
+    latest = max((log.header["attempt"] for log in run.ranks.values()), default=0)
+    for rank in [rank for rank, log in run.ranks.items() if log.header["attempt"] < latest]:
+        problems.add(rank, f"nothing of attempt {latest}; what there is of earlier attempts is left out")
+        del run.ranks[rank]
+
+
+class _Problems:
+    """What is wrong with which ranks; a sentence for each kind, so that 1,024 missing files are one line."""
+
+    SHOWN = 3
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[int, str]] = {}
+
+    def add(self, rank: int, what: str, detail: str = "") -> None:
+        self._found.setdefault(what, {})[rank] = detail
+
+    def sentences(self) -> list[str]:
+        lines = []
+        for what, ranks in self._found.items():
+            details = [f"rank {rank}: {detail}" for rank, detail in ranks.items() if detail]
+            more = [f"{len(details) - self.SHOWN} more"] if len(details) > self.SHOWN else []
+            said = f" ({'; '.join(details[: self.SHOWN] + more)})" if details else ""
+            lines.append(f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}: {what}{said}")
+        return lines
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """0-3, 7: what a person writes of ascending numbers; at most ten pieces."""
+    pieces: list[list[int]] = []
+    for n in sorted(numbers):
+        if pieces and n == pieces[-1][1] + 1:
+            pieces[-1][1] = n
+        else:
+            pieces.append([n, n])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in pieces]
+    return ", ".join(texts[:10] + ([f"... ({len(texts) - 10} more)"] if len(texts) > 10 else []))

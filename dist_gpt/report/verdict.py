@@ -1,0 +1,223 @@
+"""One line that says what a run spent its time on, why, and what to try next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dist_gpt.events import TRAIN
+from dist_gpt.report.headline import step_times
+from dist_gpt.report.load import Run
+from dist_gpt.report.units import percent
+
+BOUND = 0.10
+"""A loss smaller than this share of the step is not what a run is bound by."""
+BLAMED = 0.5
+"""A rank is named as the cause when so much of an axis' waiting is its."""
+AXES = {
+    "tp": "tensor-parallel", "data": "data-parallel", "dp": "data-parallel", "pp": "pipeline", "cp": "context-parallel",
+    "embed": "tied-embedding", "world": "loss and norm",
+}  # fmt: skip
+DATA = "data loading"
+"""The loss; `data` is the axis."""
+NEXT = {
+    "tp": "try a smaller parallel.tp (more dp or pp), keep a tp group inside one node, or a larger micro-batch",
+    "data": "try smaller buckets (optim.bucket_mb), so that reductions hide under the backward, or larger batches",
+    "pp": "try larger micro-batches, fewer pipeline stages, or stages on one node",
+    "cp": "try a smaller parallel.cp or longer sequences",
+    "embed": "untie the embeddings, or look at the stages at both ends of the pipeline",
+    "world": "look at the rank that comes last: this collective carries 16 bytes",
+    "descheduled": "use as many ranks x threads as there are cores (OMP_NUM_THREADS), and look who else computes here",
+    DATA: "read from a faster disk, or prepare the tokens beforehand",
+    "unexplained": "the host is slow between entries of the step list: look at a torch.profiler window (profile.torch)",
+}
+
+
+def losses(budget_s: dict[str, float]) -> dict[str, float]:
+    """Seconds of a step that are not computing, by what would fix them: an axis with its waiting and its transfers."""
+    found: dict[str, float] = {}
+    for name, seconds in budget_s.items():
+        if "." in name:
+            axis = name.split(".", 1)[1]
+            found[axis] = found.get(axis, 0.0) + seconds
+        elif name in ("bubble", "data", "checkpoint", "descheduled", "unexplained"):
+            found[DATA if name == "data" else name] = seconds
+    return found
+
+
+@dataclass
+class Verdict:
+    """`share` and `wait_share` are of the step; `culprit` is the rank that causes most of the loss, where one does."""
+
+    line: str
+    why: str
+    next: str
+    bound_by: str | None
+    share: float | None = None
+    wait_share: float | None = None
+    culprit: int | None = None
+
+
+def verdict(
+    run: Run,
+    budget_s: dict[str, float],
+    stragglers: dict[str, Any] | None,
+    collectives: list[dict[str, Any]],
+    pipeline: dict[str, Any] | None,
+) -> Verdict:
+    """The largest loss of the step, with why and what to try."""
+    wall = sum(budget_s.values())
+    lost = losses(budget_s)
+    worst = max(lost, key=lambda name: lost[name], default=None)
+    if worst is None or wall <= 0:
+        return _without_window(run)
+    late = _straggler(run, lost, stragglers)
+    worst = late if late is not None else worst
+    share = lost[worst] / wall
+    if share < BOUND:
+        compute = 1 - sum(lost.values()) / wall
+        why = f"the largest loss is {_named(worst)} with {percent(share)}"
+        advice = "make matmuls larger or faster (see the roofline)"
+        return Verdict(f"bound by computing: {percent(compute)} of the step", why, advice, "compute", compute)
+    if worst in AXES:
+        return _axis_verdict(run, worst, budget_s, wall, stragglers, collectives)
+    why, advice, culprit = _reason(run, worst, pipeline)
+    line = f"bound by {_named(worst)}: {percent(share)} of the step"
+    if culprit is not None:
+        line += f", most of it for rank {culprit}"
+    return Verdict(line, why, advice, "data" if worst == DATA else worst, share, None, culprit)
+
+
+def _without_window(run: Run) -> Verdict:
+    """From the counters that are always on: how long each axis blocked a rank, mean over ranks and steps."""
+    why = "outside a profiling window only counts, bytes and blocked times are kept"
+    advice = "run with --set profile.steps=[10,20] to see who waits for whom and what is exposed"
+    steps = [fact for log in run.ranks.values() for fact in log.steps if fact["phase"] == TRAIN and fact["step"] > 1]
+    wall = sum(fact["step_s"] for fact in steps)
+    blocked: dict[str, float] = {}
+    for fact in steps:
+        for axis, seconds in (fact.get("blocked_s") or {}).items():
+            blocked[axis] = blocked.get(axis, 0.0) + seconds
+    if not steps or not wall:
+        return Verdict("no training step was recorded", "the run ended before its second step", advice, None)
+    worst = max(blocked, key=lambda axis: blocked[axis], default=None)
+    share = blocked[worst] / wall if worst is not None else 0.0
+    if worst is None or share < BOUND:
+        total = sum(blocked.values()) / wall
+        return Verdict(f"communication blocks ranks {percent(total)} of the step", why, advice, None, total)
+    what = f"{AXES.get(worst, worst)} communication blocks ranks {percent(share)} of the step"
+    return Verdict(what, why, advice, None, share)
+
+
+def _axis_verdict(
+    run: Run,
+    axis: str,
+    budget_s: dict[str, float],
+    wall: float,
+    stragglers: dict[str, Any] | None,
+    collectives: list[dict[str, Any]],
+) -> Verdict:
+    wait, transfer = budget_s.get(f"wait.{axis}", 0.0), budget_s.get(f"transfer.{axis}", 0.0)
+    rows = [row for row in collectives if row["axis"] == axis]
+    largest = max(rows, key=lambda row: row["exposed_s"] + row["wait_s"], default=None)
+    what = f"{AXES[axis]} {largest['op'].replace('_', '-') if largest else 'communication'}"
+    culprit = _culprit(axis, stragglers) if wait > transfer else None
+    line = f"bound by {what}: {percent((wait + transfer) / wall)} of the step exposed"
+    if wait / wall >= 0.01:
+        whom = f"rank {culprit}" if culprit is not None else "whoever comes last"
+        line += f", {100 * wait / wall:.0f} points of it waiting for {whom}"
+    if culprit is not None:
+        why = f"rank {culprit} delays the others {_how_often(culprit, stragglers)}"
+        advice = f"look at rank {culprit}: its host, its device, what else runs there (see stragglers)"
+    elif wait > transfer:
+        why = "ranks reach their collectives at different times; no single rank is the cause"
+        advice = "look at the stragglers and at what shares the machine; an uneven split of layers would show there too"
+    else:
+        why = f"{percent(transfer / wall)} of the step is transfer: messages under way, and nothing computed meanwhile"
+        advice = NEXT[axis]
+    crowded = crowd(run)
+    if crowded is not None:
+        why, advice = f"{why}. {crowded}, so transfers and waits are of processors too", NEXT["descheduled"]
+    bound_by = f"{'wait' if wait > transfer else 'transfer'}.{axis}"
+    return Verdict(line, why, advice, bound_by, (wait + transfer) / wall, wait / wall, culprit)
+
+
+def _straggler(run: Run, lost: dict[str, float], stragglers: dict[str, Any] | None) -> str | None:
+    """The axis on which the worst straggler does most harm, where all that it causes, on whatever axes, is more than
+    any loss without it."""
+    rows = (stragglers or {}).get("culprits", [])
+    total = sum(row["caused_s"] for row in rows)
+    if not rows or rows[0]["caused_s"] < BLAMED * total:
+        return None
+    mine = {axis: seconds / len(run.ranks) for axis, seconds in rows[0]["axes"].items()}
+    without = [seconds - mine.get(name, 0.0) for name, seconds in lost.items()]
+    return max(mine, key=lambda axis: mine[axis]) if sum(mine.values()) > max(without) else None
+
+
+def _culprit(axis: str, stragglers: dict[str, Any] | None) -> int | None:
+    """The rank that caused most of the axis' waiting."""
+    caused = {row["rank"]: row["axes"].get(axis, 0.0) for row in (stragglers or {}).get("culprits", [])}
+    total = sum(caused.values())
+    worst = max(caused, key=lambda rank: caused[rank], default=None)
+    return worst if worst is not None and total and caused[worst] / total >= BLAMED else None
+
+
+def _how_often(rank: int, stragglers: dict[str, Any] | None) -> str:
+    row = next(row for row in (stragglers or {})["culprits"] if row["rank"] == rank)
+    often = "in nearly every step" if row["kind"] == "persistent" else "in some steps"
+    return f"{often}, by {1e3 * row['caused_s']:.1f} ms a step summed over who waits"
+
+
+def _named(loss: str) -> str:
+    names = {
+        "bubble": "the pipeline's bubble", "descheduled": "too few processors", "checkpoint": "checkpoints",
+        "unexplained": "what the profile does not explain",
+    }  # fmt: skip
+    return names.get(loss, f"{AXES.get(loss, loss)} communication")
+
+
+def _reason(run: Run, loss: str, pipeline: dict[str, Any] | None) -> tuple[str, str, int | None]:
+    """Why, what to try, and the rank that causes it where one does."""
+    if loss == "bubble" and pipeline is not None:
+        b = pipeline["bubble"]
+        why = (
+            f"stages idle {percent(b['measured'])} of the pipelined part: {percent(b['structural'])} by the schedule, "
+            f"{percent(b['imbalance'])} by uneven stages, {percent(b['transfer'])} by messages and waiting"
+        )
+        slow = pipeline["slow_stage"]
+        return why, pipeline["advice"], None if slow is None else run.layout.rank(slow, 0, 0, 0)
+    if loss == "bubble":
+        return "stages wait for messages of others", NEXT["pp"], None
+    if loss == "descheduled":
+        return f"ranks were ready and not running. {crowd(run) or 'Something else computes here'}", NEXT[loss], None
+    return "see the budget", NEXT.get(loss, "see the budget by rank"), None
+
+
+def crowd(run: Run) -> str | None:
+    """`8 ranks x 1 thread share 2 cores of HOST` where there are too few; None on a GPU, and where there are enough."""
+    header = next(iter(run.ranks.values())).header
+    here = sum(log.header.get("host") == header.get("host") for log in run.ranks.values())
+    threads, cores = header.get("threads") or 1, header.get("cores")
+    if header.get("device") != "cpu" or not isinstance(cores, int) or here * threads <= cores:
+        return None
+    return f"{here} ranks x {threads} thread{'s' if threads > 1 else ''} share {cores} cores of {header.get('host')}"
+
+
+def profiling_cost(run: Run, window: list[int]) -> dict[str, Any]:
+    """What recording cost: steps inside the window against those outside, and the always-on ledger by itself."""
+    times = step_times(run)
+    watched = {log.memory["step"] for log in run.ranks.values() if log.memory and log.memory.get("step")}
+    inside = sorted(s for step, s in times.items() if step in window)
+    outside = sorted(s for step, s in times.items() if step not in window and step not in watched and step > 1)
+    end = next((log.end for log in run.ranks.values() if log.end), None)
+    middle = {name: values[len(values) // 2] if values else None for name, values in (("in", inside), ("out", outside))}
+    record_s = end["record_ns"] / 1e9 if end else None
+    step_s = middle["out"] or middle["in"]
+    return {
+        "step_s_inside": middle["in"],
+        "step_s_outside": middle["out"],
+        "ratio": middle["in"] / middle["out"] if middle["in"] and middle["out"] else None,
+        "record_s": record_s,
+        "records_per_step": end["records_per_step"] if end else None,
+        "share": record_s * end["records_per_step"] / step_s if end and record_s and step_s else None,
+    }

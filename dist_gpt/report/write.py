@@ -1,0 +1,93 @@
+"""`dist-gpt report`: reads a run directory and writes its report into it.
+
+report.html   everything, one file, no network        report.json   the document behind it
+report.md     the same for a terminal or a mail        figures/*.svg
+trace.json.gz   for Perfetto and chrome://tracing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.report.analyze import Profile, analyze, profile
+from dist_gpt.report.load import load
+
+Say = Callable[[str], None]
+
+
+def report(run_dir: str | Path, other: str | Path | None = None, say: Say = lambda text: None) -> dict[str, Any]:
+    """Write the report of `run_dir`, compared with the run at `other` where given; returns the document.
+
+    Raises ConfigError (bad input) when nothing of a run can be shown or its directory cannot be written.
+    """
+    from dist_gpt.report.compare import compare
+    from dist_gpt.report.page import render
+    from dist_gpt.report.plots import figures
+    from dist_gpt.report.text import markdown
+
+    run = load(run_dir)
+    say(f"{run.folder}: {len(run.ranks)} of {run.layout.world} ranks read")
+    found = profile(run)
+    document = analyze(run, found)
+    lanes = _torch_lanes(found, document)
+    if other is not None:
+        document["compare"] = compare(document, analyze(load(other)))
+    try:
+        _put(run.folder / "report.json", json.dumps(document, indent=1) + "\n")
+        (run.folder / "figures").mkdir(exist_ok=True)
+        for name, svg in figures(document).items():
+            _put(run.folder / "figures" / f"{name}.svg", svg)
+        _put(run.folder / "report.html", render(document, document.get("compare")))
+        _put(run.folder / "report.md", markdown(document, document.get("compare")))
+        if found.budget.steps:
+            _trace(run.folder / "trace.json.gz", found, lanes, say)
+    except OSError as error:
+        raise ConfigError(
+            [f"{run.folder}: the report cannot be written ({error.strerror}: {error.filename})"]
+        ) from None
+    return document
+
+
+def report_text(document: dict[str, Any]) -> str:
+    """The document for a terminal, and where the rest is."""
+    from dist_gpt.report.text import terminal
+
+    files = "report.html, report.md, report.json, trace.json.gz, figures/"
+    return f"{terminal(document).rstrip()}\n\nwritten to {document['run_dir']}: {files}"
+
+
+def read_document(run_dir: str | Path) -> dict[str, Any]:
+    """Only the analysis, nothing written: the verdict at the end of a run."""
+    return analyze(load(run_dir))
+
+
+def _torch_lanes(found: Profile, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Operators of torch.profiler's windows into the document; their events, on our time line, for the trace."""
+    from dist_gpt.report import kineto
+
+    if not any(log.torch_traces for log in found.run.ranks.values()):
+        return []
+    profiled = kineto.read(found.run, found.clocks)
+    document["torch_kernels"] = profiled.kernels
+    document["problems"] = [*document["problems"], *profiled.problems]
+    return profiled.lanes
+
+
+def _trace(path: Path, found: Profile, lanes: list[dict[str, Any]], say: Say) -> None:
+    from dist_gpt.report.trace import write_trace
+
+    aside = path.with_name(path.name + ".part")
+    write_trace(aside, found.run, found.clocks, found.calls, found.meetings, lanes)
+    os.replace(aside, path)
+
+
+def _put(path: Path, text: str) -> None:
+    """Written aside and put in place: a reader never sees half a report."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
