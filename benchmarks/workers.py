@@ -79,6 +79,7 @@ def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], N
     rank.initialise()
 
     ledger, silent, events = rank.mesh.ledger, Silent(), EventFile(Path(os.devnull), env.rank, {}, 0)
+    tape = Tape(HostTimer(), events.base_ns)
 
     def step(number: int, ids: np.ndarray, mode: str) -> float:
         """One step; "on" is how everybody trains, "window" records every call and span as well."""
@@ -86,11 +87,11 @@ def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], N
         rank.mesh.ledger = chosen
         for group in (*rank.mesh.groups.values(), *rank.mesh.edges.values()):
             group.ledger = chosen
-        ledger.tape = Tape(HostTimer(), events.base_ns) if mode == "window" else None
+        ledger.tape = tape if mode == "window" else None
         rank.train_step(number, lambda first, count: ids[first : first + count])
         loss, _ = rank.optimizer.statistics.tolist()
-        if ledger.tape is not None:
-            events.rows(ledger.tape.rows(number))
+        if mode == "window":
+            events.rows(tape.rows(number))
         return float(loss)
 
     def close() -> None:

@@ -61,6 +61,8 @@ class CudaTimer:
         if record.marks is not None:
             record.marks.wait = self.mark()
 
+    def woken(self, record: Record) -> None: ...
+
     def waited(self, record: Record) -> None:
         if record.marks is not None:
             record.marks.waited = self.mark()

@@ -46,15 +46,20 @@ class Pending:
         if ledger is not None and record is not None:
             self._ledger = self._record = None
             ledger.waits(record)
-            self._complete()
+            self._until_done()
+            ledger.woken(record)
+            self._do_rest()
             ledger.waited(record)
         else:
-            self._complete()
+            self._until_done()
+            self._do_rest()
 
-    def _complete(self) -> None:
+    def _until_done(self) -> None:
         if self._work is not None:
             self._work.wait()
             self._work = None
+
+    def _do_rest(self) -> None:
         if self._finish is not None:
             self._finish()
             self._finish = None

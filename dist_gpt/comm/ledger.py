@@ -93,6 +93,11 @@ class Ledger:
             self.tape.waits(record)
         record.wait = perf_counter_ns()
 
+    def woken(self, record: Record) -> None:
+        """The backend is done with it."""
+        if self.tape is not None:
+            self.tape.woken(record)
+
     def waited(self, record: Record) -> None:
         """Its result can be used."""
         record.waited = perf_counter_ns()

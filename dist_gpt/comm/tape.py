@@ -7,8 +7,9 @@ the host, which blocks where the rank blocks (`HostTimer`); on a GPU the device,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter_ns, thread_time_ns
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from dist_gpt.events import BOUND, CALL, EMULATED, OPS, SPAN
 
 MAX_ROWS = 200_000
 """Calls, and spans, of one step that are kept; what is more is counted as dropped."""
+STOOD_STILL_NS = 5_000
+"""A shorter wait did not block."""
 _OP = {op: number for number, op in enumerate(OPS)}
 
 
@@ -34,13 +37,14 @@ class Record:
     wait: int = 0
     waited: int = 0
     cpu: int = 0  # of this thread, while it waited
+    late: bytes = b""  # what RunDelay said when it began to wait
     index: int = -1
     flags: int = 0
     marks: Any = None  # the timer's own
 
     def complete(self, _: Any = None) -> None:
         """The backend is finished, now; called on the backend's thread."""
-        self.done = perf_counter_ns()
+        self.done = self.done or perf_counter_ns()
 
 
 @dataclass(slots=True)
@@ -71,6 +75,9 @@ class Timer(Protocol):
 
     def waits(self, record: Record) -> None: ...
 
+    def woken(self, record: Record) -> None:
+        """The backend lets this rank go on; the local part of an emulated operation comes still."""
+
     def waited(self, record: Record) -> None: ...
 
     def settle(self, records: list[Record]) -> None:
@@ -80,36 +87,93 @@ class Timer(Protocol):
         """(start, wall, CPU of this thread) of a span, in ns."""
 
 
+AT_ONCE_NS = 50_000
+"""A wait that begins so soon behind the call has nothing computed under it."""
+
+
 class HostTimer:
-    """Stamps of the host. A collective's end is when gloo says so, on its own thread."""
+    """Stamps of the host, and of the kernel.
+
+    gloo says when a collective ends by calling Python on a thread of its own, which costs 20 to 50 us each time: too
+    much for each of hundreds. A rank that stands still until the end knows it too, from when it went on and how long
+    the kernel had let it wait for a processor by then (`RunDelay`). So all calls of the first step are watched, and
+    afterwards those that had something computed under them.
+    """
+
+    def __init__(self) -> None:
+        self.delay = RunDelay()
+        self._step = 0
+        self._place = (-2, 0)  # entry of the step list, calls in it so far
+        self._overlapped: set[tuple[int, int]] = set()  # calls with something computed under them, by place
 
     def mark(self) -> tuple[int, int]:
         return perf_counter_ns(), thread_time_ns()
 
     def issued(self, record: Record, work: Any) -> None:
+        index, count = self._place
+        self._place = record.index, count + 1 if record.index == index else 0
         when_done = getattr(work, "when_done", None)  # a send, watched by a thread of ours
         if when_done is not None:
             when_done(record.complete)
             return
-        try:
+        record.marks = self._place
+        if self._step and self.delay.known and self._place not in self._overlapped:
+            return
+        with suppress(AttributeError, RuntimeError):  # gloo's receive has no future
             work.get_future().add_done_callback(record.complete)
-        except (AttributeError, RuntimeError):  # gloo's receive has none: it ends before the wait for it does
-            record.flags |= BOUND
 
     def waits(self, record: Record) -> None:
         record.cpu = thread_time_ns()
+        record.late = self.delay.raw()
+
+    def woken(self, record: Record) -> None:
+        now = perf_counter_ns()
+        if record.done:
+            return
+        late = RunDelay.parse(self.delay.raw()) - RunDelay.parse(record.late)
+        record.done = max(record.wait, now - late)
+        if not self.delay.known or now - record.wait < STOOD_STILL_NS:
+            record.flags |= BOUND  # it may have been over before
 
     def waited(self, record: Record) -> None:
         record.cpu = thread_time_ns() - record.cpu
 
     def settle(self, records: list[Record]) -> None:
         for record in records:
-            if record.flags & BOUND:
-                record.done = record.waited
+            if not self._step and record.marks and record.wait - record.issued > AT_ONCE_NS:
+                self._overlapped.add(record.marks)
+        self._step += 1
+        self._place = (-2, 0)
 
     def times(self, span: Span) -> tuple[int, int, int]:
         (start, cpu), (end, cpu_end) = span.began, span.ended
         return start, end - start, cpu_end - cpu
+
+
+class RunDelay:
+    """How long this thread was ready to run and had no processor, in ns, since it began: the second number of
+    /proc/thread-self/schedstat. 0 where the system does not say (`known`)."""
+
+    def __init__(self) -> None:
+        self._file = -1
+        with suppress(OSError):
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self.known = self._file >= 0
+
+    def raw(self) -> bytes:
+        return os.pread(self._file, 64, 0) if self.known else b""
+
+    @staticmethod
+    def parse(raw: bytes) -> int:
+        return int(raw.split()[1]) if raw else 0
+
+    def close(self) -> None:
+        if self.known:
+            os.close(self._file)
+            self._file, self.known = -1, False
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @dataclass
@@ -155,6 +219,9 @@ class Tape:
 
     def waits(self, record: Record) -> None:
         self.timer.waits(record)
+
+    def woken(self, record: Record) -> None:
+        self.timer.woken(record)
 
     def waited(self, record: Record) -> None:
         self.timer.waited(record)
