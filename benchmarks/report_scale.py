@@ -1,4 +1,4 @@
-"""`report-scale`: seconds and memory of the report's work on a synthetic run of 1,024 ranks, 20 steps, 100 rows a step.
+"""`report-scale`: seconds and memory of `dist-gpt report` on a synthetic run of 1,024 ranks, 20 steps, 100 rows a step.
 
 The run is written by the tests' generator: rows are those of real step lists, so channels, waits and messages are as
 many as a run of that layout has. The work is done in a process of its own, whose peak is the report's.
@@ -19,13 +19,13 @@ from typing import Any
 from benchmarks.processes import ROOT, WorkerError
 from benchmarks.result import Result, Row
 from benchmarks.settings import Settings
-from dist_gpt.report.clocks import align
+from dist_gpt.report.analyze import analyze, profile
 from dist_gpt.report.load import load
-from dist_gpt.report.match import match
+from dist_gpt.report.write import write_files
 
 NAME = "report-scale"
 STEPS = 20
-TARGET_S, TARGET_BYTES = 45.0, 2e9
+TARGET_S, TARGET_BYTES, TARGET_HTML_BYTES = 45.0, 2e9, 6e6
 LAYOUT = ("parallel.dp=16", "parallel.tp=8", "parallel.pp=8")
 MODEL = ("model.num_layers=14", "model.num_heads=8", "train.global_batch=80", "optim.bucket_mb=25")
 
@@ -40,14 +40,17 @@ def work(folder: Path) -> dict[str, float]:
 
     run = load(folder)
     done("load")
-    clocks = align(run)
-    done("align")
-    calls, meetings = match(run, clocks)
-    done("match")
-    if run.problems or not meetings.complete.all():
+    found = profile(run)
+    done("align, match, budget")
+    document = analyze(run, found)
+    done("analyze")
+    write_files(run, found, document)
+    done("write")
+    if run.problems or not found.meetings.complete.all():
         raise WorkerError(f"the run was not read whole: {run.problems}")
     rows = sum(len(log.calls) + len(log.spans) for log in run.ranks.values())
-    return {**stages, "rows": rows, "calls": len(calls), "meetings": len(meetings)}
+    html = (folder / "report.html").stat().st_size
+    return {**stages, "rows": rows, "calls": len(found.calls), "meetings": len(found.meetings), "html_bytes": html}
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
@@ -66,8 +69,12 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
     result.rows = [
         Row("rows", worst["rows"]),
         Row("bytes of event files", size, "B"),
-        *(Row(f"seconds: {stage}", worst[stage], "s") for stage in ("load", "align", "match")),
+        *(
+            Row(f"seconds: {stage}", worst[stage], "s")
+            for stage in ("load", "align, match, budget", "analyze", "write")
+        ),
         Row("seconds, with imports", worst["seconds"], "s", target=TARGET_S, at_least=False),
+        Row("report.html", worst["html_bytes"], "B", target=TARGET_HTML_BYTES, at_least=False),
         Row("peak resident size", max(one["peak_bytes"] for one in found), "B", target=TARGET_BYTES, at_least=False),
     ]
     result.raw["measured"] = found

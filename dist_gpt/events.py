@@ -24,8 +24,9 @@ CALL_COLUMNS = (
     "step", "index", "channel", "op", "payload", "issue", "issued", "done", "wait", "waited", "cpu", "flags",
 )  # fmt: skip
 SPAN_COLUMNS = ("step", "index", "start", "wall", "cpu")
-EMULATED, BOUND = 1, 2
-"""Flags of a call: the backend has no such operation and another one did its work; `done` is an upper bound."""
+EMULATED, BOUND, ESTIMATED = 1, 2, 4
+"""Flags of a call: the backend has no such operation and another one did its work; `done` is an upper bound; `done` is
+when this rank went on, less the time it was ready and had no processor: it can lie a little early."""
 
 
 def wire_bytes(op: str, payload: int, size: int) -> int:

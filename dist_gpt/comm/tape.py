@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns, thread_time_ns
 from typing import Any, Protocol
 
-from dist_gpt.events import BOUND, CALL, EMULATED, OPS, SPAN
+from dist_gpt.events import BOUND, CALL, EMULATED, ESTIMATED, OPS, SPAN
 
 MAX_ROWS = 200_000
 """Calls, and spans, of one step that are kept; what is more is counted as dropped."""
@@ -132,8 +132,8 @@ class HostTimer:
             return
         late = RunDelay.parse(self.delay.raw()) - RunDelay.parse(record.late)
         record.done = max(record.wait, now - late)
-        if not self.delay.known or now - record.wait < STOOD_STILL_NS:
-            record.flags |= BOUND  # it may have been over before
+        stood_still = self.delay.known and now - record.wait >= STOOD_STILL_NS
+        record.flags |= ESTIMATED if stood_still else BOUND  # else it may have been over before
 
     def waited(self, record: Record) -> None:
         record.cpu = thread_time_ns() - record.cpu

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dist_gpt.events import BOUND, CALL_COLUMNS, OPS
+from dist_gpt.events import BOUND, CALL_COLUMNS, ESTIMATED, OPS
 from dist_gpt.report.clocks import Clocks, Heard, last_causes, repair
 from dist_gpt.report.load import Run
 
@@ -193,7 +193,8 @@ def _heard(calls: Calls, first: np.ndarray) -> Heard:
     broadcast, of which the root is not recorded."""
     rows = calls.order
     op, done = calls.op[rows], calls.done[rows]
-    complete = np.where(done >= 0, done, calls.waited[rows])
+    exact = (done >= 0) & (calls.flags[rows] & ESTIMATED == 0)  # an estimate moves no clock
+    complete = np.where(exact, done, calls.waited[rows])
     known = op != BROADCAST
     ranks = np.array(sorted(calls._bounds), dtype=np.int64)
     return Heard(

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.report.analyze import Profile, analyze, profile
-from dist_gpt.report.load import load
+from dist_gpt.report.load import Run, load
 
 Say = Callable[[str], None]
 
@@ -26,31 +26,37 @@ def report(run_dir: str | Path, other: str | Path | None = None, say: Say = lamb
     Raises ConfigError (bad input) when nothing of a run can be shown or its directory cannot be written.
     """
     from dist_gpt.report.compare import compare
-    from dist_gpt.report.page import render
-    from dist_gpt.report.plots import figures
-    from dist_gpt.report.text import markdown
 
     run = load(run_dir)
     say(f"{run.folder}: {len(run.ranks)} of {run.layout.world} ranks read")
     found = profile(run)
     document = analyze(run, found)
-    lanes = _torch_lanes(found, document)
     if other is not None:
         document["compare"] = compare(document, analyze(load(other)))
-    try:
-        _put(run.folder / "report.json", json.dumps(document, indent=1) + "\n")
-        (run.folder / "figures").mkdir(exist_ok=True)
-        for name, svg in figures(document).items():
-            _put(run.folder / "figures" / f"{name}.svg", svg)
-        _put(run.folder / "report.html", render(document, document.get("compare")))
-        _put(run.folder / "report.md", markdown(document, document.get("compare")))
-        if found.budget.steps:
-            _trace(run.folder / "trace.json.gz", found, lanes, say)
-    except OSError as error:
-        raise ConfigError(
-            [f"{run.folder}: the report cannot be written ({error.strerror}: {error.filename})"]
-        ) from None
+    write_files(run, found, document)
     return document
+
+
+def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
+    """All files of a report into the run's folder. Raises ConfigError where that cannot be written."""
+    from dist_gpt.report.page import render
+    from dist_gpt.report.plots import figures
+    from dist_gpt.report.text import markdown
+
+    folder, compared = run.folder, document.get("compare")
+    lanes = _torch_lanes(found, document)
+    try:
+        _put(folder / "report.json", json.dumps(document, indent=1) + "\n")
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, svg in figures(document).items():
+            _put(folder / "figures" / f"{name}.svg", svg)
+        _put(folder / "report.html", render(document, compared))
+        _put(folder / "report.md", markdown(document, compared))
+        if found.budget.steps:
+            _trace(folder / "trace.json.gz", found, lanes)
+    except OSError as error:
+        where = error.filename or folder
+        raise ConfigError([f"{folder}: the report cannot be written ({error.strerror}: {where})"]) from None
 
 
 def report_text(document: dict[str, Any]) -> str:
@@ -78,7 +84,7 @@ def _torch_lanes(found: Profile, document: dict[str, Any]) -> list[dict[str, Any
     return profiled.lanes
 
 
-def _trace(path: Path, found: Profile, lanes: list[dict[str, Any]], say: Say) -> None:
+def _trace(path: Path, found: Profile, lanes: list[dict[str, Any]]) -> None:
     from dist_gpt.report.trace import write_trace
 
     aside = path.with_name(path.name + ".part")

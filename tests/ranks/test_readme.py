@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.unit.synthetic import small, write
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TINY = {
@@ -30,7 +32,7 @@ def shown() -> list[str]:
 
 def test_the_readme_shows_the_commands_we_think() -> None:
     words = {" ".join(line.split()[:2]) for line in shown()}
-    verbs = {f"dist-gpt {verb}" for verb in ("launch", "plan", "dryrun", "verify", "flops")}
+    verbs = {f"dist-gpt {verb}" for verb in ("launch", "report", "plan", "dryrun", "verify", "flops")}
     assert words == {"make demo", "make test", *verbs, "torchrun --nproc-per-node"}
 
 
@@ -46,7 +48,10 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     document = {**TINY, "name": "tiny", "data": {"cache": str(tmp_path / "cache"), "source": str(ROOT / "README.md")}}
     config.write_text(yaml.safe_dump(document))
-    words = [str(config) if word == "CONFIG" else word for word in shlex.split(line)]
+    if "RUN_DIR" in line:
+        write(tmp_path / "run", small("parallel.tp=2"))
+    names = {"CONFIG": str(config), "RUN_DIR": str(tmp_path / "run")}
+    words = [names.get(word, word) for word in shlex.split(line)]
     if words[0] == "torchrun":  # two ranks do what eight would
         words[words.index("--nproc-per-node") + 1] = "2"
     if words[0] == "dist-gpt" and words[1] == "launch":
