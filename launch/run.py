@@ -17,6 +17,8 @@ from dist_gpt.layout import Layout
 from launch.env import Device, choose_device, count_gpus
 from launch.spec import RUN_DIR, JobSpec, train_argv
 
+QUICKLY_READ_BYTES = 100_000_000
+
 
 def load_for_launch(path_or_preset: str, overrides: Sequence[str]) -> tuple[Config, Device]:
     """The configuration and where its ranks will compute.
@@ -135,14 +137,17 @@ def summary(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def verdict(run_dir: Path) -> str | None:
-    """The report's line on what the run spent its time on; None where nothing of the run can be read."""
+def verdict(run_dir: Path) -> str:
+    """The report's line on what the run spent its time on. A run that has ended well stays so, whatever goes wrong
+    here; and nobody waits for the analysis of a very large one."""
     from dist_gpt.report.write import read_document
 
     try:
+        if sum(path.stat().st_size for path in run_dir.glob("events.rank*.jsonl")) > QUICKLY_READ_BYTES:
+            return f"not made, the run is large: dist-gpt report {run_dir}"
         return str(read_document(run_dir)["verdict"]["line"])
-    except ConfigError:
-        return None
+    except Exception as error:
+        return f"none ({type(error).__name__}: {error})"
 
 
 def summary_text(document: dict[str, Any]) -> str:

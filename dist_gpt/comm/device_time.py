@@ -1,7 +1,7 @@
 """Times of the device for the profiling window on a GPU. NEVER RUN by the authors on a GPU; see the README's table.
 
 The host runs ahead of the device, so its stamps say nothing about who waited. Every moment here is an event on a
-stream, read after the step (which ends with a read of the loss anyway) against one anchor whose host time is known:
+stream, read after the step (which ends with a read of the loss anyway) against an anchor of that step:
 
     arrival   on the compute stream at the issue: the collective's own stream waits for exactly this point
     end       on a stream of our own that waits for the collective (`Work.wait` orders a stream, it does not block)
@@ -37,13 +37,20 @@ class CudaTimer:
         self._free: list[Any] = []
         self._used: list[Any] = []
         self._sides: dict[int, Any] = {}  # one per channel: a group's collectives end in their order
-        self._anchor = self.device.Event(enable_timing=True)
-        self._anchor.record()
-        self._anchor.synchronize()
-        self._anchor_ns = perf_counter_ns()
+        self._anchor, self._anchor_ns = self._new_anchor()
+        self._next: tuple[Any, int] | None = None
+
+    def _new_anchor(self) -> tuple[Any, int]:
+        """An event whose host time is known to half the time that recording it takes."""
+        event, before = self.device.Event(enable_timing=True), perf_counter_ns()
+        event.record()
+        event.synchronize()
+        return event, (before + perf_counter_ns()) // 2
 
     def mark(self) -> Any:
         """An event on the current stream, now."""
+        if self._next is not None:  # the last step has been read
+            (self._anchor, self._anchor_ns), self._next = self._next, None
         event = self._free.pop() if self._free else self.device.Event(enable_timing=True)
         event.record()
         self._used.append(event)
@@ -83,6 +90,7 @@ class CudaTimer:
             record.cpu = 0
         self._free += self._used
         self._used = []
+        self._next = self._new_anchor()  # elapsed times are float32 milliseconds: they must stay short
 
     def times(self, span: Span) -> tuple[int, int, int]:
         start, end = self._ns(span.began), self._ns(span.ended)

@@ -84,8 +84,8 @@ class WaitedWork:
         except Exception as error:  # handed to whoever waits for this send
             self.error = error
         self.work = None
+        self._tell()  # before whoever waits goes on
         self.ended.set()
-        self._tell()
 
     def when_done(self, note: Callable[[], object]) -> None:
         """Call `note` once, at the end, on whatever thread sees it first."""

@@ -158,19 +158,23 @@ class RunDelay:
         self._file = -1
         with suppress(OSError):
             self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-        self.known = self._file >= 0
+        # a kernel that keeps no such accounts prints zeros
+        self.known = self._file >= 0 and not self._read().startswith(b"0 ")
 
     def raw(self) -> bytes:
-        return os.pread(self._file, 64, 0) if self.known else b""
+        return self._read() if self.known else b""
+
+    def _read(self) -> bytes:
+        return os.pread(self._file, 64, 0)
 
     @staticmethod
     def parse(raw: bytes) -> int:
         return int(raw.split()[1]) if raw else 0
 
     def close(self) -> None:
-        if self.known:
+        if self._file >= 0:
             os.close(self._file)
-            self._file, self.known = -1, False
+        self._file, self.known = -1, False
 
     def __del__(self) -> None:
         self.close()

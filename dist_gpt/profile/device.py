@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class DeviceSampler:
             self._thread.join(2 * PERIOD_S)
 
     def _run(self) -> None:
-        while len(self.samples) < MAX_SAMPLES and not self._stop.wait(PERIOD_S):
-            self.samples.append((time.perf_counter_ns(), _read(self._handle)))
+        with suppress(Exception):  # a reading the driver refuses ends the sampling, not the run
+            while len(self.samples) < MAX_SAMPLES and not self._stop.wait(PERIOD_S):
+                self.samples.append((time.perf_counter_ns(), _read(self._handle)))
 
 
 def _handle(device: torch.device) -> Any:

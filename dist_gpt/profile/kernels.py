@@ -16,19 +16,24 @@ from dist_gpt.config.schema import Config
 from dist_gpt.parallel.buckets import TORCH_DTYPE
 from dist_gpt.plan.kernels import ATTENTION, Kernel, rank_kernels
 
-BUDGET_S = 0.12
-"""For all runs of one product."""
-LARGE = {"cpu": (512, 1024), "cuda": (4096, 8192)}
+BUDGET_S, TOTAL_S = 0.12, 3.0
+"""For all runs of one product, and for all products: the other ranks wait meanwhile."""
+LEAST_RUNS = 4
+LARGE = {"cpu": (512, 1024), "cuda": (4096,)}
 """Sides of the square products behind the ceiling: the faster one counts."""
-COPIED = {"cpu": 64 << 20, "cuda": 1 << 30}
+COPIED = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Bytes of the copy behind the bandwidth: far more than any cache."""
 
 
 def kernel_facts(config: Config, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of the events file: `ceiling`, then a `kernel` for each product of this rank."""
-    dtype = TORCH_DTYPE[config.train.dtype]
-    facts: list[dict[str, Any]] = [{"ceiling": {**ceiling(device, dtype), "dtype": config.train.dtype}}]
+    """Rows of the events file: `ceiling`, then a `kernel` for each product of this rank that fits into the time."""
+    dtype, started = TORCH_DTYPE[config.train.dtype], time.perf_counter()
+    best = ceiling(device, dtype)
+    facts: list[dict[str, Any]] = [{"ceiling": {**best, "dtype": config.train.dtype}}]
     for kernel in rank_kernels(config):
+        left = TOTAL_S - (time.perf_counter() - started)
+        if LEAST_RUNS * kernel.flops / best["flops_per_s"] > left:
+            continue
         seconds = fastest(runner(kernel, device, dtype), device)
         shape = [kernel.m, kernel.k, kernel.n]
         row = {"name": kernel.name, "shape": shape, "batch": kernel.batch, "flops": kernel.flops, "bytes": kernel.bytes}
@@ -71,7 +76,7 @@ def fastest(run: Callable[[], object], device: torch.device, budget_s: float = B
     """Seconds of the fastest of at least three runs, as many as fit into `budget_s`."""
     best, ran, started = float("inf"), 0, time.perf_counter()
     with torch.no_grad():
-        while ran < 4 or time.perf_counter() - started < budget_s:
+        while ran < LEAST_RUNS or time.perf_counter() - started < budget_s:
             _settle(device)
             began = time.perf_counter()
             run()

@@ -10,7 +10,7 @@ import platform
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.comm.tape import HostTimer, Tape, Timer
+from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN, Counts, EventFile
 from dist_gpt.profile.device import DeviceSampler
@@ -32,10 +33,20 @@ from dist_gpt.profile.kernels import kernel_facts
 from dist_gpt.profile.memory import MemoryWatch
 from dist_gpt.profile.torch_trace import TorchTrace
 from dist_gpt.rank import Rank
+from dist_gpt.track import record_failure
 
-TOLD = ("NCCL_", "GLOO_", "SLURM_", "TORCH_", "CUDA_", "OMP_", "MKL_", "OMPI_COMM_", "PMI_", "UCX_", "FI_", "MASTER_")
+TOLD = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "MKL_", "OMPI_COMM_", "PMI_", "UCX_", "FI_", "MASTER_")
 """Beginnings of the environment variables that the header keeps."""
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+TOLD_BY_NAME = {
+    f"SLURM_{name}"
+    for name in (
+        "JOB_ID", "JOB_NAME", "JOB_NODELIST", "JOB_NUM_NODES", "JOB_PARTITION", "NNODES", "NTASKS", "NTASKS_PER_NODE",
+        "CPUS_PER_TASK", "CPUS_ON_NODE", "GPUS_PER_NODE", "GPUS_PER_TASK", "PROCID", "LOCALID", "NODEID", "STEP_ID",
+        "RESTART_COUNT", "ARRAY_JOB_ID", "ARRAY_TASK_ID",
+    )
+}  # fmt: skip
+"""Slurm's are told one by one: among the others is a bearer token (SLURM_JWT)."""
+SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CRED", "AUTH", "JWT")
 COST_RECORDS = 2_000
 
 
@@ -75,12 +86,17 @@ class Recorder:
                 stack.enter_context(memory.watching())
             if self.tape is not None and self.torch is not None:
                 stack.enter_context(self.torch.step(number))
-            stack.callback(self._over, number)
             self.ledger.begin(number)
             self.ledger.tape = self.tape  # not for what happens between steps
             started = time.perf_counter_ns()
-            yield taken
+            try:
+                yield taken
+            except BaseException as error:
+                record_failure(error)
+                self._failed(number)
+                raise
             taken.seconds = (time.perf_counter_ns() - started) / 1e9
+            self._over(number)
         self.trained += 1
         spent = self.ledger.end()
         self.events.step(
@@ -105,9 +121,7 @@ class Recorder:
     def finish(self, differences: list[str]) -> None:
         """All steps are done. `differences` is this rank's account."""
         if self.window is not None and self.rank.mesh.rank == 0:
-            for fact in kernel_facts(self.config, self.rank.device):
-                for name, content in fact.items():
-                    self.events.fact(name, content)
+            self._measure_kernels()
         for at, reading in self.sampler.samples:
             self.events.fact("sample", {"at_ns": at - self.events.base_ns, **reading})
         if self.torch is not None and self.torch.anchors:
@@ -119,6 +133,15 @@ class Recorder:
             "records_per_step": self.ledger.records / max(1, self.trained), "wall_s": time.perf_counter() - self.began,
         }  # fmt: skip
         self.events.fact("end", end)
+
+    def _measure_kernels(self) -> None:
+        """Products alone. The run has done its work: what goes wrong here (memory is short) must not end it."""
+        try:
+            for fact in kernel_facts(self.config, self.rank.device):
+                for name, content in fact.items():
+                    self.events.fact(name, content)
+        except Exception as error:
+            self.events.fact("kernels_failed", {"error": f"{type(error).__name__}: {error}"[:500]})
 
     def close(self) -> None:
         """Leave what there is on disk; also when training failed."""
@@ -136,8 +159,18 @@ class Recorder:
         if self.torch is not None:
             self.torch.start()
 
+    def _failed(self, number: int) -> None:
+        """The tape holds what led to it. On a GPU reading it would wait for what never comes; and nothing that goes
+        wrong here may hide the failure itself."""
+        self.ledger.tape = None
+        if self.tape is not None and self.rank.device.type == "cpu":
+            with suppress(Exception):
+                self.events.rows(self.tape.rows(number))
+        if self.torch is not None and self.tape is not None:
+            with suppress(Exception):
+                self.torch.stop()
+
     def _over(self, number: int) -> None:
-        """Also after a step that failed: the tape holds what led to it."""
         self.ledger.tape = None
         if self.tape is not None:
             self.events.rows(self.tape.rows(number))
@@ -164,6 +197,11 @@ class Recorder:
 def make_timer(device: torch.device) -> Timer:
     """Who measures on `device`."""
     if device.type == "cuda":
+        if os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0") not in ("", "0"):
+            raise ConfigError([
+                "profile.steps: with TORCH_NCCL_BLOCKING_WAIT set, times of the device cannot be taken without "
+                "blocking the host; unset it, or run without a window"
+            ])  # fmt: skip
         from dist_gpt.comm.device_time import CudaTimer
 
         return CudaTimer()
@@ -194,7 +232,7 @@ def told(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environ.items())
-        if name.startswith(TOLD) and not any(word in name for word in SECRET)
+        if name in TOLD_BY_NAME or (name.startswith(TOLD) and not any(word in name for word in SECRET))
     }
 
 

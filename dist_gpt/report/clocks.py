@@ -18,6 +18,8 @@ from dist_gpt.report.load import RankLog, Run, ranges
 
 UNKNOWN_DRIFT = 50e-6
 """Allowed for a clock that was read once: quartz is that good."""
+WANDER = 1e-6
+"""How far a clock may stray from the line between two readings, per ns from the nearer one: temperature, slewing."""
 BELIEVED_DRIFT = 1e-3
 """Two readings that differ by more, beyond their errors, are not of one steady clock."""
 WORST_ERROR_NS = 10_000_000_000
@@ -49,7 +51,8 @@ class Line:
         if len(self.at) == 1:
             return self.error[0] + UNKNOWN_DRIFT * abs(raw - self.at[0])
         part = (raw - self.at[0]) / (self.at[1] - self.at[0])
-        return abs(1 - part) * self.error[0] + abs(part) * self.error[1]
+        far = min(abs(raw - at) for at in self.at) if any(self.error) else 0  # rank 0's own has nothing to stray from
+        return abs(1 - part) * self.error[0] + abs(part) * self.error[1] + WANDER * far
 
 
 @dataclass

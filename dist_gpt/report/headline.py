@@ -75,7 +75,7 @@ def headline(run: Run, budget: Budget | None) -> dict[str, Any]:
     per_gpu = flops["model_flops_per_token"] * tokens / world / p50 if p50 else None
     hardware = flops["hardware_flops_per_token"] / flops["model_flops_per_token"]
     peak = peak_of(run)
-    mfu = per_gpu / peak["flops_per_s"] if per_gpu and peak else None
+    mfu = per_gpu / peak["flops_per_s"] if per_gpu and peak and peak["flops_per_s"] > 0 else None
     losses = [row["loss"] for row in run.metrics if isinstance(row.get("loss"), float)]
     inside = set(budget.steps) if budget is not None else set()
     return {
@@ -106,7 +106,10 @@ def _goodput(run: Run) -> dict[str, Any]:
         return {"goodput": None, "wall_s": {"train": train, "eval": other, "start": start, "between": None}}
     wall = start + log.end["wall_s"]
     between = max(0.0, log.end["wall_s"] - train - other)
-    return {"goodput": train / wall, "wall_s": {"train": train, "eval": other, "start": start, "between": between}}
+    return {
+        "goodput": train / wall if wall > 0 else None,
+        "wall_s": {"train": train, "eval": other, "start": start, "between": between},
+    }
 
 
 def waterfall(run: Run, parts: dict[str, float]) -> list[dict[str, Any]]:
@@ -116,7 +119,7 @@ def waterfall(run: Run, parts: dict[str, float]) -> list[dict[str, Any]]:
     model = compute["forward"] + compute["backward"] + compute["weight"]
     ceiling = next((log.ceiling for log in run.ranks.values() if log.ceiling), None)
     rows = []
-    if ceiling is not None and model:
+    if ceiling is not None and model and ceiling["flops_per_s"] > 0:
         tokens = run.config.train.global_batch * run.config.model.seq_len
         flops = flops_document(run.config)["model_flops_per_token"] * tokens / run.layout.world
         ideal = min(model, flops / ceiling["flops_per_s"])

@@ -31,6 +31,9 @@ from dist_gpt.report.lines import Attempt, SchemaError, parse, read_attempt
 _NAME = re.compile(r"events\.rank(0|[1-9][0-9]{0,8})\.jsonl")
 
 
+MOST_RANKS = 1 << 17
+
+
 class RunError(ConfigError):
     """A run directory of which nothing can be shown."""
 
@@ -83,7 +86,12 @@ def load(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError([f"{folder}: no such folder; expected a run directory"])
+    for name in ("config.yaml", "plan.json", "metrics.jsonl"):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise RunError([f"{folder / name}: no ordinary file"])
     config = _config(folder / "config.yaml")
+    if config.world_size > MOST_RANKS:
+        raise RunError([f"{folder}: config.yaml is of {config.world_size:,} ranks; at most {MOST_RANKS:,} are shown"])
     run = Run(folder, config, _plan(folder / "plan.json"), layout_of(config))
     if any(run.plan["layout"].get(axis) != getattr(run.layout, axis) for axis in BASE_AXES):
         run.problems.append(f"plan.json is of another layout than config.yaml; the latter's is taken: {run.layout}")
@@ -138,6 +146,9 @@ def _ranks(run: Run) -> None:
     problems = _Problems()
     files = {int(m[1]): path for path in run.folder.iterdir() if (m := _NAME.fullmatch(path.name))}
     for rank, path in sorted(files.items()):
+        if not path.is_file():
+            problems.add(rank, "the event file is no ordinary file; it is left out")
+            continue
         if rank >= run.layout.world:
             problems.add(rank, f"no rank of the plan, which has {run.layout.world}; the event file is left out")
             continue

@@ -222,16 +222,16 @@ def _clamp(calls: Calls, heard: Heard, problems: list[str]) -> None:
     issue = calls.issue[rows]
     cause = last_causes(heard, issue)[heard.meeting]
     arrival = np.where(cause >= 0, issue[cause], np.iinfo(np.int64).min)
-    for stamps in (calls.done, calls.waited):
-        seen = stamps[rows]
-        early = heard.effect & (seen >= 0) & (seen < arrival)
-        by = (arrival - seen)[early]
-        if stamps is calls.done and (told := int((by > TOLD_NS).sum())):
-            problems.append(
-                f"{told} calls ended up to {by.max() / 1000:.1f} us before their last member came, more than the "
-                "errors of the clocks explain; they are taken to end then"
-            )
-        stamps[rows[early]] = arrival[early]
+    seen = calls.done[rows]
+    early = heard.effect & (seen >= 0) & (seen < arrival)
+    stated = early & (calls.flags[rows] & ESTIMATED == 0)
+    if stated.any():
+        most = int((arrival - seen)[stated].max()) / 1000
+        problems.append(
+            f"{int(stated.sum())} calls ended up to {most:.1f} us before their last member came, more than the "
+            "errors of the clocks explain; they are taken to end then"
+        )
+    calls.done[rows[early]] = arrival[early]  # not `waited`: how long a rank stood still needs no clock but its own
 
 
 # --- meetings -------------------------------------------------------------------------------------------------------
@@ -260,8 +260,9 @@ def _ends(calls: Calls, first: np.ndarray, arrival: np.ndarray) -> np.ndarray:
     """The last end a member knows of; of a message the sender's, since a receiver often knows only a bound."""
     rows = calls.order
     done, op = calls.done[rows], calls.op[rows]
-    end = _most(np.where(done >= 0, done, calls.waited[rows]), first)
     exact = (done >= 0) & (calls.flags[rows] & BOUND == 0)
+    known = _most(np.where(exact, done, -1), first)  # a member that came back to it late has only a bound
+    end = np.where(known >= 0, known, _most(np.where(done >= 0, done, calls.waited[rows]), first))
     sent = _most(np.where((op == SEND) & exact, done, -1), first)
     end = np.where(sent >= 0, sent, end)
     return np.where(end >= 0, np.maximum(end, arrival), -1)

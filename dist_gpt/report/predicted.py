@@ -40,7 +40,10 @@ def predicted(run: Run, memory: list[dict[str, Any]], pipeline: dict[str, Any] |
 
 
 def _row(what: str, want: Any, got: Any, unit: str, exact: bool) -> dict[str, Any]:
-    error = (got - want) / want if want else None if got is None or want is None else float(got != want)
+    if not all(isinstance(value, (int, float)) for value in (want, got)):
+        want = want if isinstance(want, (int, float)) else None
+        return {"what": what, "predicted": want, "measured": got, "error": None, "unit": unit, "must_be_equal": exact}
+    error = (got - want) / want if want else float(got != want)
     return {"what": what, "predicted": want, "measured": got, "error": error, "unit": unit, "must_be_equal": exact}
 
 

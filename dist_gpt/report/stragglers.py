@@ -85,15 +85,14 @@ def _charge_short(charges: Charges, calls: Calls, meetings: Meetings, rows: np.n
     rows = rows[calls.op[rows] != _RECV]
     size = int(calls.rank.max(initial=0)) + 1
     culprit = meetings.culprit[calls.meeting[rows]]
-    keys = ((culprit * size + calls.rank[rows]) * (int(calls.step.max(initial=0)) + 1) + calls.step[rows]) * len(
-        calls.axes
-    ) + calls.axis[rows]
+    steps, step_at = np.unique(calls.step[rows], return_inverse=True)
+    keys = ((culprit * size + calls.rank[rows]) * len(steps) + step_at) * len(calls.axes) + calls.axis[rows]
     unique, inverse = np.unique(keys, return_inverse=True)
     for key, ns in zip(unique.tolist(), np.bincount(inverse, weights=lost[rows]).tolist(), strict=True):
         rest, axis = divmod(key, len(calls.axes))
-        rest, step = divmod(rest, int(calls.step.max()) + 1)
+        rest, step = divmod(rest, len(steps))
         cause, victim = divmod(rest, size)
-        charges.add(cause, victim, step, calls.axes[axis], ns)
+        charges.add(cause, victim, int(steps[step]), calls.axes[axis], ns)
         charges.last[cause] += ns
 
 
@@ -140,6 +139,7 @@ def document(charges: Charges, budget: Budget, computing: np.ndarray) -> dict[st
         "grouped": block > 1,
         "matrix_s": matrix.tolist(),
         "heat": {"steps": budget.steps, "ranks": ranks, "compute_s": (computing / 1e9).tolist()},
+        "caused_s": [ns / 1e9 / steps for ns in caused.values()],
         "culprits": culprits,
         "slow_compute": slow,
     }  # fmt: skip

@@ -12,6 +12,7 @@ from dist_gpt.report.units import percent
 
 BOUND = 0.10
 """A loss smaller than this share of the step is not what a run is bound by."""
+NEARLY_ALL = 0.9
 BLAMED = 0.5
 """A rank is named as the cause when so much of an axis' waiting is its."""
 AXES = {
@@ -118,35 +119,52 @@ def _axis_verdict(
     collectives: list[dict[str, Any]],
 ) -> Verdict:
     wait, transfer = budget_s.get(f"wait.{axis}", 0.0), budget_s.get(f"transfer.{axis}", 0.0)
-    rows = [row for row in collectives if row["axis"] == axis]
-    largest = max(rows, key=lambda row: row["exposed_s"] + row["wait_s"], default=None)
-    what = f"{AXES[axis]} {largest['op'].replace('_', '-') if largest else 'communication'}"
-    culprit = _culprit(axis, stragglers) if wait > transfer else None
-    line = f"bound by {what}: {percent((wait + transfer) / wall)} of the step exposed"
-    if wait / wall >= 0.01:
-        whom = f"rank {culprit}" if culprit is not None else "whoever comes last"
-        line += f", {100 * wait / wall:.0f} points of it waiting for {whom}"
+    culprit = _culprit(axis, stragglers, wait * len(run.ranks))
+    what, mostly = _operation(axis, wait + transfer, collectives)
+    line = f"bound by {what}: {percent((wait + transfer) / wall)} of the step exposed{mostly}"
     if culprit is not None:
-        why = f"rank {culprit} delays the others {_how_often(culprit, stragglers)}"
-        advice = f"look at rank {culprit}: its host, its device, what else runs there (see stragglers)"
+        points = 100 * culprit["axes"][axis] / len(run.ranks) / wall
+        line += f", {points:.0f} points of it waiting for rank {culprit['rank']}"
+    elif wait / wall >= 0.01:
+        line += f", {100 * wait / wall:.0f} points of it waiting for whoever comes last"
+    if culprit is not None and wait > transfer:
+        why = f"rank {culprit['rank']} delays the others {_how_often(culprit)}"
+        advice = f"look at rank {culprit['rank']}: its host, its device, what else runs there (see stragglers)"
     elif wait > transfer:
         why = "ranks reach their collectives at different times; no single rank is the cause"
         advice = "look at the stragglers and at what shares the machine; an uneven split of layers would show there too"
     else:
         why = f"{percent(transfer / wall)} of the step is transfer: messages under way, and nothing computed meanwhile"
-        advice = NEXT[axis]
-    crowded = crowd(run)
-    if crowded is not None:
+        advice = NEXT.get(axis, "see the collectives")
+    if len(run.ranks) < run.layout.world:
+        why += ". Not all ranks were read: waiting for those that are missing is shown as transfer"
+    elif (crowded := crowd(run)) is not None:
         why, advice = f"{why}. {crowded}, so transfers and waits are of processors too", NEXT["descheduled"]
     bound_by = f"{'wait' if wait > transfer else 'transfer'}.{axis}"
-    return Verdict(line, why, advice, bound_by, (wait + transfer) / wall, wait / wall, culprit)
+    rank = culprit["rank"] if culprit is not None else None
+    return Verdict(line, why, advice, bound_by, (wait + transfer) / wall, wait / wall, rank)
+
+
+def _operation(axis: str, exposed: float, collectives: list[dict[str, Any]]) -> tuple[str, str]:
+    """The axis' operation where one makes nearly all of what is exposed; else the axis, and which makes most of it."""
+    by_op: dict[str, float] = {}
+    for row in collectives:
+        if row["axis"] == axis:
+            by_op[row["op"]] = by_op.get(row["op"], 0.0) + row["exposed_s"] + row["wait_s"]
+    most = max(by_op, key=lambda op: by_op[op], default=None)
+    if most is None or not exposed:
+        return f"{AXES[axis]} communication", ""
+    name, share = most.replace("_", "-"), by_op[most] / sum(by_op.values()) if sum(by_op.values()) else 0.0
+    if share >= NEARLY_ALL:
+        return f"{AXES[axis]} {name}", ""
+    return f"{AXES[axis]} communication", f" (mostly {name})" if share >= BLAMED else ""
 
 
 def _straggler(run: Run, lost: dict[str, float], stragglers: dict[str, Any] | None) -> str | None:
     """The axis on which the worst straggler does most harm, where all that it causes, on whatever axes, is more than
     any loss without it."""
     rows = (stragglers or {}).get("culprits", [])
-    total = sum(row["caused_s"] for row in rows)
+    total = sum((stragglers or {}).get("caused_s", []))
     if not rows or rows[0]["caused_s"] < BLAMED * total:
         return None
     mine = {axis: seconds / len(run.ranks) for axis, seconds in rows[0]["axes"].items()}
@@ -154,16 +172,14 @@ def _straggler(run: Run, lost: dict[str, float], stragglers: dict[str, Any] | No
     return max(mine, key=lambda axis: mine[axis]) if sum(mine.values()) > max(without) else None
 
 
-def _culprit(axis: str, stragglers: dict[str, Any] | None) -> int | None:
-    """The rank that caused most of the axis' waiting."""
-    caused = {row["rank"]: row["axes"].get(axis, 0.0) for row in (stragglers or {}).get("culprits", [])}
-    total = sum(caused.values())
-    worst = max(caused, key=lambda rank: caused[rank], default=None)
-    return worst if worst is not None and total and caused[worst] / total >= BLAMED else None
+def _culprit(axis: str, stragglers: dict[str, Any] | None, waited_s: float) -> dict[str, Any] | None:
+    """The straggler that caused most of what all ranks together waited on the axis, if one did."""
+    rows = (stragglers or {}).get("culprits", [])
+    worst = max(rows, key=lambda row: row["axes"].get(axis, 0.0), default=None)
+    return worst if worst is not None and waited_s and worst["axes"].get(axis, 0.0) >= BLAMED * waited_s else None
 
 
-def _how_often(rank: int, stragglers: dict[str, Any] | None) -> str:
-    row = next(row for row in (stragglers or {})["culprits"] if row["rank"] == rank)
+def _how_often(row: dict[str, Any]) -> str:
     often = "in nearly every step" if row["kind"] == "persistent" else "in some steps"
     return f"{often}, by {1e3 * row['caused_s']:.1f} ms a step summed over who waits"
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
     lanes = _torch_lanes(found, document)
     try:
         _put(folder / "report.json", json.dumps(document, indent=1) + "\n")
+        if (folder / "figures").is_symlink():
+            raise ConfigError([f"{folder / 'figures'}: is a link, and files are not written through links; remove it"])
         (folder / "figures").mkdir(exist_ok=True)
         for name, svg in figures(document).items():
             _put(folder / "figures" / f"{name}.svg", svg)
@@ -87,13 +91,25 @@ def _torch_lanes(found: Profile, document: dict[str, Any]) -> list[dict[str, Any
 def _trace(path: Path, found: Profile, lanes: list[dict[str, Any]]) -> None:
     from dist_gpt.report.trace import write_trace
 
-    aside = path.with_name(path.name + ".part")
-    write_trace(aside, found.run, found.clocks, found.calls, found.meetings, lanes)
-    os.replace(aside, path)
+    with _in_place(path) as aside:
+        write_trace(aside, found.run, found.clocks, found.calls, found.meetings, lanes)
 
 
 def _put(path: Path, text: str) -> None:
     """Written aside and put in place: a reader never sees half a report."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with _in_place(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, under a name that nobody can have prepared; it takes the place of `path` at the end."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(number)
+    aside = Path(name)
+    try:
+        yield aside
+        aside.chmod(0o644)  # as files usually are
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 
-from dist_gpt.comm.clock import read_clock
 from dist_gpt.comm.device_time import CudaTimer
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
@@ -30,7 +28,7 @@ from dist_gpt.profile.memory import MemoryWatch
 from dist_gpt.profile.recorder import Recorder, record_cost_ns, told
 from dist_gpt.rank import Rank
 from dist_gpt.verify import verify_samples
-from tests.ranks.threads import in_threads, on_gloo
+from tests.ranks.threads import on_gloo
 
 AT = {name: i + 1 for i, name in enumerate(CALL_COLUMNS)}
 
@@ -240,47 +238,26 @@ def test_times_of_the_device_are_those_of_its_streams() -> None:
     device = FakeDevice()
     timer = CudaTimer(device)
     ledger = Ledger({"tp": 2})
-    tape = ledger.tape = Tape(timer, timer._anchor_ns)
+    tape = ledger.tape = Tape(timer, 0)
     for step in range(2):
-        device.now_ms = 10.0
+        start = device.now_ms = 100.0 * step + 10.0
         with ledger.step("train", "B0", {("tp", "all_reduce", 8): 1}, index=5):
             record = ledger.issue("tp", "all_reduce", 8, 0)
             ledger._issued = {("tp", "all_reduce", 8): 1}
-            work = FakeWork(device, end_ms=17.0)
+            work = FakeWork(device, end_ms=start + 7.0)
             ledger.issued(record, work, emulated=False)
-            device.now_ms = 12.0  # two milliseconds of computing under it
+            device.now_ms = start + 2.0  # two milliseconds of computing under it
             ledger.waits(record)
             work.wait()
             ledger.waited(record)
-            device.now_ms = 18.0
+            device.now_ms = start + 8.0
         call, span = tape.rows(step)
-        assert call[AT["issue"]] == 10_000_000, "arrival: the compute stream's, not the host's"
+        began = timer._anchor_ns + int((start - timer._anchor.at) * 1e6)
+        assert call[AT["issue"]] == began, "arrival: the compute stream's, not the host's"
         times = [call[AT[name]] for name in ("issued", "done", "wait", "waited", "cpu")]
         assert times == [0, 7_000_000, 2_000_000, 7_000_000, 0]
-        assert span == [SPAN, step, 5, 10_000_000, 8_000_000, 8_000_000]
-    assert device.made == 1 + 6, "the second step used the first one's events again"
-
-
-class TestClock:
-    def test_ranks_of_one_machine_agree(self) -> None:
-        store = dist.HashStore()
-
-        def body(rank: int) -> Any:
-            return read_clock(store, RankEnv(rank, 3, rank, 3, "127.0.0.1", 0, 0, math.inf), "start")
-
-        first, *others = in_threads(3, body)
-        assert (first.offset_ns, first.error_ns) == (0, 0)
-        for reading in others:
-            assert abs(reading.offset_ns) <= reading.error_ns
-
-    def test_a_clock_that_cannot_be_read_ends_no_run(self) -> None:
-        store = dist.HashStore()
-        store.set("clock/start", "127.0.0.1:1")  # nobody listens there
-        assert read_clock(store, RankEnv(1, 2, 1, 2, "127.0.0.1", 0, 0, math.inf), "start") is None
-
-    def test_a_single_process_is_its_own_clock(self) -> None:
-        reading = read_clock(dist.HashStore(), RankEnv(0, 1, 0, 1, "127.0.0.1", 0, 0, math.inf), "start")
-        assert reading is not None and reading.offset_ns == 0
+        assert span == [SPAN, step, 5, began, 8_000_000, 8_000_000]
+    assert device.made == 6 + 3, "six events, used again in the second step, and an anchor for each step"
 
 
 def test_measured_memory_is_the_plan(tmp_path: Path) -> None:
@@ -347,6 +324,22 @@ class TestRecorder:
         assert {row[1] for row in rows if isinstance(row, list)} == {2, 3}
         assert not any("end" in row for row in rows)
 
+    def test_what_is_measured_last_cannot_fail_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_memory(*_: object) -> None:
+            raise MemoryError("3 GiB")
+
+        monkeypatch.setattr("dist_gpt.profile.recorder.kernel_facts", no_memory)
+        rows = self.run(tmp_path, **{"profile.steps": "[2, 3]"})
+        assert rows[-2] == {"kernels_failed": {"error": "MemoryError: 3 GiB"}} and "end" in rows[-1]
+
+    def test_a_full_disk_does_not_hide_what_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError("no space left")
+
+        monkeypatch.setattr("dist_gpt.events.EventFile.rows", full)
+        with pytest.raises(ZeroDivisionError):
+            self.run(tmp_path, fail_at=2, **{"profile.steps": "[2, 5]"})
+
     def test_torch_profiler(self, tmp_path: Path) -> None:
         rows = self.run(tmp_path, **{"profile.steps": "[2, 3]", "profile.torch": "true"})
         (fact,) = [row["torch_trace"] for row in rows if "torch_trace" in row]
@@ -354,7 +347,8 @@ class TestRecorder:
 
 
 def test_no_secret_is_told() -> None:
-    environ = {"NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "1", "SLURM_JWT_TOKEN": "x", "HOME": "/root", "CUDA_API_KEY": "x"}
+    environ = {"NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "1", "SLURM_JWT": "x", "HOME": "/root", "CUDA_API_KEY": "x",
+               "SLURM_PASSWD": "x", "NCCL_CREDENTIALS": "x", "GLOO_AUTH": "x"}  # fmt: skip
     assert told(environ) == {"NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "1"}
 
 

@@ -290,6 +290,17 @@ class TestRunDirectory:
         assert spec.env["CUDA_VISIBLE_DEVICES"] == "", "the user was told CPU"
         assert "CUDA_VISIBLE_DEVICES" not in run.job_of(config, tmp_path, env.choose_device(8, 8)).env
 
+    def test_a_verdict_never_spoils_a_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(folder: Path) -> None:
+            raise ZeroDivisionError("of all things")
+
+        assert run.verdict(tmp_path).startswith("none (RunError: ")
+        monkeypatch.setattr("dist_gpt.report.write.read_document", broken)
+        assert run.verdict(tmp_path) == "none (ZeroDivisionError: of all things)"
+        monkeypatch.setattr("launch.run.QUICKLY_READ_BYTES", 3)
+        (tmp_path / "events.rank0.jsonl").write_text("much")
+        assert f"dist-gpt report {tmp_path}" in run.verdict(tmp_path)
+
     def test_summary(self, tmp_path: Path) -> None:
         rows: list[dict[str, object]] = [{"step": 0, "val_loss": 5.0}]
         rows += [{"step": k, "loss": 6.0 - k, "tokens_per_s": 10.0 * k, "step_s": 0.1} for k in (1, 2, 3)]

@@ -70,6 +70,14 @@ class TestBudget:
         for name, value in straight["budget_s"].items():
             assert crooked["budget_s"][name] == pytest.approx(value, abs=2e-5)
 
+    def test_a_clock_worse_than_it_says_makes_nothing_negative(self, tmp_path: Path) -> None:
+        """How long a rank stood still is read off its own clock alone."""
+        wrong = {1: Clock(error_ns=20_000, wrong_ns=(5 * MS, 5 * MS))}
+        found, document = of(tmp_path, "parallel.tp=2", clocks=wrong)
+        assert document["problems"], "it is told"
+        assert all((part >= -1e-3).all() for part in found.budget.parts.values())
+        assert np.allclose(sum(found.budget.parts.values()), found.budget.wall)
+
 
 class TestStragglers:
     def test_the_cause_is_named_not_the_messenger(self, tmp_path: Path) -> None:
@@ -234,6 +242,23 @@ class TestDocument:
             edit(tmp_path, rank, lambda lines: lines[: len(lines) * 2 // 3])
         document = analyze(load(tmp_path))
         assert document["problems"] and document["headline"]["goodput"] is None and document["budget_s"]
+
+    @pytest.mark.parametrize(
+        ("rank", "fact"),
+        [
+            (0, {"ceiling": {"flops_per_s": 0, "bytes_per_s": 0, "dtype": "fp32"}}),
+            (1, {"step": 1 << 59, "phase": "train", "step_s": 0.0, "comm": {}}),
+        ],
+    )
+    def test_strange_values_are_no_reason_to_die(self, rank: int, fact: dict[str, Any], tmp_path: Path) -> None:
+        write(tmp_path, small(*CUBE))
+        edit(tmp_path, rank, lambda lines: [*lines[:-2], json.dumps(fact), *lines[-2:]])
+        assert analyze(load(tmp_path))["budget_s"]
+
+    def test_without_the_late_ranks_file_the_verdict_says_what_is_not_known(self, tmp_path: Path) -> None:
+        write(tmp_path, small("parallel.tp=4"), late=[Late(rank=3, ns=LATE_NS)])
+        (tmp_path / "events.rank3.jsonl").unlink()
+        assert "Not all ranks were read" in analyze(load(tmp_path))["verdict"]["why"]
 
     def test_difference_from_the_declaration(self, tmp_path: Path) -> None:
         write(tmp_path, small("parallel.pp=2"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dist_gpt.events import CALL_COLUMNS, SPAN_COLUMNS
-from dist_gpt.report.clocks import UNKNOWN_DRIFT, Clocks, Heard, align, repair
+from dist_gpt.report.clocks import UNKNOWN_DRIFT, WANDER, Clocks, Heard, align, repair
 from dist_gpt.report.load import Run, load
 from dist_gpt.report.match import RECV, SEND, Calls, Meetings, match
 from tests.unit.synthetic import SECOND, Clock, Times, Truth, edit, small, write
@@ -43,7 +43,8 @@ def test_three_seconds_and_a_drift_are_recovered_within_the_printed_error(
     run = load(tmp_path)
     clocks = align(run)
     found = row(clocks, 3)
-    assert run.problems == [] and 0 < found["error_s"] <= 20e-6
+    # the readings are a second before the first step and behind the last
+    assert run.problems == [] and 0 < found["error_s"] <= 20e-6 + 1.1 * WANDER
     assert np.abs(errors_ns(run, clocks, truth, 3)).max() <= found["error_s"] * 1e9 + 1
     apart = truth.clocks[3].raw(truth.calls[3][0, ISSUE]) - truth.calls[3][0, ISSUE]
     assert found["offset_s"] == pytest.approx(-apart / 1e9, abs=found["error_s"] + 1e-7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def test_writes_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert document["verdict"]["line"][8:] in (run / "report.md").read_text()
     trace = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))
     assert {event["pid"] for event in trace["traceEvents"]} >= set(range(8))
-    assert list((run / "figures").glob("*.svg")) and not list(run.rglob("*.part"))
+    assert list((run / "figures").glob("*.svg")) and not [
+        path for path in run.rglob("*") if path.name.endswith(".part")
+    ]
     assert report(str(run)) == 0, "and again, over the first one"
 
 
@@ -108,9 +111,33 @@ def test_damage_is_told_and_the_rest_shown(run: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_folder_that_cannot_be_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "report.json.part").mkdir()  # what permissions would do, also for root
+    (run / "report.json").mkdir()  # what permissions would do, also for root
     assert report(str(run)) == 2
     assert "the report cannot be written" in capsys.readouterr().err
+
+
+def test_nothing_is_written_through_links(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    victim = elsewhere / "victim"
+    victim.write_text("precious")
+    for name in ("report.json", "report.json.part", "report.html.part"):
+        (run / name).symlink_to(victim)
+    assert report(str(run)) == 0
+    assert victim.read_text() == "precious" and not (run / "report.json").is_symlink()
+    for svg in (run / "figures").iterdir():
+        svg.unlink()
+    (run / "figures").rmdir()
+    (run / "figures").symlink_to(elsewhere)
+    assert report(str(run)) == 2 and "is a link" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == [victim]
+
+
+def test_a_pipe_is_no_event_file(run: Path) -> None:
+    (run / "events.rank7.jsonl").unlink()
+    os.mkfifo(run / "events.rank7.jsonl")  # opening it would wait for ever
+    assert report(str(run)) == 0
+    assert "no ordinary file" in (run / "report.md").read_text()
 
 
 def test_names_of_a_run_are_text(tmp_path: Path) -> None:

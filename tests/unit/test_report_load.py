@@ -302,7 +302,7 @@ def test_a_configuration_that_this_version_would_not_run(folder: Path) -> None:
 def test_an_event_file_that_cannot_be_read(folder: Path) -> None:
     (folder / "events.rank3.jsonl").unlink()
     (folder / "events.rank3.jsonl").mkdir()
-    assert "rank 3: the event file cannot be read" in only(load(folder))
+    assert "rank 3: the event file is no ordinary file" in only(load(folder))
 
 
 @pytest.mark.parametrize(
