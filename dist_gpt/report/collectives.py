@@ -67,11 +67,12 @@ def table(calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts) -> lis
     unique, inverse = np.unique(keys, axis=1, return_inverse=True) if parts.rows.size else (keys, keys[0])
     inverse = inverse.reshape(-1)
     took = (meetings.end - meetings.arrival)[calls.meeting[parts.rows]] / 1e9
+    ended, exact = meetings.end[calls.meeting[parts.rows]] >= 0, meetings.exact[calls.meeting[parts.rows]]
     found = []
     for number, (axis, op, payload, size) in enumerate(unique.T.tolist()):
         mask = inverse == number
         rows = parts.rows[mask]
-        seconds = took[mask & (meetings.end[calls.meeting[parts.rows]] >= 0)]
+        seconds = took[mask & exact] if (mask & exact).any() else took[mask & ended]
         p50, p95 = (float(np.percentile(seconds, q)) for q in (50, 95)) if len(seconds) else (0.0, 0.0)
         count = parts.per_step(mask, parts.counts.astype(float))
         algbw = payload / p50 if p50 else 0.0
@@ -144,14 +145,18 @@ def traffic(calls: Calls, parts: Parts, ranks: list[int]) -> dict[str, Any]:
 
 
 def overlap(run: Run, calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts, spans: Spans) -> dict[str, Any]:
-    """How long messages were under way, and how much of that stood in nobody's way."""
+    """How long messages were under way, and how much of that stood in nobody's way. Calls of which only a bound of the
+    end is known count like the others of their axis."""
     done = np.where(calls.done >= 0, calls.done, calls.waited)[parts.rows]
     under_way = np.clip(done - meetings.arrival[calls.meeting[parts.rows]], 0, None)
     exposed = np.minimum(stood.transfer[parts.rows], under_way)
     axes = []
     for number, axis in enumerate(calls.axes):
         mask = parts.axis == number
-        busy, shown = (parts.per_step(mask, values) / 1e9 for values in (under_way, exposed))
+        known = mask & meetings.exact[calls.meeting[parts.rows]]
+        scale = mask.sum() / known.sum() if known.any() else 1.0
+        shown = parts.per_step(mask, exposed) / 1e9
+        busy = max(shown, scale * parts.per_step(known if known.any() else mask, under_way) / 1e9)
         axes.append(
             {"axis": axis, "busy_s": busy, "exposed_s": shown, "overlapped": 1 - shown / busy if busy else None}
         )

@@ -82,6 +82,7 @@ class Meetings:
     culprit: np.ndarray  # the rank that issued last
     end: np.ndarray  # never before arrival; -1 where nobody knows
     complete: np.ndarray  # bool: all members seen, all with one op
+    exact: np.ndarray  # bool: some member knows the end itself; else `end` is only a bound
     first: np.ndarray
     """Where in Calls.order each meeting's calls begin."""
 
@@ -249,15 +250,17 @@ def _meetings(calls: Calls, first: np.ndarray) -> Meetings:
     kind = np.where(op == RECV, SEND, op)  # a message is one operation
     one_op = _most(kind, first) == -_most(-kind, first)
     members = np.diff(np.append(first, len(rows)))
+    end, exact = _ends(calls, first, arrival)
     return Meetings(
         step=calls.step[rows[first]], gid=gid, axis=calls.axis_of[gid], op=kind[first],
         payload=_most(calls.payload[rows], first), size=sizes[gid], members=members, arrival=arrival,
-        culprit=rank[last], end=_ends(calls, first, arrival), complete=(members == sizes[gid]) & one_op, first=first,
+        culprit=rank[last], end=end, complete=(members == sizes[gid]) & one_op, exact=exact, first=first,
     )  # fmt: skip
 
 
-def _ends(calls: Calls, first: np.ndarray, arrival: np.ndarray) -> np.ndarray:
-    """The last end a member knows of; of a message the sender's, since a receiver often knows only a bound."""
+def _ends(calls: Calls, first: np.ndarray, arrival: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last end a member knows of (of a message the sender's, since a receiver often knows only a bound), and
+    whether one does."""
     rows = calls.order
     done, op = calls.done[rows], calls.op[rows]
     exact = (done >= 0) & (calls.flags[rows] & BOUND == 0)
@@ -265,7 +268,7 @@ def _ends(calls: Calls, first: np.ndarray, arrival: np.ndarray) -> np.ndarray:
     end = np.where(known >= 0, known, _most(np.where(done >= 0, done, calls.waited[rows]), first))
     sent = _most(np.where((op == SEND) & exact, done, -1), first)
     end = np.where(sent >= 0, sent, end)
-    return np.where(end >= 0, np.maximum(end, arrival), -1)
+    return np.where(end >= 0, np.maximum(end, arrival), -1), known >= 0
 
 
 def _most(values: np.ndarray, first: np.ndarray) -> np.ndarray:
