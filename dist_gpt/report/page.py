@@ -77,8 +77,9 @@ def paint(key: str) -> str:
 
 def _verdict(doc: dict[str, Any]) -> dict[str, str]:
     part = dict_of(doc.get("verdict"))
+    line = str(part.get("line") or "No verdict could be reached from what this run recorded.")
     return {
-        "line": str(part.get("line") or "No verdict could be reached from what this run recorded."),
+        "line": line.replace(" %", "\u00a0%"),  # a figure and its % stay on one line
         "why": str(part.get("why") or ""),
         "next": str(part.get("next") or ""),
     }
