@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,18 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process of this machine is. A file system that locks no folders lets everybody in."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
 def build_entry(build: Callable[[Path], Built], folder: Path) -> None:
     """Let `build` fill a folder and rename it to `folder`; if another process was faster, its entry is used."""
     made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
@@ -188,18 +201,19 @@ def build_entry(build: Callable[[Path], Built], folder: Path) -> None:
         (made / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         made.chmod(0o755)  # mkdtemp's 0700 would lock out others who share the cache
         for _ in range(100):
-            try:
-                os.rename(made, folder)
-                return
-            except OSError as error:
-                if error.errno not in TAKEN:
-                    raise
-            if entry_problem(folder) is None:
-                return
-            # A damaged entry stands in the way. It is moved as a whole, since a running job may have it mapped.
-            aside.append(Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)))
-            with contextlib.suppress(FileNotFoundError):  # another process moved it first
-                os.rename(folder, aside[-1])
+            with _alone(folder.parent):  # or an entry would be moved that another process has just made good
+                try:
+                    os.rename(made, folder)
+                    return
+                except OSError as error:
+                    if error.errno not in TAKEN:
+                        raise
+                if entry_problem(folder) is None:
+                    return
+                # A damaged entry stands in the way. It is moved as a whole, since a running job may have it mapped.
+                aside.append(Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)))
+                with contextlib.suppress(FileNotFoundError):  # another process moved it first
+                    os.rename(folder, aside[-1])
         raise OSError(f"{folder} is replaced again and again by other processes")
     finally:
         for left in (made, *aside):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_gpt.events import OPS
+from dist_gpt.events import OPS, TRAIN
 from dist_gpt.report import collectives, pipeline, predicted, stragglers
 from dist_gpt.report.budget import COMPUTE, KINDS, Blocked, Budget, Spans, blocked, budget, read_spans
 from dist_gpt.report.clocks import Clocks, align
@@ -49,12 +49,22 @@ class Profile:
 
 
 def profile(run: Run) -> Profile:
-    """Aligns, matches and splits."""
+    """Aligns, matches and splits; of steps that every rank that was read has finished."""
+    _drop_unfinished(run)
     clocks = align(run)
     calls, meetings = match(run, clocks)
     spans = read_spans(run, clocks)
     stood = blocked(run, calls, meetings, spans)
     return Profile(run, clocks, calls, meetings, spans, stood, budget(run, calls, spans, stood))
+
+
+def _drop_unfinished(run: Run) -> None:
+    """A run that goes on, or died, leaves rows of a step that not all ranks have ended; means count whole steps."""
+    ended = [{fact["step"] for fact in log.steps if fact["phase"] == TRAIN} for log in run.ranks.values()]
+    whole = np.array(sorted(set.intersection(*ended)) if ended else [], dtype=np.int64)
+    for log in run.ranks.values():
+        log.calls = log.calls[np.isin(log.calls[:, 0], whole)]
+        log.spans = log.spans[np.isin(log.spans[:, 0], whole)]
 
 
 def analyze(run: Run, found: Profile | None = None) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _log(run: Run, rank: int, attempt: Attempt, problems: _Problems) -> RankLog:
     if attempt.cut:
         problems.add(rank, "the last line of the event file is cut off")
     if end is None:
-        problems.add(rank, "the event file has no end: the run still goes on, or this rank died")
+        problems.add(rank, "the event file has no end: the run still goes on, or it died")
     elif end["dropped"]:
         problems.add(rank, "rows were dropped, since there were too many", str(end["dropped"]))
     return RankLog(

@@ -195,7 +195,7 @@ def identity(doc: dict[str, Any]) -> Section:
 def _identity_lead(doc: dict[str, Any], part: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     layout = dict_of(part.get("layout"))
     mesh = " × ".join(f"{axis} {layout[axis]}" for axis in ("pp", "dp", "cp", "tp") if amount(layout.get(axis)) > 1)
-    hosts = {str(row.get("host")) for row in ranks}
+    hosts = {str(row["host"]) for row in ranks if row.get("host")}
     where = f" on {units.count_of(len(hosts), 'host')}" if hosts else ""
     world = units.count_of(int(amount(part.get("world"))), "rank")
     ran = f"Run {short(doc.get('name') or 'without a name', 80)}: {world}{f' ({mesh})' if mesh else ''}{where}"

@@ -304,6 +304,8 @@ def accounting(doc: dict[str, Any]) -> Section:
         parts.insert(0, Note(exact, "good"))
         return Section("accounting", "Accounting", "", parts)
     if not parts:
-        parts.append(Note("Where it differs was not recorded.", "missing"))
+        unknown = "Not known: the run has not ended on all ranks, or not all ranks' files were read."
+        known = "Where it differs was not recorded."
+        parts.append(Note(known if part.get("exact") is False else unknown, "missing"))
     lead = sentence("What was issued differs from what the plan declares." if part.get("exact") is False else "")
     return Section("accounting", "Accounting", lead, parts)

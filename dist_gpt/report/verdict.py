@@ -138,7 +138,7 @@ def _axis_verdict(
         advice = NEXT.get(axis, "see the collectives")
     if len(run.ranks) < run.layout.world:
         why += ". Not all ranks were read: waiting for those that are missing is shown as transfer"
-    elif (crowded := crowd(run)) is not None:
+    if (crowded := crowd(run)) is not None:
         why, advice = f"{why}. {crowded}, so transfers and waits are of processors too", NEXT["descheduled"]
     bound_by = f"{'wait' if wait > transfer else 'transfer'}.{axis}"
     rank = culprit["rank"] if culprit is not None else None

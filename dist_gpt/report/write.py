@@ -67,8 +67,10 @@ def report_text(document: dict[str, Any]) -> str:
     """The document for a terminal, and where the rest is."""
     from dist_gpt.report.text import terminal
 
+    compared = document.get("compare")
+    told = f"\n\nBeside {compared['other']['run_dir']}: {compared['verdict']}" if compared else ""
     files = "report.html, report.md, report.json, trace.json.gz, figures/"
-    return f"{terminal(document).rstrip()}\n\nwritten to {document['run_dir']}: {files}"
+    return f"{terminal(document).rstrip()}{told}\n\nwritten to {document['run_dir']}: {files}"
 
 
 def read_document(run_dir: str | Path) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_gpt.events import wire_bytes
+from dist_gpt.events import SPAN, wire_bytes
 from dist_gpt.report import collectives, stragglers
 from dist_gpt.report.analyze import Profile, analyze, profile
 from dist_gpt.report.load import load
 from dist_gpt.report.verdict import losses
-from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, small, write
+from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write
 
 CUBE = ("parallel.dp=2", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
 LAYOUTS = {
@@ -242,6 +242,20 @@ class TestDocument:
             edit(tmp_path, rank, lambda lines: lines[: len(lines) * 2 // 3])
         document = analyze(load(tmp_path))
         assert document["problems"] and document["headline"]["goodput"] is None and document["budget_s"]
+
+    def test_a_step_that_not_all_have_ended_is_not_counted(self, tmp_path: Path) -> None:
+        """Of a killed run; its calls per step are those of a whole one."""
+        write(tmp_path / "whole", small(*CUBE))
+        write(tmp_path / "killed", small(*CUBE))
+        edit(tmp_path / "killed", 3, lambda lines: lines[: places(lines, SPAN, 4)[5]])
+        whole, killed = (analyze(load(tmp_path / name)) for name in ("whole", "killed"))
+        assert killed["identity"]["steps_profiled"] == whole["identity"]["steps_profiled"] - 1
+        for key in ("calls", "bytes_per_step"):
+            found, expected = (
+                {(row["axis"], row["op"], row["payload_bytes"]): row[key] for row in document["collectives"]}
+                for document in (killed, whole)
+            )
+            assert found == pytest.approx(expected) and found
 
     @pytest.mark.parametrize(
         ("rank", "fact"),
