@@ -17,9 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN
-from dist_gpt.optim.adamw import state_bytes
 from dist_gpt.parallel.saved import SavedBytes
-from dist_gpt.plan.count import memory_document
+from dist_gpt.profile.memory import parts
 from dist_gpt.rank import Rank
 
 
@@ -32,19 +31,12 @@ def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:
     flops = FlopCounter()
     with flops, saved.counting():
         replica.train_step(0, lambda first, count: ids[:count])
-    state = [b.parameters for b in replica.buffers.buckets]
     return {
         "rank": rank,
         "parameters": _parameters(replica),
         "model_flops": flops.total,
         "comm": replica.mesh.ledger.counts(TRAIN).as_dict(),
-        "memory_bytes": memory_document(
-            parameters=sum(t.nbytes for t in state),
-            gradients=sum(b.gradients.nbytes for b in replica.buffers.buckets),
-            optimizer=state_bytes(replica.optimizer.engine),
-            activations=saved.peak,
-            buffers=replica.executor.peak_message_bytes + replica.plan.scatter_bytes,
-        ),
+        "memory_bytes": parts(replica, saved.peak, replica.plan.scatter_bytes),
         "schedule": {
             "name": config.parallel.schedule,
             "order": [str(step) for step in replica.plan.steps],
