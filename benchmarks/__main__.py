@@ -25,6 +25,7 @@ NAMES = {
     "layouts": "layouts",
     "ledger": "ledger",
     "report-scale": "report_scale",
+    "launcher": "launcher",
 }
 """Name -> module with `run(settings, say)`, quick ones first."""
 

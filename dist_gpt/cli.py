@@ -45,43 +45,71 @@ def launch(
     config: ConfigArg,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-    via: Annotated[str, typer.Option("--via", help="How ranks are started: local.")] = "local",
+    via: Annotated[str, typer.Option("--via", help="Who starts the ranks: local, torchrun, slurm, mpi.")] = "local",
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; same as --set launch.nodes=N.")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Same as --set launch.ranks_per_node=G.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="auto|PATH", help="Go on from the newest checkpoint, or PATH.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only look: preflight, and a collective per axis.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started; start nothing.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="With --via slurm: submit, and do not follow.")] = False,
 ) -> None:
-    """Train CONFIG on processes of this machine.
+    """Train CONFIG: on this machine, under torchrun, in a Slurm job, or by mpirun.
 
     Prepares the data, makes the run directory, starts every rank and follows it to its end.
     """
     from dist_gpt.track import require_wandb
-    from launch import run
-    from launch.local import launch_local
+    from launch import run, ways
 
     sets = list(overrides or [])
     sets += [f"launch.nodes={nodes}"] if nodes else []
     sets += [f"launch.ranks_per_node={ranks_per_node}"] if ranks_per_node else []
-    loaded, device = run.load_for_launch(config, sets)
-    _only_local(via, loaded.launch.nodes)
+    loaded, device = run.load_for_launch(config, sets, via)
+    way = ways.way_of(via, loaded, detach)
     require_wandb(loaded.log.wandb.mode)
-    run_dir = run.refuse_existing(loaded)
-    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json)
+    if check:
+        loaded = run.for_check(loaded)
+    run_dir = Path(str(loaded.run_dir)) if resume else run.refuse_existing(loaded)
+    if resume:
+        from dist_gpt.checkpoint.manifest import refuse_other_config
+
+        refuse_other_config(resume, run_dir, loaded)
+    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json, resume=resume)
+    if check:
+        job = run.check_of(job, run_dir / "config.yaml")
     if dry_run:
-        document = run.job_document(job)
+        document = {**run.job_document(job), **way.document(job)}
         _print(document, as_json, run.job_text(document))
         return
     with _progress(as_json):
-        print(f"{loaded.name}: {loaded.world_size} ranks. {device.sentence}", flush=True)
-        _make_run_dir(loaded)
-    code = launch_local(job)
+        print(f"{loaded.name}: {loaded.world_size} ranks on {way.sentence}. {device.sentence}", flush=True)
+        _make_run_dir(loaded, resume is not None, with_data=not check)
+    code = way.run(job)
+    if check:
+        text = run.checked(run_dir, code)
+        _print({"exit_code": code, "run_dir": str(run_dir)}, as_json, text)
+        raise typer.Exit(code)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
-    text = f"{run.summary_text(document)}\n" if code == 0 else ""
+    text = f"{run.summary_text(document)}\n" if code == 0 and document["steps"] else ""
     _print(document, as_json, f"{text}run_dir: {run_dir}")
     raise typer.Exit(code)
 
 
 @app.command()
-def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+def train(
+    config: ConfigArg,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            help="Go on from the newest checkpoint of the run directory, or from a checkpoint or run directory PATH.",
+        ),
+    ] = None,
+) -> None:
     """What one rank runs.
 
     Directly under torchrun: `torchrun --nproc-per-node 8 -m dist_gpt train CONFIG`.
@@ -96,10 +124,10 @@ def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
             from dist_gpt.track import require_wandb
 
             require_wandb(loaded.log.wandb.mode)
-            _make_run_dir(loaded)
+            _make_run_dir(loaded, _goes_on(loaded, resume))
         from dist_gpt.train import main as train_main
 
-        code = train_main(loaded)
+        code = train_main(loaded, resume)
     if first and "DIST_GPT_RUN_DIR" not in os.environ:
         from launch.run import verdict
 
@@ -109,6 +137,23 @@ def train(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
     if as_json and first:
         _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
     raise typer.Exit(code)
+
+
+def _goes_on(config: Config, resume: str | None) -> bool:
+    """Whether the run directory may be there already: it is resumed, or torchrun has started its ranks again. Raises
+    ConfigError, before anything is changed in it, where the checkpoint is not there or of another configuration."""
+    from dist_gpt.checkpoint.manifest import AUTO, refuse_other_config
+
+    run_dir = Path(str(config.run_dir)).resolve()
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    again = restarts.isdecimal() and int(restarts) > 0
+    if resume is not None or again:
+        refuse_other_config(resume or AUTO, run_dir, config)
+    inside = resume not in (None, AUTO) and run_dir in (
+        Path(str(resume)).resolve(),
+        *Path(str(resume)).resolve().parents,
+    )
+    return resume == AUTO or inside or again
 
 
 @app.command()
@@ -206,16 +251,7 @@ def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, r
     return loaded
 
 
-def _only_local(via: str, nodes: int) -> None:
-    from dist_gpt.config.errors import ConfigError
-
-    if via != "local":
-        raise ConfigError([f"--via {via}: not available in this version; use --via local, or torchrun by hand"])
-    if nodes != 1:
-        raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine: --nodes 1"])
-
-
-def _make_run_dir(config: Config) -> None:
+def _make_run_dir(config: Config, resume: bool = False, with_data: bool = True) -> None:
     """Plan, prepare the data, then make the run directory: what is wrong is found before anything is written."""
     from dist_gpt.data.tokens import describe, prepare
     from dist_gpt.plan import api
@@ -224,10 +260,11 @@ def _make_run_dir(config: Config) -> None:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    run_dir = run.refuse_existing(config)
+    run_dir = Path(str(config.run_dir)) if resume else run.refuse_existing(config)
     plan_document = api.plan_document(config, 0)
-    say(f"data: {describe(prepare(config, say))}")
-    run.create_run_dir(config, plan_document)
+    if with_data:
+        say(f"data: {describe(prepare(config, say))}")
+    run.create_run_dir(config, plan_document, resume)
     say(f"run directory {run_dir}, logs in {run_dir / 'logs'}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,46 @@ def wire_bytes(op: str, payload: int, size: int) -> int:
     if op in ("recv", "barrier"):
         return 0
     raise ValueError(f"unknown collective {op!r}")
+
+
+def leaving_bytes(
+    op: str, payload: int, ranks: Sequence[int], index: int, node_of: Sequence[int], emulated: bool = False
+) -> int:
+    """Bytes that member `index` of the group `ranks` sends to other nodes for one call; node_of[rank] is its node.
+
+    all_reduce, all_gather, reduce_scatter, broadcast go round a ring in the order of `ranks`: all wire bytes of a
+    member go to the next one, so wire_bytes(op, payload, n) if that one is on another node, else 0. (Round the other
+    way other members cross, but as many in each node, so the sum over a node is the same.) all_to_all, and an
+    `emulated` reduce_scatter, which is one: payload / n to each member, so floor(payload x members elsewhere / n).
+    send: payload, if the other of the pair is elsewhere.
+    """
+    n, here = len(ranks), node_of[ranks[index]]
+    if op == "all_to_all" or (op == "reduce_scatter" and emulated):
+        return payload * sum(node_of[rank] != here for rank in ranks) // n
+    return wire_bytes(op, payload, n) if node_of[ranks[(index + 1) % n]] != here else 0
+
+
+def leaving_total(
+    by_channel: Iterable[Mapping[str, Any]],
+    channels: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Sequence[int]],
+    rank: int,
+    node_of: Sequence[int],
+    emulated: bool = False,
+) -> dict[str, int]:
+    """Bytes that `rank` sent to other nodes, {phase: bytes}.
+
+    `by_channel`: {"channel", "phase", "op", "calls", "payload_bytes"} with the payload of all its calls; `channels`:
+    {"axis"}, and "ranks" of a pair; `groups`: the ranks that `rank` meets along each other axis. Where a payload does
+    not divide evenly the sum may be larger than the calls' own by less than a byte a call.
+    """
+    found: dict[str, int] = defaultdict(int)
+    for row in by_channel:
+        channel = channels[row["channel"]]
+        ranks = channel.get("ranks") or groups[channel["axis"]]
+        index = list(ranks).index(rank)
+        found[row["phase"]] += leaving_bytes(row["op"], row["payload_bytes"], ranks, index, node_of, emulated)
+    return dict(found)
 
 
 @dataclass(slots=True)

@@ -64,6 +64,16 @@ def _prepared(config: Config, scope: Store, env: RankEnv) -> Prepared:
     return open_prepared(word["path"])
 
 
+def agree_on_attempt(store: Store, env: RankEnv, before: int) -> int:
+    """The number of this attempt, the same on all ranks: the most attempts that any rank knows of (`before`). A rank
+    that died before it wrote anything has fewer than the others."""
+    scope = scoped(store, "attempt")
+    scope.set(str(env.rank), str(before))
+    keys = {rank: str(rank) for rank in range(env.world)}
+    wait_for(scope, env, keys, "say how often it has started")
+    return max(int(scope.get(key)) for key in keys.values())
+
+
 def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker) -> int:
     """Lay the ranks' accounts together; rank 0 says whether they are exact. Returns the exit code, on every rank."""
     store.set(f"accounting/{env.rank}", json.dumps(differences))

@@ -46,6 +46,31 @@ def record_failure(error: BaseException) -> None:
         json.dump({"time": time.time(), "error": f"{type(error).__name__}: {error}"}, file)
 
 
+class ExitRecord:
+    """RUN_DIR/exit.json, {code, why, step, time, job}: how this attempt ended, for whoever looks into the folder.
+
+    Rank 0 writes it; `time` is in seconds since 1970, `why` null where all steps were done, `job` only under
+    Slurm. While ranks run there is none.
+    """
+
+    def __init__(self, run_dir: str | Path, rank: int) -> None:
+        self._path = Path(run_dir) / "exit.json" if rank == 0 else None
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)  # an earlier attempt's
+
+    def write(self, code: int, why: str | None, step: int) -> None:
+        """The process will leave with `code`, `step` steps done. What goes wrong here must not hide that."""
+        if self._path is None:
+            return
+        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        ended = {"code": code, "why": why, "step": step, "time": time.time()}
+        if "SLURM_JOB_ID" in os.environ:
+            ended["job"] = os.environ["SLURM_JOB_ID"]
+        with contextlib.suppress(OSError):
+            beside.write_text(json.dumps(ended) + "\n")
+            os.replace(beside, self._path)
+
+
 def require_wandb(mode: str) -> None:
     """Raise ConfigError when `mode` needs the package wandb and it is not installed."""
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
@@ -75,10 +100,33 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-class Metrics:
-    """metrics.jsonl: one line per step, flushed, steps in order. Numbers that are not finite are written as null."""
+def cut_metrics(path: Path, step: int) -> None:
+    """Leave the lines of steps up to `step`, in one piece; a run goes on from there."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_bytes().split(b"\n")[:-1] if _step_of(line) <= step]
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(b"".join(line + b"\n" for line in kept))
+    os.replace(beside, path)
 
-    def __init__(self, path: Path) -> None:
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite where there is none to be read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Metrics:
+    """metrics.jsonl: one line per step, flushed, steps in order. Numbers that are not finite are written as null.
+
+    `after`: the run goes on after that step; lines of later ones, which an earlier attempt left, are cut off.
+    """
+
+    def __init__(self, path: Path, after: int | None = None) -> None:
+        if after is not None:
+            cut_metrics(path, after)
         self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115 (held until close)
         self._file.close()
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 ("a" cannot rewrite the last line)
@@ -94,6 +142,10 @@ class Metrics:
         self._file.seek(self._start)
         self._file.write(json.dumps(self._last, allow_nan=False).encode() + b"\n")
         self._file.truncate()
+
+    def sync(self) -> None:
+        """On the disk: a checkpoint must not know of steps that are missing here."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -157,17 +209,18 @@ def _bar(steps: int, columns: int | None) -> Progress:
 class Tracker:
     """Everything a run tells about its progress. Also a context manager: it closes itself.
 
-    wandb, where log.wandb.mode asks for it, writes into the run directory. Raises ConfigError when it is missing.
+    `after` is the step that a resumed run goes on after (-1: from the start, whatever there is already). wandb, where
+    log.wandb.mode asks for it, writes into the run directory. Raises ConfigError when it is missing.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, rank: int = 0) -> None:
+    def __init__(self, config: Config, run_dir: str | Path, rank: int = 0, after: int | None = None) -> None:
         self._metrics: Metrics | None = None
         self._console: Console | None = None
         self._wandb: Any = None
         if rank != 0:
             return
         self._wandb = _start_wandb(config, Path(run_dir))
-        self._metrics = Metrics(Path(run_dir) / "metrics.jsonl")
+        self._metrics = Metrics(Path(run_dir) / "metrics.jsonl", after)
         self._console = Console(config.train.steps, config.log.every)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -188,6 +241,11 @@ class Tracker:
         self._metrics.add(step, {"val_loss": val_loss})
         self._console.line(f"step {step}  validation loss {val_loss:.4f}")
         self._to_wandb({"step": step, "val_loss": val_loss})
+
+    def sync(self) -> None:
+        """What was written so far, on the disk."""
+        if self._metrics is not None:
+            self._metrics.sync()
 
     def message(self, text: str) -> None:
         """A line for people, on every rank's own output."""

@@ -5,54 +5,100 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from dist_gpt.checkpoint.manifest import AUTO
+from dist_gpt.checkpoint.state import restore, tensors_of
+from dist_gpt.checkpoint.store import Checkpoints
 from dist_gpt.comm.clock import read_clock
 from dist_gpt.comm.rendezvous import (
     RankEnv,
     RendezvousError,
+    Store,
     choose_device,
     connect_store,
     make_backends,
     rank_env,
 )  # fmt: skip
+from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
 from dist_gpt.events import EVAL, TRAIN, Counts
 from dist_gpt.heap import Heap, keep_freed_memory
-from dist_gpt.meeting import meet, settle
+from dist_gpt.meeting import agree_on_attempt, meet, settle
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
-from dist_gpt.profile.recorder import Recorder
+from dist_gpt.profile.recorder import Recorder, attempts_in
+from dist_gpt.pulse import Pulse
 from dist_gpt.rank import Rank
-from dist_gpt.track import Tracker, record_failure
+from dist_gpt.stop import PREEMPTED, Stop
+from dist_gpt.track import ExitRecord, Tracker, record_failure
 
 MAX_SKIPPED = 10
 
 
 class Trainer:
-    """Trains `rank`'s part of the model for `train.steps` steps."""
+    """Trains `rank`'s part of the model up to step `train.steps`, and saves where there are `checkpoints`."""
 
-    def __init__(self, config: Config, rank: Rank, batches: Batches, tracker: Tracker, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rank: Rank,
+        batches: Batches,
+        tracker: Tracker,
+        recorder: Recorder,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
         self.config, self.rank, self.batches = config, rank, batches
-        self.tracker, self.recorder = tracker, recorder
-        self.evaluations = self.skipped = 0
+        self.tracker, self.recorder, self.checkpoints = tracker, recorder, checkpoints
+        self.evaluations = self.trained = self.skipped = 0
+        self.step = 0  # done, by earlier attempts too
 
-    def run(self) -> None:
-        """The loop. Steps are counted from 1 in everything that is shown; step 0 is before training."""
+    def run(self) -> bool:
+        """The loop, from after `step`. Steps are counted from 1 in everything that is shown; step 0 is before training.
+
+        Returns whether all steps were done; False: a rank wanted to stop, and all saved and leave.
+        """
         t = self.config.train
-        self.validate(0)
-        for step in range(1, t.steps + 1):
+        if self.step == 0:
+            self.validate(0)
+        for step in range(self.step + 1, t.steps + 1):
             with self.recorder.step(step) as taken:
                 self.rank.train_step(step - 1, partial(self.batches.sample, step - 1))
                 loss, norm = self.rank.optimizer.statistics.tolist()
+            self.step, self.trained = step, self.trained + 1
             self.record(step, loss, norm, taken.seconds)
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 self.validate(step)
+            stops = step < t.steps and bool(self.rank.optimizer.stop_votes > 0)
+            if stops or self.save_is_due(step):
+                self.save(step)
+            if stops:
+                return False
+        return True
+
+    def save_is_due(self, step: int) -> bool:
+        """Every `checkpoint.every` steps, and at the end."""
+        every = self.config.checkpoint.every
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+
+    def save(self, step: int) -> None:
+        """A checkpoint, all ranks together."""
+        if self.checkpoints is None:
+            return
+        self.tracker.sync()
+        tensors = tensors_of(self.rank.stage.named, self.rank.optimizer)
+        saved = self.checkpoints.save(step, tensors, {"skipped": self.skipped})
+        self.recorder.saved(step, saved.seconds)
+        if self.rank.mesh.rank == 0:
+            for note in saved.notes:
+                self.tracker.message(note)
+            self.tracker.message(f"saved {saved.path} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s)")
 
     def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
         """Log one step; give up after MAX_SKIPPED steps in a row without finite loss and gradients."""
@@ -87,16 +133,17 @@ class Trainer:
         self.recorder.evaluation(step, EVAL, elapsed, self.rank.mesh.ledger.counts(EVAL).since(before))
 
     def accounting(self) -> list[str]:
-        """What this rank issued against steps x train + evaluations x eval; empty when exact."""
+        """What this rank issued in this attempt against steps x train + evaluations x eval; empty when exact."""
         plan, ledger, config = self.rank.plan, self.rank.mesh.ledger, self.config
         train, evaluation = Counts(), Counts()
-        train.merge(count_comm(plan, plan.steps), config.train.steps)
+        train.merge(count_comm(plan, plan.steps), self.trained)
         batches = self.evaluations * config.train.eval_batches
         evaluation.merge(count_comm(plan, plan.eval_steps), batches)
         evaluation.merge(_count_calls(plan.eval_calls(), plan.layout.world), batches)
+        unwritten = self.rank.sink.unwritten() if self.trained else []
         return [
             *ledger.differences,
-            *(f"no gradient was written for a parameter of shape {tuple(p.shape)}" for p in self.rank.sink.unwritten()),
+            *(f"no gradient was written for a parameter of shape {tuple(p.shape)}" for p in unwritten),
             *(f"train: {line}" for line in ledger.counts(TRAIN).differences(train)),
             *(f"eval: {line}" for line in ledger.counts(EVAL).differences(evaluation)),
         ]
@@ -109,8 +156,73 @@ def _count_calls(calls: tuple[Call, ...], size: int) -> Counts:
     return counts
 
 
-def main(config: Config) -> int:
-    """Train as the rank that torchrun's variables name. Returns the exit code: 1 when the accounting differs."""
+class Attempt:
+    """What others are told of how this process fares: exit.json in the run directory, and the launcher."""
+
+    def __init__(self, run_dir: Path, env: RankEnv) -> None:
+        self.stop = Stop()
+        self.pulse: Pulse | None = None
+        self.trainer: Trainer | None = None
+        self._record = ExitRecord(run_dir, env.rank)
+
+    def begins(self, rank: Rank) -> None:
+        """The groups are there."""
+        rank.optimizer.wants_stop = lambda: self.stop.requested
+        self.pulse = Pulse.from_environ(rank.mesh.ledger, self.stop)
+
+    def ends(self, code: int) -> int:
+        """It has trained and leaves with `code`."""
+        why = {0: None, PREEMPTED: self.stop.requested or "another rank was asked to stop"}
+        self._write(code, why.get(code, "the accounting differs"))
+        if self.pulse is not None:
+            self.pulse.bye(code)
+        return code
+
+    def fails(self, error: BaseException) -> None:
+        """It cannot go on; to be called before connections are closed, which makes other ranks fail."""
+        record_failure(error)
+        if self.pulse is not None:
+            self.pulse.failed(error)
+        self._write(2 if isinstance(error, ConfigError) else 1, f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Everything else is closed."""
+        if self.pulse is not None:
+            self.pulse.close()
+
+    def _write(self, code: int, why: str | None) -> None:
+        self._record.write(code, why, self.trainer.step if self.trainer is not None else 0)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins. `after`: the last step that metrics.jsonl keeps; None: there are none."""
+
+    step: int = 0
+    skipped: int = 0
+    after: int | None = None
+    lines: tuple[str, ...] = ()
+
+
+def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
+    """First weights, or those of a checkpoint with the optimizer's state; all ranks together."""
+    loaded = checkpoints.load(resume) if resume is not None else None
+    if loaded is None:
+        rank.initialise()
+        none_yet = f"no checkpoint in {checkpoints.folder} yet: training begins at the start"
+        return Start() if resume is None else Start(after=-1, lines=(none_yet,))
+    restore(loaded.tensors, rank.stage.named, rank.optimizer)
+    line = f"resumed at step {loaded.step} from {loaded.path}"
+    return Start(loaded.step, loaded.trainer.get("skipped", 0), loaded.step, (*loaded.notes, line))
+
+
+def main(config: Config, resume: str | None = None) -> int:
+    """Train as the rank that torchrun's variables name, in a run directory that is there already.
+
+    `resume`: auto (from the newest checkpoint there, if any), or the path of a checkpoint or of a run directory. Where
+    torchrun has started the ranks again it is auto.
+    Returns the exit code: 0; 1 when the accounting differs; 75 when the run was asked to stop, saved and left.
+    """
     env = rank_env(config.launch.timeout_s)
     if env.world != config.world_size:
         raise RendezvousError(
@@ -118,33 +230,47 @@ def main(config: Config) -> int:
             f"cp {config.parallel.cp} x tp {config.parallel.tp} has {config.world_size}"
         )
     torch.manual_seed(config.train.seed)
-    run_dir = Path(str(config.run_dir))
+    attempt = Attempt(Path(str(config.run_dir)), env)
     with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails
+        parts.callback(attempt.close)
         try:
             store = connect_store(env)  # it goes after all parts, with this function's frame
-            device = choose_device(env, config.launch.backend)
-            if device.type == "cpu":
-                keep_freed_memory()
-            data, env = meet(config, store, env)
-            baseline = Heap().bytes_in_use()
-            rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
-            parts.callback(rank.close)
-            tracker = Tracker(config, run_dir, env.rank)
-            parts.callback(tracker.close)
-            tracker.message(greeting(env, rank))
-            recorder = Recorder(config, rank, env, run_dir, baseline)
-            parts.callback(recorder.close)
-            recorder.clock(read_clock(store, env, "start"))
-            rank.initialise()
-            trainer = Trainer(config, rank, Batches(data, config), tracker, recorder)
-            trainer.run()
-            recorder.clock(read_clock(store, env, "end"))
-            differences = trainer.accounting()
-            recorder.finish(differences)
-            return settle(store, env, differences, tracker)
+            return attempt.ends(_train(config, resume or (AUTO if env.attempt else None), store, env, attempt, parts))
         except BaseException as error:
-            record_failure(error)  # before the connections close, which makes other ranks fail
+            attempt.fails(error)
             raise
+
+
+def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, parts: ExitStack) -> int:
+    """From the first meeting of the ranks to the last; what is to be closed goes to `parts`."""
+    run_dir, device = Path(str(config.run_dir)), choose_device(env, config.launch.backend)
+    if device.type == "cpu":
+        keep_freed_memory()
+    data, env = meet(config, store, env)
+    parts.enter_context(attempt.stop.listen())  # before, there is nothing to save: signals end the process
+    baseline = Heap().bytes_in_use()
+    rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
+    parts.callback(rank.close)
+    attempt.begins(rank)
+    checkpoints = Checkpoints(config, run_dir, data.digest, store, env)
+    start = begin(rank, checkpoints, resume)
+    tracker = Tracker(config, run_dir, env.rank, start.after)
+    parts.callback(tracker.close)
+    tracker.message(greeting(env, rank))
+    for line in start.lines if env.rank == 0 else ():
+        tracker.message(line)
+    number = agree_on_attempt(store, env, attempts_in(run_dir, env.rank))
+    recorder = Recorder(config, rank, replace(env, attempt=number), run_dir, baseline)
+    parts.callback(recorder.close)
+    recorder.clock(read_clock(store, env, "start"))
+    trainer = Trainer(config, rank, Batches(data, config), tracker, recorder, checkpoints)
+    trainer.step, trainer.skipped = start.step, start.skipped
+    attempt.trainer = trainer
+    finished = trainer.run()
+    recorder.clock(read_clock(store, env, "end"))
+    differences = trainer.accounting()
+    recorder.finish(differences)
+    return settle(store, env, differences, tracker) or (0 if finished else PREEMPTED)
 
 
 def greeting(env: RankEnv, rank: Rank) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,13 +24,15 @@ from launch.spec import RUN_DIR, JobSpec, train_argv
 QUICKLY_READ_BYTES = 100_000_000
 
 
-def load_for_launch(path_or_preset: str, overrides: Sequence[str]) -> tuple[Config, Device]:
-    """The configuration and where its ranks will compute.
+def load_for_launch(path_or_preset: str, overrides: Sequence[str], via: str = "local") -> tuple[Config, Device]:
+    """The configuration and where its ranks will compute; of a job on other hosts only these know that.
 
     Where neither parallel.dp nor launch.ranks_per_node says how many ranks there are, the GPUs of this machine do:
     as many of them as the other axes can use. Raises ConfigError.
     """
     config = load(path_or_preset, overrides)
+    if via != "local" and (config.launch.nodes > 1 or via == "slurm"):
+        return config, Device("", "Every rank looks for its own GPU")
     gpus = count_gpus()
     nodes = config.launch.nodes
     if gpus and config.launch.ranks_per_node == "auto" and _dp_is_auto(path_or_preset, overrides):
@@ -63,38 +69,79 @@ def refuse_existing(config: Config) -> Path:
     ])  # fmt: skip
 
 
-def create_run_dir(config: Config, plan: dict[str, Any]) -> Path:
-    """Make the run directory with config.yaml (resolved), plan.json and logs/. Raises ConfigError where it exists."""
-    run_dir = refuse_existing(config)
+def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -> Path:
+    """Make the run directory with config.yaml (resolved), plan.json and logs/. Raises ConfigError where it exists and
+    nothing is to be resumed."""
+    run_dir = Path(str(config.run_dir)) if resume else refuse_existing(config)
     try:
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=resume)
     except FileExistsError:
         refuse_existing(config)
         raise
     except OSError as error:
         raise ConfigError([f"run_dir: cannot make {run_dir}: {error.strerror}"]) from error
-    (run_dir / "config.yaml").write_text(dump(config))
-    (run_dir / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-    (run_dir / "logs").mkdir()
+    _replace(run_dir / "config.yaml", dump(config))
+    _replace(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
+    (run_dir / "logs").mkdir(exist_ok=resume)
     return run_dir
 
 
-def job_of(config: Config, run_dir: Path, device: Device, live_on_stderr: bool = False) -> JobSpec:
-    """The job that trains `config` in `run_dir`."""
-    p = config.parallel
-    env = {RUN_DIR: str(run_dir)}
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one piece: a reader sees the old one or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def job_of(
+    config: Config, run_dir: Path, device: Device, live_on_stderr: bool = False, resume: str | None = None
+) -> JobSpec:
+    """The job that trains `config` in `run_dir`, from a checkpoint where `resume` says so."""
+    p, launch = config.parallel, config.launch
+    env = {**launch.env, RUN_DIR: str(run_dir)}
     if device.kind == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""  # ranks decide by what they see; they shall decide what the user was told
+    if launch.interface is not None:
+        env |= {"GLOO_SOCKET_IFNAME": launch.interface, "NCCL_SOCKET_IFNAME": launch.interface}
     layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
     return JobSpec(
-        argv=train_argv(run_dir / "config.yaml"),
+        argv=train_argv(run_dir / "config.yaml", *(("--resume", resume) if resume else ())),
         ranks=layout.world,
         log_dir=run_dir / "logs",
-        nodes=config.launch.nodes,
+        nodes=launch.nodes,
         env=env,
-        describe_rank=lambda rank: str(layout.coords(rank)),
+        layout=layout,
         live_on_stderr=live_on_stderr,
+        name=config.name,
+        saves=True,
+        watched=True,
+        interface=launch.interface,
+        silence_s=launch.silence_s,
+        timeout_s=launch.timeout_s,
+        grace_s=launch.grace_s,
+        max_restarts=launch.max_restarts,
+        preflight=launch.preflight,
     )
+
+
+def check_of(spec: JobSpec, config_path: Path) -> JobSpec:
+    """The job that only looks: preflight, and a small collective along every axis."""
+    argv = (*spec.argv[:3], "dist_gpt.comm.probe", str(config_path))
+    preflight = "strict" if spec.preflight == "off" else spec.preflight
+    return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight)
+
+
+def for_check(config: Config) -> Config:
+    """`config` with a folder of its own for what --check writes, beside the run's."""
+    return config.model_copy(update={"run_dir": f"{config.run_dir}.check-{time.strftime('%Y%m%d-%H%M%S')}"})
+
+
+def checked(run_dir: Path, code: int) -> str:
+    """What --check ends with; a folder with nothing worth reading is removed."""
+    if code:
+        return f"check failed (exit code {code}); logs in {run_dir / 'logs'}"
+    shutil.rmtree(run_dir)
+    return "check passed"
 
 
 def job_document(job: JobSpec) -> dict[str, Any]:
@@ -110,12 +157,15 @@ def job_document(job: JobSpec) -> dict[str, Any]:
 
 def job_text(document: dict[str, Any]) -> str:
     """`job_document` for people; the port is chosen at the start."""
-    first = " ".join(f"{k}={v}" for k, v in document["env"][0].items())
-    return (
-        f"would start {document['ranks']} ranks on {document['nodes']} node(s), each:\n  {' '.join(document['argv'])}\n"
-        f"environment of rank 0 (MASTER_PORT is chosen at the start):\n  {first}\n"
-        f"would make {document['run_dir']}; nothing was started or written"
-    )
+    first = " ".join(f"{k}={shlex.quote(v)}" for k, v in document["env"][0].items())
+    shown = {shlex.join(argv): None for argv in document["commands"]}
+    lines = [f"would start {document['ranks']} ranks on {document['nodes']} node(s), by:"]
+    lines += [f"  {command}" for command in shown]
+    if "script" in document:
+        lines += ["the script:", *(f"  {line}".rstrip() for line in document["script"].splitlines())]
+    else:
+        lines += ["environment of rank 0 (MASTER_PORT is chosen at the start):", f"  {first}"]
+    return "\n".join([*lines, f"would make {document['run_dir']}; nothing was started or written"])
 
 
 def summary(run_dir: Path) -> dict[str, Any]:

@@ -7,26 +7,39 @@ spec.rank_env(rank=3, master_addr="127.0.0.1", master_port=29500)     # torchrun
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dist_gpt.layout import Layout
 
 STORE_FD = "DIST_GPT_STORE_FD"
 """Rank 0 only: number of an inherited socket, bound to MASTER_PORT and listening, for the rendezvous store."""
 RUN_DIR = "DIST_GPT_RUN_DIR"
 """Set when a launcher has already made the run directory: ranks then write into it instead of making it."""
 LAUNCHER_PID = "DIST_GPT_LAUNCHER_PID"
-"""Process that a rank must not outlive."""
+"""Process that a rank must not outlive; `parent`: whoever starts it (srun's daemon, torchrun, mpirun)."""
 ERROR_FILE = "DIST_GPT_ERROR_FILE"
 """Where a rank writes {"time": seconds since 1970, "error": text} when it fails, before it closes its connections:
 the earliest one is the culprit, the others failed because of it."""
+LOG_DIR = "DIST_GPT_LOG_DIR"
+"""Folder of rank{r}.log and rank{r}.error.json where the rank itself opens them, its starter being another program."""
 TERMINAL = "DIST_GPT_TERMINAL"
 """Columns of the terminal that shows rank 0's output live; not set when there is none."""
+MASTER = "DIST_GPT_MASTER"
+"""host:port that the ranks' store shall have where the rank works out its place itself; see launch.discover."""
+WATCH = "DIST_GPT_WATCH"
+"""host:port of the launcher's watch (launch.watch); not set: nobody watches."""
+WATCH_TOKEN = "DIST_GPT_WATCH_TOKEN"
+"""Password of the watch, hex."""
+WATCH_FD = "DIST_GPT_WATCH_FD"
+"""Number of the socket on which this process has said hello to the watch; set by launch.worker, read by
+dist_gpt.pulse."""
 
 
-def train_argv(config_path: str | Path) -> tuple[str, ...]:
+def train_argv(config_path: str | Path, *more: str) -> tuple[str, ...]:
     """The command that every rank of a training job runs."""
-    return (sys.executable, "-m", "launch.worker", "dist_gpt", "train", str(config_path))
+    return (sys.executable, "-m", "launch.worker", "dist_gpt", "train", str(config_path), *more)
 
 
 @dataclass(frozen=True)
@@ -43,10 +56,24 @@ class JobSpec:
     """Nodes; ranks are spread evenly, in order."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables added to the launcher's own environment, the same for all ranks."""
-    describe_rank: Callable[[int], str] = lambda rank: ""
-    """Coordinates of a rank, for messages: "pp 0, dp 1, cp 0, tp 1"."""
+    layout: Layout | None = None
+    """Coordinates of ranks, for messages."""
     live_on_stderr: bool = False
     """Show rank 0's output on stderr; stdout is then free for one JSON document."""
+    name: str = "dist_gpt"
+    """Of the job, in queues and messages."""
+    saves: bool = False
+    """Ranks save and leave with code 75 when they are asked to stop (a training job does)."""
+    watched: bool = False
+    """Ranks are dist_gpt's: they say hello to the watch, are looked at before they start, and beat."""
+    interface: str | None = None
+    """launch.interface, as the three below."""
+    silence_s: float = 30.0
+    timeout_s: float = 300.0
+    grace_s: float = 120.0
+    max_restarts: int = 0
+    preflight: str = "off"
+    """strict, warn or off."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -60,10 +87,9 @@ class JobSpec:
         """See ERROR_FILE."""
         return self.log_dir / f"rank{rank}.error.json"
 
-    def name(self, rank: int) -> str:
+    def rank_name(self, rank: int) -> str:
         """`rank 3 (pp 0, dp 1, cp 0, tp 1)`."""
-        coordinates = self.describe_rank(rank)
-        return f"rank {rank} ({coordinates})" if coordinates else f"rank {rank}"
+        return f"rank {rank} ({self.layout.coords(rank)})" if self.layout is not None else f"rank {rank}"
 
     def rank_env(self, rank: int, master_addr: str, master_port: int) -> dict[str, str]:
         """The variables torchrun sets, and ours.

@@ -13,6 +13,7 @@ REDRAWN = b"\r\x1b[2K"
 HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"  # the cursor is hidden exactly while a progress bar is drawn
 CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\r")
 CLOSE_S = 2.0
+FOLLOW_S = 0.2
 
 
 def plain(line: bytes) -> bytes:
@@ -58,3 +59,35 @@ class Tee:
             self.live.flush()
         except (OSError, ValueError):  # `| head` left, or the stream is closed: the log goes on
             self.live = None
+
+
+class Follow:
+    """Shows what another process appends to `log`, from byte `start` on, as it comes."""
+
+    def __init__(self, log: Path, start: int, live: TextIO) -> None:
+        self.log, self.position, self.live = log, start, live
+        self.over = threading.Event()
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.thread = threading.Thread(target=self._run, name="follow", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Show the rest and stop."""
+        self.over.set()
+        self.thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        while not self.over.wait(FOLLOW_S):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(self.position)
+                chunk = file.read()
+            self.position += len(chunk)
+            self.live.write(self.decoder.decode(chunk))
+            self.live.flush()
+        except (OSError, ValueError):  # not there yet, or nobody reads any more
+            return

@@ -43,7 +43,7 @@ def verify(config: Config, full: bool) -> dict[str, Any]:
             ranks=layout.world,
             log_dir=path / "logs",
             env={"CUDA_VISIBLE_DEVICES": ""},
-            describe_rank=lambda rank: str(layout.coords(rank)),
+            layout=layout,
             live_on_stderr=True,
         )
         (path / "logs").mkdir()

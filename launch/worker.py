@@ -1,23 +1,34 @@
 """Entry of a rank's process: `python -m launch.worker TARGET ARGS...`, TARGET a module or a .py file.
 
-Ties the process to its launcher, then runs TARGET in the same process as `python -m TARGET ARGS...` would.
-A rank whose launcher was killed would otherwise train on, hold its memory and its GPU, and nobody would know.
+Ties the process to its launcher, finds out which rank it is, says hello to the launcher's watch with what it found on
+its node, and runs TARGET in the same process as `python -m TARGET ARGS...` would. A rank whose launcher was killed
+would otherwise train on, hold its memory and its GPU, and nobody would know.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from launch.spec import LAUNCHER_PID
+from launch.spec import ERROR_FILE, LAUNCHER_PID, LOG_DIR, WATCH, WATCH_FD, WATCH_TOKEN
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 1.0
+CONNECT_S = 20.0
+GO_S = 600.0
+"""Longest wait for the launcher's word: it waits for the other ranks itself."""
+BAD_INPUT = 2
 
 
 def tie_to_parent(parent: int) -> None:
@@ -41,18 +52,134 @@ def _watch(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def take_place(environ: MutableMapping[str, str]) -> str:
+    """Put torchrun's variables of this rank into `environ`, whoever started it; returns the sentence that says so."""
+    from launch.discover import discover
+
+    if environ.get("DIST_GPT_STARTER") == "mpi":
+        from launch.mpi import meet
+
+        place = meet()
+    else:
+        place = discover(environ)
+    environ.update(place.environ())
+    return place.sentence()
+
+
+def open_log(environ: MutableMapping[str, str]) -> None:
+    """Send standard output and error to this rank's log where its starter is another program."""
+    folder = environ.get(LOG_DIR)
+    if folder is None:
+        return
+    rank = environ.get("RANK", "0")
+    try:
+        log = os.open(Path(folder) / f"rank{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError:
+        return  # the run directory is not here or not writable: preflight says so, the starter's output shows the rest
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    environ.setdefault(ERROR_FILE, str(Path(folder) / f"rank{rank}.error.json"))
+
+
+def greet(environ: MutableMapping[str, str]) -> None:
+    """Say hello to the watch and wait until it lets this rank go; the socket stays open for dist_gpt.pulse."""
+    if WATCH not in environ:
+        return
+    from launch.preflight import facts
+
+    host, _, port = environ[WATCH].rpartition(":")
+    try:
+        line = socket.create_connection((host, int(port)), timeout=CONNECT_S)
+    except OSError as error:
+        text = (
+            f"rank {environ.get('RANK', '0')} on {socket.gethostname()} cannot reach the launcher at {host}:{port}: "
+            f"{error}. Is the network between this host and that one up, and launch.interface the right one?"
+        )
+        with suppress(OSError, KeyError):  # the launcher reads it where they share a file system
+            Path(environ[ERROR_FILE]).write_text(json.dumps({"time": time.time(), "error": text}))
+        sys.exit(text)
+    hello = {
+        "token": environ.get(WATCH_TOKEN, ""),
+        "rank": int(environ.get("RANK", "0")),
+        "world": int(environ.get("WORLD_SIZE", "1")),
+        "local_rank": int(environ.get("LOCAL_RANK", "0")),
+        "local_world": int(environ.get("LOCAL_WORLD_SIZE", "1")),
+        "node": int(environ.get("GROUP_RANK", "0")),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "facts": facts(environ),
+    }
+    line.sendall(json.dumps({"hello": hello}).encode() + b"\n")
+    word = _word(line)
+    if word.get("do") != "go":
+        sys.stderr.write(f"the launcher did not let this rank start: {word.get('why', 'it is gone')}\n")
+        sys.stderr.flush()
+        os._exit(BAD_INPUT)
+    line.settimeout(None)
+    os.set_inheritable(line.fileno(), False)
+    environ[WATCH_FD] = str(line.detach())
+
+
+def _word(line: socket.socket) -> dict[str, Any]:
+    """The launcher's first command, read byte by byte: nothing behind it may be taken from the pulse."""
+    line.settimeout(GO_S)
+    text = b""
+    try:
+        while not text.endswith(b"\n"):
+            byte = line.recv(1)
+            if not byte:
+                return {}
+            text += byte
+        word: dict[str, Any] = json.loads(text)
+        return word if word.get("do") in ("go", "leave") else _word(line)
+    except (OSError, ValueError):
+        return {}
+
+
 def main(argv: list[str]) -> None:
     """Run `argv` = [TARGET, ARGS...]; leaves as TARGET leaves (its exception, its SystemExit)."""
     if not argv:
         sys.exit("usage: python -m launch.worker MODULE|FILE.py [ARGS...]")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save that comes before there is anything to save
     launcher = os.environ.pop(LAUNCHER_PID, None)
     if launcher is not None:
-        tie_to_parent(int(launcher))
+        tie_to_parent(os.getppid() if launcher == "parent" else int(launcher))
+    from dist_gpt.config.errors import ConfigError
+
+    try:
+        sentence = take_place(os.environ)
+        open_log(os.environ)
+        if LOG_DIR in os.environ and os.environ.get("LOCAL_RANK") == "0":
+            print(sentence, flush=True)
+        greet(os.environ)
+    except ConfigError as error:
+        print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
     sys.argv = list(argv)
-    if argv[0].endswith(".py"):
-        runpy.run_path(argv[0], run_name="__main__")
-    else:
-        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    code: object = 1
+    try:
+        if argv[0].endswith(".py"):
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code
+        raise
+    finally:
+        say_bye(os.environ, code)
+
+
+def say_bye(environ: MutableMapping[str, str], code: object) -> None:
+    """Tell the watch how this rank leaves, where its program had no heartbeat of its own (dist_gpt.pulse takes the
+    socket over)."""
+    number = environ.pop(WATCH_FD, None)
+    if number is None:
+        return
+    status = code if isinstance(code, int) else 0 if code is None else 1
+    with suppress(OSError), socket.socket(fileno=int(number)) as line:
+        line.sendall(json.dumps({"bye": {"code": status}}).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_gpt.comm.ledger import Ledger
-from dist_gpt.comm.tape import Record
+from dist_gpt.comm.ledger import Ledger, Numbered
 
 JOIN_S = 1.0
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -33,7 +32,7 @@ class Pending:
         work: Any = None,
         finish: Callable[[], object] | None = None,
         ledger: Ledger | None = None,
-        record: Record | None = None,
+        record: Numbered | None = None,
     ) -> None:
         self._work = work
         self._finish = finish

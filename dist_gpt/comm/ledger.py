@@ -2,6 +2,9 @@
 
 Always on: counts, payload, and four time stamps of the host a call (issue, issued, wait, waited), summed up to how
 long each axis blocked this rank. In the profiling window every call and step is kept on a `Tape` as well.
+
+Calls on a group are numbered from 1, equally on all its members; `position()` tells any thread, at any time, where this
+rank is: the step, the entry of the step list, and the collective.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dist_gpt.events import CONTROL, Counts
 MAX_DIFFERENCES = 20
 Key = tuple[str, str, int]
 """(axis, op, payload bytes of one call)."""
+DATA = "data"
+"""What the rank does while it reads data."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,13 @@ class Difference:
         return f"{when}, {self.action}: {many} {self.axis} {self.op} of {self.payload_bytes} bytes than declared"
 
 
+@dataclass(slots=True)
+class Numbered(Record):
+    """A collective that knows which one of its group it is, from 1."""
+
+    seq: int = 0
+
+
 @dataclass
 class Spent:
     """Where the host waited in one training step, in ns: by axis in collectives, and for data."""
@@ -53,12 +65,17 @@ class Ledger:
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
         self.channels: list[dict[str, Any]] = []
+        self.groups: list[tuple[str, tuple[int, ...], str]] = []  # (axis, ranks, direction) of each channel
         self.found: list[Difference] = []
         self.spent = Spent()
         self.records = 0  # of training steps
         self.tape: Tape | None = None
         self.number: int | None = None  # of the training step under way
-        self._calls: dict[str, dict[Key, int]] = defaultdict(lambda: defaultdict(int))
+        self._calls: dict[str, dict[tuple[str, str, int, int], int]] = defaultdict(lambda: defaultdict(int))
+        self._sequence: dict[int, int] = defaultdict(int)  # calls issued, by channel
+        self._last: Numbered | None = None  # issued last, or waited in last
+        self._latest: int | None = None  # training step begun last
+        self._entry: tuple[str, object] | None = None  # phase and name of the step-list entry that runs, or failed
         self._phase = CONTROL
         self._issued: dict[Key, int] | None = None
 
@@ -66,19 +83,23 @@ class Ledger:
         """The number under which a group's calls stand in the profile."""
         pair = {"ranks": list(ranks), "direction": direction} if direction else {}
         self.channels.append({"axis": axis, **pair})
+        self.groups.append((axis, ranks, direction))
         return len(self.channels) - 1
 
     # --- a call: issued, waited for ----------------------------------------------------------------------------
 
-    def issue(self, axis: str, op: str, payload: int, channel: int) -> Record:
+    def issue(self, axis: str, op: str, payload: int, channel: int) -> Numbered:
         """One collective of `payload` bytes is about to be issued."""
-        key = (axis, op, payload)
-        self._calls[self._phase][key] += 1
+        self._calls[self._phase][axis, op, payload, channel] += 1
         if self._issued is not None:
+            key = (axis, op, payload)
             self._issued[key] = self._issued.get(key, 0) + 1
         if self.number is not None:
             self.records += 1
-        return Record(axis, op, payload, channel, perf_counter_ns())
+        seq = self._sequence[channel] = self._sequence[channel] + 1
+        self._last = record = Numbered(axis, op, payload, channel, perf_counter_ns())
+        record.seq = seq
+        return record
 
     def issued(self, record: Record, work: Any, emulated: bool) -> None:
         """The backend has taken it."""
@@ -87,8 +108,9 @@ class Ledger:
         if self.tape is not None:
             self.tape.issued(record, work, emulated)
 
-    def waits(self, record: Record) -> None:
+    def waits(self, record: Numbered) -> None:
         """This rank begins to wait for it."""
+        self._last = record
         if self.tape is not None:
             self.tape.waits(record)
         record.wait = perf_counter_ns()
@@ -110,6 +132,7 @@ class Ledger:
     def begin(self, number: int) -> None:
         """Training step `number` begins."""
         self.number, self.spent = number, Spent()
+        self._latest = number
 
     def end(self) -> Spent:
         """It is over; returns what it spent."""
@@ -123,9 +146,11 @@ class Ledger:
         issued: dict[Key, int] = {}
         outer = self._phase, self._issued
         self._phase, self._issued = phase, issued
+        around, self._entry = self._entry, (phase, name)
         mark = self.tape.start(index, name) if self.tape is not None else None
         try:
             yield
+            self._entry = around  # not after an error: `position` then says where it was
         finally:
             self._phase, self._issued = outer
             if self.tape is not None and mark is not None:
@@ -136,9 +161,11 @@ class Ledger:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, data are read."""
-        mark = self.tape.start(-1, "data") if self.tape is not None else None
+        mark = self.tape.start(-1, DATA) if self.tape is not None else None
+        around, self._entry = self._entry, (self._phase, DATA)
         started = perf_counter_ns()
         yield
+        self._entry = around
         self.spent.data_ns += perf_counter_ns() - started
         if self.tape is not None and mark is not None:
             self.tape.end(mark)
@@ -172,6 +199,50 @@ class Ledger:
     def counts(self, phase: str) -> Counts:
         """Calls and bytes of `phase` so far."""
         counts = Counts()
-        for (axis, op, payload), calls in self._calls[phase].items():
+        for (axis, op, payload, _), calls in self._calls[phase].items():
             counts.add(axis, op, calls, payload, self.sizes[axis])
         return counts
+
+    def by_channel(self) -> list[dict[str, Any]]:
+        """Calls and payload so far: one row {channel, phase, op, calls, payload_bytes} for each that has any."""
+        rows: dict[tuple[int, str, str], dict[str, Any]] = {}
+        for phase, found in self._calls.items():
+            for (_, op, payload, channel), calls in found.items():
+                empty = {"channel": channel, "phase": phase, "op": op, "calls": 0, "payload_bytes": 0}
+                row = rows.setdefault((channel, phase, op), empty)
+                row["calls"] += calls
+                row["payload_bytes"] += calls * payload
+        return [rows[key] for key in sorted(rows)]
+
+    # --- where this rank is --------------------------------------------------------------------------------------
+
+    def position(self) -> dict[str, Any]:
+        """Where this rank is now, as plain data. Any thread may ask; never blocks, never raises.
+
+        `seq` is the number of its collective on its group, from 1; `counts` how many it issued on each channel.
+        """
+        try:
+            last, entry, sequence = self._last, self._entry, self._sequence
+            counts = [sequence.get(channel, 0) for channel in range(len(self.groups))]
+            phase, action = entry if entry is not None else (self._phase, "")
+            place = {"step": self._latest, "phase": phase, "action": str(action), "counts": counts}
+            call = {"axis": "", "op": "", "seq": 0, "channel": -1, "state": "computing"}
+            if last is not None:
+                call = {"axis": last.axis, "op": last.op, "seq": last.seq, "channel": last.channel}
+                call["state"] = _doing(last)
+            return {**place, **call, "calls": sum(counts)}
+        except Exception as error:  # a name that cannot be written must not end a heartbeat
+            return {"step": None, "phase": "", "action": f"not known: {type(error).__name__}", "axis": "", "op": "",
+                    "seq": 0, "channel": -1, "state": "computing", "counts": [], "calls": 0}  # fmt: skip
+
+    @property
+    def in_collective(self) -> bool:
+        """Whether this rank is in a collective, or an error has just thrown it out of one."""
+        return self._last is not None and _doing(self._last) != "computing"
+
+
+def _doing(record: Record) -> str:
+    """What the host does with a collective: `issuing` it, `waiting` for it, or `computing` meanwhile or after."""
+    if not record.issued:
+        return "issuing"
+    return "waiting" if record.wait and not record.waited else "computing"

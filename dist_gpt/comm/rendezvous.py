@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -24,6 +25,8 @@ from dist_gpt.comm.mesh import Backends, GlooBackends, NcclBackends
 Store = dist.Store
 LOOPBACK = "127.0.0.1"
 STORE_FD = "DIST_GPT_STORE_FD"
+NONCE = "dist_gpt/attempt"
+POLL_S = 0.05
 READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
 
 
@@ -94,7 +97,8 @@ def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
 def connect_store(env: RankEnv) -> Store:
     """The store all ranks share: torchrun's own where it hosts one, else rank 0's, on one interface.
 
-    Keys are scoped to the attempt: a restarted rank must not read the addresses of the attempt before it.
+    Keys are scoped to the attempt: a restarted rank must not read the addresses of the attempt before it. The launcher
+    numbers attempts the same on all ranks; torchrun's agents each count their own restarts: there ranks agree on one.
     """
     if env.world == 1:
         return dist.HashStore()
@@ -117,7 +121,66 @@ def connect_store(env: RankEnv) -> Store:
             f"rank {env.rank}: no store at {env.master_addr}:{env.master_port} within {env.left_s():.0f} s. "
             f"Is rank 0 running, and MASTER_ADDR reachable from {socket.gethostname()}? ({error})"
         ) from error
-    return dist.PrefixStore(f"attempt{env.attempt}", store)
+    return join_attempt(store, env) if hosted_by_agent else dist.PrefixStore(f"attempt{env.attempt}", store)
+
+
+def join_attempt(store: Store, env: RankEnv) -> Store:
+    """The part of `store` for this attempt alone, agreed by all ranks; `store` may hold what earlier ones wrote.
+
+    Rank 0 publishes a fresh nonce. Every other rank leaves a fresh token under the nonce that it finds, and is in when
+    rank 0 has read that token out; until then it looks for a newer nonce, for one of an earlier attempt is never
+    answered. RendezvousError says who is missing when the deadline is over.
+    """
+    return _open_attempt(store, env) if env.rank == 0 else _enter_attempt(store, env)
+
+
+def _open_attempt(store: Store, env: RankEnv) -> Store:
+    nonce = secrets.token_hex(8)
+    scope = scoped(store, nonce)
+    store.set(NONCE, nonce)
+    keys = {rank: f"join/{rank}" for rank in range(1, env.world)}
+    try:
+        wait_for(scope, env, keys, "join this attempt", env.left_s())
+    except RendezvousError as error:
+        with suppress(Exception):  # who is here already need not wait for its own deadline
+            here = {rank: scope.get(key).decode() for rank, key in keys.items() if scope.check([key])}
+            scope.set("joined", json.dumps({"tokens": here, "problem": str(error)}))
+        raise
+    tokens = {rank: scope.get(key).decode() for rank, key in keys.items()}
+    scope.set("joined", json.dumps({"tokens": tokens, "problem": ""}))
+    return scope
+
+
+def _enter_attempt(store: Store, env: RankEnv) -> Store:
+    token, nonce, scope = secrets.token_hex(8), "", store
+    started, stale = time.monotonic(), False
+    until = started + env.left_s() + READ_S  # rank 0's verdict, which names others, comes first
+    poll_s = POLL_S * (1 + env.world / 256)  # thousands of ranks ask one store
+    try:
+        while time.monotonic() < until:
+            current = store.get(NONCE).decode() if store.check([NONCE]) else ""
+            if current != nonce:
+                nonce, scope, stale = current, scoped(store, current), False
+                scope.set(f"join/{env.rank}", token)
+            if nonce and not stale and scope.check(["joined"]):
+                verdict = json.loads(scope.get("joined"))
+                stale = verdict["tokens"].get(str(env.rank)) != token
+                if not stale and verdict["problem"]:
+                    raise RendezvousError(verdict["problem"])
+                if not stale:
+                    return scope
+            time.sleep(poll_s)
+    except RendezvousError:
+        raise
+    except Exception as error:  # torch raises its own C++ error types here
+        raise RendezvousError(
+            f"rank {env.rank} lost torchrun's store at {env.master_addr}:{env.master_port} while it waited for rank 0 "
+            f"to let it in: did the torchrun that hosts it end? ({error})"
+        ) from error
+    raise RendezvousError(
+        f"rank {env.rank}: rank 0 did not let it into this attempt within {time.monotonic() - started:.0f} s. "
+        f"See the log of rank 0{': it may be in an attempt that this rank came too late for' if stale else ''}"
+    )
 
 
 def _listen(env: RankEnv) -> int:
@@ -266,6 +329,13 @@ def choose_device(env: RankEnv, backend: str = "auto") -> torch.device:
     if backend == "nccl" and not torch.cuda.is_available():
         raise RendezvousError("launch.backend: nccl, but torch sees no GPU; --set launch.backend=gloo runs on the CPU")
     if torch.cuda.is_available() and backend != "gloo":
+        if env.local_rank and torch.cuda.device_count() == 1 and _given_one_gpu(os.environ):
+            print(
+                f"rank {env.rank} (local {env.local_rank} of {env.local_world} on {socket.gethostname()}) got one GPU "
+                "from whoever started it, as with srun --gpus-per-task=1: it uses cuda:0",
+                flush=True,
+            )
+            env = replace(env, local_rank=0)
         if env.local_rank >= torch.cuda.device_count():
             raise RendezvousError(
                 f"local rank {env.local_rank} has no GPU of its own: {torch.cuda.device_count()} visible on "
@@ -275,3 +345,9 @@ def choose_device(env: RankEnv, backend: str = "auto") -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def _given_one_gpu(environ: Mapping[str, str]) -> bool:
+    """Whether a starter has chosen this rank's GPU, rather than that the machine has only one."""
+    names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    return any(environ.get(name, "") != "" and "," not in environ[name] for name in names)

@@ -7,6 +7,7 @@ already known to be wrong, so that one mistake is reported once.
 from __future__ import annotations
 
 import re
+import unicodedata
 from operator import attrgetter
 from typing import Any
 
@@ -26,16 +27,47 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "train.recompute": ("none",),
     "train.compile": (False,),
     "train.loss_chunks": (1,),
-    "checkpoint.every": (0,),
     "checkpoint.async_save": (False,),
     "launch.elastic": (False,),
 }
 """THE table of what the schema knows but this version has not proven: key -> values allowed now."""
 
 
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+"""A variable's name, for a shell."""
+SLURM_OPTION = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
+"""A long option of sbatch."""
+SLURM_TIME = r"[0-9]+|[0-9]+:[0-9]{1,2}(:[0-9]{1,2})?|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}"
+SLURM_OURS = {
+    "job-name": "name it with the key name",
+    "chdir": "submit from the folder you want",
+    "output": "the log is RUN_DIR/logs/slurm-JOB.out",
+    "error": "the log is RUN_DIR/logs/slurm-JOB.out",
+    "open-mode": "logs are appended to",
+    "requeue": "use launch.slurm.requeue",
+    "no-requeue": "use launch.slurm.requeue",
+    "signal": "use launch.grace_s",
+    "nodes": "use launch.nodes",
+    "ntasks": "use launch.nodes and launch.ranks_per_node",
+    "ntasks-per-node": "use launch.ranks_per_node",
+    "cpus-per-task": "use launch.slurm.cpus_per_rank",
+    "gpus-per-node": "use launch.slurm.gpus_per_node",
+    "partition": "use launch.slurm.partition",
+    "account": "use launch.slurm.account",
+    "qos": "use launch.slurm.qos",
+    "constraint": "use launch.slurm.constraint",
+    "time": "use launch.slurm.time",
+    "array": "write a script of your own, see slurm/array.sbatch",
+    "wait": "dist-gpt launch follows the job itself",
+    "parsable": "dist-gpt launch reads the job's number itself",
+    "test-only": "use --dry-run",
+}
+"""Options of sbatch that launch.slurm.options may not hold -> what to use instead."""
+
+
 def problems(config: Config) -> list[str]:
     """Every reason why `config`, a resolved one, cannot run. Empty: it can."""
-    checks = (_not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _profile)
+    checks = (_not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _profile, _launch)
     return [message for check in checks for message in check(config)]
 
 
@@ -257,6 +289,40 @@ def _profile(config: Config) -> list[str]:
             f"profile.torch_ranks {shown_list(outside)} are outside the world of {config.world_size} ranks; "
             f"use ranks 0 to {config.world_size - 1}"
         )
+    return found
+
+
+def has_control(text: str) -> bool:
+    """Whether there is a line break or another control character in it."""
+    return any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
+
+
+def _launch(config: Config) -> list[str]:
+    """Values that a shell, sbatch or a name of the system would not take as they are."""
+    launch, s = config.launch, config.launch.slurm
+    found = []
+    for name, value in launch.env.items():
+        if not re.fullmatch(VARIABLE, name):
+            found.append(f"launch.env: {name!r} is no name of a variable; use letters, digits and '_'")
+        if "\0" in value:
+            found.append(f"launch.env: the value of {name!r} holds a NUL character, which no variable can; take it out")
+    texts = [(f"launch.slurm.{key}", getattr(s, key)) for key in ("partition", "account", "qos", "constraint")]
+    texts += [("launch.modules", module) for module in launch.modules]
+    texts += [(f"launch.slurm.options.{option}", value) for option, value in s.options.items()]
+    for key, text in texts:
+        if text is not None and has_control(text):
+            found.append(f"{key}: {text!r} holds a line break or another control character; take it out")
+        elif not text and text is not None and ".options." not in key:
+            found.append(f"{key}: an empty text is no value; take the key out")
+    if s.time is not None and not re.fullmatch(SLURM_TIME, s.time, re.ASCII):
+        found.append(f"launch.slurm.time: {s.time!r} is no time of Slurm's; write minutes, H:MM:SS or D-H:MM:SS")
+    for option in s.options:
+        if not re.fullmatch(SLURM_OPTION, option):
+            found.append(f"launch.slurm.options: {option!r} is no long option of sbatch, for example mail-type")
+        elif option in SLURM_OURS:
+            found.append(f"launch.slurm.options: {option} is set by dist-gpt itself; {SLURM_OURS[option]}")
+    if launch.interface is not None and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", launch.interface):
+        found.append(f"launch.interface: {launch.interface!r} is no name of a network interface, for example eth0")
     return found
 
 

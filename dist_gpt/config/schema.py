@@ -206,8 +206,33 @@ class LogConfig(Section):
     wandb: WandbConfig = WandbConfig()
 
 
+class SlurmConfig(Section):
+    """What sbatch is asked for, and how ranks are started inside the allocation."""
+
+    starter: Literal["srun", "torchrun", "mpi"] = "srun"
+    """srun: one task per rank (Frontier demands it); torchrun: one task per node; mpi: mpirun in the allocation."""
+    partition: str | None = None
+    """--partition; null leaves it to the cluster, as with the keys below."""
+    account: str | None = None
+    """--account."""
+    qos: str | None = None
+    """--qos."""
+    constraint: str | None = None
+    """--constraint, for example gpu."""
+    time: str | None = None
+    """--time: minutes, H:MM:SS or D-H:MM:SS (quoted: YAML reads 1:00:00 as a number)."""
+    gpus_per_node: NonNegative | None = None
+    """--gpus-per-node; 0 or null: none are asked for."""
+    cpus_per_rank: Positive | None = None
+    """--cpus-per-task, counted per rank (srun does not inherit it from sbatch: it is passed on)."""
+    requeue: bool = True
+    """Go back to the queue after a warning (USR1) and a save, and go on from there."""
+    options: dict[str, str] = {}
+    """Further options of sbatch, long name: value, for example {mail-type: FAIL}; an empty value for a flag."""
+
+
 class LaunchConfig(Section):
-    """How ranks are started."""
+    """How ranks are started, watched and ended."""
 
     nodes: Positive = 1
     """Nodes."""
@@ -217,8 +242,25 @@ class LaunchConfig(Section):
     """Who communicates: nccl (GPUs), gloo (CPU), or auto: nccl where GPUs are visible."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """One deadline for a collective, and for the whole initialisation."""
+    silence_s: Annotated[float, Field(ge=1)] = 30.0
+    """A rank that the launcher has not heard of for this long is taken as stopped, or cut off, and the job ends."""
+    grace_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest time from a request to stop (SIGTERM, SIGUSR1) to the end of the save; a Slurm job is warned that long
+    before its time is over."""
+    max_restarts: NonNegative = 0
+    """Times that the ranks are started again, from the newest checkpoint, after one of them failed."""
+    preflight: Literal["strict", "warn", "off"] = "strict"
+    """What is looked at before training starts: refuse what is wrong, only say it, or do not look."""
+    interface: str | None = None
+    """Network interface that nodes talk over; default the one whose route leads to the first node."""
+    modules: list[str] = []
+    """Environment modules that a Slurm job loads before anything else."""
+    env: dict[str, str] = {}
+    """Variables set for every rank."""
+    slurm: SlurmConfig = SlurmConfig()
+    """Only for --via slurm."""
     elastic: bool = False
-    """Restart after a failure."""
+    """Go on with fewer ranks after a failure."""
 
 
 class Config(Section):

@@ -19,13 +19,15 @@ from dist_gpt.parallel.buckets import FlatBuffers
 
 
 class Optimizer:
-    """Steps the slices of the buckets that this rank owns. `statistics` after a step: (2,) float64 on the device,
-    the loss summed over the batch and the global gradient norm before clipping."""
+    """Steps the slices of the buckets that this rank owns. After a step, on the device, in float64: `statistics` (2,),
+    the loss summed over the batch and the global gradient norm before clipping; `stop_votes` (), how many ranks wanted
+    to stop (`wants_stop`) in this step, equal on all ranks."""
 
     def __init__(self, config: Config, buffers: FlatBuffers, mesh: Mesh) -> None:
         self.config = config
         self.flats = buffers.buckets
         self.mesh = mesh
+        self.slices: dict[str, Parameter] = {}
         decayed, plain = self._slices()
         o = config.optim
         self.fused = buffers.device.type != "meta"  # a dry run has no kernel to fuse
@@ -42,6 +44,8 @@ class Optimizer:
                 for piece in decayed + plain:
                     self.engine.state[piece]["momentum_buffer"] = torch.zeros_like(piece)
         self.statistics = torch.zeros(2, dtype=torch.float64)
+        self.stop_votes = torch.zeros((), dtype=torch.float64)
+        self.wants_stop: Callable[[], object] = lambda: False
         self.before_clip: Callable[[], None] | None = None  # the certificate reads final gradients here
 
     def _slices(self) -> tuple[list[Parameter], list[Parameter]]:
@@ -54,6 +58,7 @@ class Optimizer:
                 if start < stop:
                     piece = Parameter(flat.parameters[start:stop])
                     piece.grad = flat.gradients[start:stop]
+                    self.slices[f"{flat.bucket.index}.{start}-{stop}"] = piece
                     (decayed if segment.decay else plain).append(piece)
         return decayed, plain
 
@@ -67,8 +72,10 @@ class Optimizer:
         self._sum_tied()
         if self.before_clip is not None:
             self.before_clip()
-        statistics = torch.stack((loss.double(), squared_norm_here(self.flats, self.mesh)))
-        self.mesh.world.all_reduce(statistics).wait()
+        vote = loss.new_full((), 1.0 if self.wants_stop() else 0.0, dtype=torch.float64)
+        sums = torch.stack((loss.double(), squared_norm_here(self.flats, self.mesh), vote))
+        self.mesh.world.all_reduce(sums).wait()
+        statistics, self.stop_votes = sums[:2], sums[2]
         statistics[1] = statistics[1].sqrt()
         self.statistics = statistics
         bad = torch.isfinite(statistics).all().logical_not()
@@ -76,6 +83,17 @@ class Optimizer:
         pending = [flat.start_gather(self.mesh) for flat in self.flats if flat.shards > 1]
         for gather in pending:
             gather.wait()
+
+    def state(self) -> dict[str, Tensor]:
+        """The live state, `BUCKET.START-STOP.KEY` -> tensor; where nothing was stepped yet it is made first, zero."""
+        found: dict[str, Tensor] = {}
+        for name, piece in self.slices.items():
+            state = self.engine.state[piece]
+            if not state and self.config.optim.name == "adamw":  # as torch makes it in the first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device=piece.device)
+                state |= {key: torch.zeros_like(piece.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            found |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        return found
 
     def _sum_tied(self) -> None:
         """The first and the last stage add up their gradients of the tied embedding, on the reduced shard."""

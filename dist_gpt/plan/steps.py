@@ -25,7 +25,7 @@ from dist_gpt.schedule.lower import add_communication, add_reduce_and_step
 from dist_gpt.schedule.orders import forward_only, make_orders, placement
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all_reduce", "all_gather", "reduce_scatter"
-STATISTICS_BYTES = 16  # two float64: summed loss and squared gradient norm
+STATISTICS_BYTES = 24  # three float64: summed loss, squared gradient norm, and how many ranks want to stop
 
 
 @dataclass(frozen=True, slots=True)

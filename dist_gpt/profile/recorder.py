@@ -27,7 +27,7 @@ from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.comm.tape import HostTimer, Tape, Timer
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
-from dist_gpt.events import TRAIN, Counts, EventFile
+from dist_gpt.events import SAVE, TRAIN, Counts, EventFile
 from dist_gpt.profile.device import DeviceSampler
 from dist_gpt.profile.kernels import kernel_facts
 from dist_gpt.profile.memory import MemoryWatch
@@ -112,6 +112,10 @@ class Recorder:
         """A validation after `step` steps."""
         self.events.step(step, phase, seconds, comm)
 
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint after `step` steps. It communicates over the store alone: no collective."""
+        self.events.step(step, SAVE, seconds, Counts())
+
     def clock(self, reading: ClockReading | None) -> None:
         """This rank's clock against rank 0's."""
         if reading is not None:
@@ -119,7 +123,8 @@ class Recorder:
             self.events.fact("clock", {"at_ns": at, "offset_ns": reading.offset_ns, "error_ns": reading.error_ns})
 
     def finish(self, differences: list[str]) -> None:
-        """All steps are done. `differences` is this rank's account."""
+        """All steps are done, or the run leaves early. `differences` is this rank's account."""
+        self._end_window()
         if self.window is not None and self.rank.mesh.rank == 0:
             self._measure_kernels()
         for at, reading in self.sampler.samples:
@@ -176,7 +181,11 @@ class Recorder:
             self.events.rows(self.tape.rows(number))
 
     def _close(self, number: int) -> None:
-        if self.tape is None or self.window is None or number < self.window[1]:
+        if self.window is not None and number >= self.window[1]:
+            self._end_window()
+
+    def _end_window(self) -> None:
+        if self.tape is None:
             return
         self.dropped += self.tape.dropped
         self.tape = None
@@ -192,6 +201,16 @@ class Recorder:
         if first > 1:
             return first - 1
         return last + 1 if last < self.config.train.steps else None
+
+
+def attempts_in(run_dir: Path, rank: int) -> int:
+    """Attempts that have begun to write rank `rank`'s events: headers in its file. A header may stand behind a line
+    that the attempt before it left cut off."""
+    path = run_dir / f"events.rank{rank}.jsonl"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(b'{"schema":' in line for line in file)
 
 
 def make_timer(device: torch.device) -> Timer:

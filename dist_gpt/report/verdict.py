@@ -27,7 +27,7 @@ NEXT = {
     "pp": "try larger micro-batches, fewer pipeline stages, or stages on one node",
     "cp": "try a smaller parallel.cp or longer sequences",
     "embed": "untie the embeddings, or look at the stages at both ends of the pipeline",
-    "world": "look at the rank that comes last: this collective carries 16 bytes",
+    "world": "look at the rank that comes last: this collective carries 24 bytes",
     "descheduled": "use as many ranks x threads as there are cores (OMP_NUM_THREADS), and look who else computes here",
     DATA: "read from a faster disk, or prepare the tokens beforehand",
     "unexplained": "the host is slow between entries of the step list: look at a torch.profiler window (profile.torch)",

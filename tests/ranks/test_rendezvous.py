@@ -6,12 +6,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 
 from dist_gpt.comm import rendezvous
@@ -156,13 +157,24 @@ class TestConnect:
             agent = dist.TCPStore(LOOPBACK, port, is_master=True, master_listen_fd=server.detach(),
                                   wait_for_workers=False)  # fmt: skip
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-        first = connect_store(env_of(0, 2, FAR_S, port, attempt=0))
+
+        def meet(attempt: int) -> dist.Store:
+            envs = [env_of(rank, 2, FAR_S, port, attempt=attempt) for rank in range(2)]
+            return in_threads(2, lambda rank: connect_store(envs[rank]))[0]
+
+        first = meet(0)
         first.set("roll/0", "an address that is gone")
-        second = connect_store(env_of(0, 2, FAR_S, port, attempt=1))
+        second = meet(0)  # the agent of another node may not have counted
         assert not second.check(["roll/0"])
         second.set("roll/0", "new")
         assert (first.get("roll/0"), second.get("roll/0")) == (b"an address that is gone", b"new")
-        assert agent.get("attempt1/roll/0") == b"new"
+        assert agent.get(f"{agent.get(rendezvous.NONCE).decode()}/roll/0") == b"new"
+
+    def test_the_launchers_attempts_are_numbered_alike(self, closed: int) -> None:
+        store = connect_store(env_of(0, 2, FAR_S, closed, attempt=3))
+        store.set("key", "x")
+        client = dist.TCPStore(LOOPBACK, closed, is_master=False, wait_for_workers=False)
+        assert client.get("attempt3/key") == b"x"
 
 
 class TestRollCall:
@@ -318,3 +330,38 @@ def test_scoped_stores_do_not_meet() -> None:
 def test_ranks_of_a_run_listen_on_loopback_only(killed: Killed) -> None:
     """Two real ranks in the middle of training: the store and every gloo group."""
     assert killed.listening == {LOOPBACK}
+
+
+class TestDevice:
+    @pytest.fixture
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+        """How many GPUs torch says it sees."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    def test_the_one_at_the_local_rank(self, gpus: Callable[[int], None]) -> None:
+        gpus(2)
+        assert rendezvous.choose_device(env_of(1, 2, FAR_S)) == torch.device("cuda", 1)
+        assert rendezvous.choose_device(env_of(1, 2, FAR_S), "gloo") == torch.device("cpu")
+
+    @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"])
+    def test_one_for_each_task(
+        self, gpus: Callable[[int], None], name: str, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        """srun --gpus-per-task=1: every task sees its own as the first."""
+        gpus(1)
+        monkeypatch.setenv(name, "0")
+        assert rendezvous.choose_device(env_of(0, 2, FAR_S)) == torch.device("cuda", 0)
+        assert capsys.readouterr().out == ""
+        assert rendezvous.choose_device(env_of(1, 2, FAR_S)) == torch.device("cuda", 0)
+        out = capsys.readouterr().out
+        assert out.startswith("rank 1 (local 1 of 2 on ") and "srun --gpus-per-task=1: it uses cuda:0" in out
+
+    def test_a_machine_with_one_for_two(self, gpus: Callable[[int], None]) -> None:
+        gpus(1)
+        with pytest.raises(RendezvousError, match="local rank 1 has no GPU of its own: 1 visible on"):
+            rendezvous.choose_device(env_of(1, 2, FAR_S))

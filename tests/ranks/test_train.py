@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def add_up(parts: list[Comm], times: int = 1) -> Comm:
 class TestEightRanks:
     def test_ends_well(self, eight: Run) -> None:
         assert eight.code == 0, eight.err
-        assert eight.lines[0] == "tiny: 8 ranks. no GPU found: gloo on CPU"
+        assert eight.lines[0] == "tiny: 8 ranks on this machine. no GPU found: gloo on CPU"
         assert eight.lines[-1] == f"run_dir: {eight.run_dir}"
         assert "accounting: exact" in eight.lines
         assert eight.err == ""
@@ -65,7 +66,8 @@ class TestEightRanks:
 
     def test_run_directory(self, eight: Run) -> None:
         ranks = range(8)
-        expected = {"config.yaml", "plan.json", "metrics.jsonl", "logs", *(f"events.rank{r}.jsonl" for r in ranks)}
+        expected = {"config.yaml", "plan.json", "metrics.jsonl", "exit.json", "logs"}
+        expected |= {f"events.rank{r}.jsonl" for r in ranks}
         expected |= {f"logs/rank{r}.log" for r in ranks}
         assert set(tree(eight.run_dir)) == expected
 
@@ -167,7 +169,7 @@ class TestOtherLayouts:
         assert "accounting: exact" in by_torchrun.lines
         found = set(tree(by_torchrun.run_dir))
         assert found == {
-            "config.yaml", "plan.json", "metrics.jsonl", "logs", "events.rank0.jsonl", "events.rank1.jsonl"
+            "config.yaml", "plan.json", "metrics.jsonl", "exit.json", "logs", "events.rank0.jsonl", "events.rank1.jsonl"
         }  # fmt: skip
         assert load(str(by_torchrun.run_dir / "config.yaml")).parallel.dp == 2
 
@@ -199,7 +201,9 @@ class TestKilledRank:
         assert killed.code == 1
         log = killed.run_dir / "logs" / "rank1.log"
         lines = killed.err.splitlines()
-        assert lines[0] == "rank 1 (pp 1, dp 0, cp 0, tp 0) died: killed by SIGKILL"
+        assert lines[0].startswith("rank 1 (pp 1, dp 0, cp 0, tp 0) on ")
+        assert lines[0].endswith("died: killed by SIGKILL")
+        assert re.match(r"  (in step \d+, train|before the first step)", lines[1]), lines[1]
         assert f"end of {log}:" in lines
         assert [f"  | {line}" for line in log.read_text().splitlines()][-20:] == [
             line for line in lines if line.startswith("  | ")

@@ -20,14 +20,14 @@ LAYERS = (
     ("comm",),
     ("parallel",),
     ("model",),
-    ("optim", "data", "checkpoint", "track"),
+    ("optim", "data", "checkpoint", "track", "stop"),
     ("rank", "heap"),  # one rank's parts put together: what train, verify and dryrun stand on
     ("profile",),
-    ("train", "meeting"),
+    ("train", "meeting", "pulse"),
     ("verify", "dryrun", "sample"),
 )
 PURE = {"config", "layout", "params", "schedule", "plan", "events"}
-TORCH_FREE = PURE | {"report", "launch", "cli", "__main__", "dist_gpt"}
+TORCH_FREE = PURE | {"report", "stop", "pulse", "launch", "cli", "__main__", "dist_gpt"}
 DISTRIBUTED_ELSEWHERE = {"dist_gpt/optim/deepspeed.py"}  # DeepSpeed's engine communicates by itself
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 

@@ -118,7 +118,7 @@ class TestVerbs:
 
     def test_train_takes_the_world_from_torchrun_and_returns_the_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         worlds = []
-        stand_in(monkeypatch, "dist_gpt.train", main=lambda config: worlds.append(config.world_size) or 75)
+        stand_in(monkeypatch, "dist_gpt.train", main=lambda config, resume: worlds.append(config.world_size) or 75)
         monkeypatch.setenv("WORLD_SIZE", "16")
         monkeypatch.setenv("RANK", "3")  # rank 0 would make the run directory
         assert run("train", "demo", "--set", "parallel.dp=auto") == 75
@@ -136,7 +136,7 @@ class TestLaunch:
             (spec.log_dir.parent / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
             return int(seen.get("code", 0))
 
-        monkeypatch.setattr("launch.local.launch_local", launch_local)
+        monkeypatch.setattr("launch.ways.launch_local", launch_local)
         monkeypatch.setattr("launch.run.count_gpus", lambda: 0)
         return seen
 
@@ -144,7 +144,7 @@ class TestLaunch:
         run_dir = tmp_path / "new" / "run"
         assert run("launch", "demo", "--set", f"run_dir={run_dir}") == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0] == "demo: 8 ranks. no GPU found: gloo on CPU"
+        assert lines[0] == "demo: 8 ranks on this machine. no GPU found: gloo on CPU"
         assert "validation loss  4.0000 -> 2.0000  (0.50 x the initial)" in lines
         assert lines[-1] == f"run_dir: {run_dir}"
         assert ranks["spec"].ranks == 8
@@ -177,7 +177,8 @@ class TestLaunch:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--via", "slurm"], "not available in this version"),
+            (["--via", "slrum"], "no such way; choose local, torchrun, slurm, mpi"),
+            (["--via", "torchrun", "--nodes", "2"], "no Slurm allocation"),
             (["--nodes", "2"], "--via local starts every rank on this machine"),
             (["--ranks-per-node", "6"], "parallel.tp 2 x parallel.pp 2"),
             (["--set", "train.stepz=3"], "train.steps"),
@@ -238,7 +239,7 @@ class TestBadInput:
     def test_a_failing_rank_leaves_the_time_for_its_launcher(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        def failing(config: Any) -> int:
+        def failing(config: Any, resume: str | None) -> int:
             raise RuntimeError("lost a peer")
 
         stand_in(monkeypatch, "dist_gpt.train", main=failing)

@@ -191,7 +191,7 @@ REFUSED_NOW = {
     "parallel.cp": "2", "parallel.p2p_scatter": "true", "parallel.schedule": "zbv", "optim.sharding": "zero3",
     "optim.engine": "deepspeed", "optim.shard_group": "node", "optim.reduce_dtype": "fp32", "optim.state_dtype": "bf16",
     "optim.offload": "true", "train.dtype": "bf16", "train.recompute": "full", "train.compile": "true",
-    "train.loss_chunks": "2", "checkpoint.every": "5", "checkpoint.async_save": "true", "launch.elastic": "true",
+    "train.loss_chunks": "2", "checkpoint.async_save": "true", "launch.elastic": "true",
 }  # fmt: skip
 
 

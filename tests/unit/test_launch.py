@@ -18,6 +18,7 @@ import pytest
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
+from dist_gpt.layout import Layout
 from launch import env, run
 from launch.local import launch_local
 from launch.spec import JobSpec, train_argv
@@ -44,8 +45,8 @@ def program(tmp_path: Path, body: str) -> tuple[str, ...]:
 
 
 def job(tmp_path: Path, body: str, ranks: int = 3, **more: object) -> JobSpec:
-    coordinates: Callable[[int], str] = lambda rank: f"pp {rank}, dp 0"  # noqa: E731
-    return JobSpec(program(tmp_path, body), ranks, tmp_path / "logs", describe_rank=coordinates, **more)  # type: ignore[arg-type]
+    layout = Layout(pp=ranks, dp=1, cp=1, tp=1)
+    return JobSpec(program(tmp_path, body), ranks, tmp_path / "logs", layout=layout, **more)  # type: ignore[arg-type]
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -146,7 +147,7 @@ class TestDeath:
         assert launch_local(job(tmp_path, body)) == 1
         assert all(map(gone, pids(tmp_path))) and len(pids(tmp_path)) == 3
         lines = capfd.readouterr().err.splitlines()
-        assert lines[0] == "rank 1 (pp 1, dp 0) died: killed by SIGKILL"
+        assert lines[0] == "rank 1 (pp 1, dp 0, cp 0, tp 0) died: killed by SIGKILL"
         assert [line for line in lines if line.startswith("  | ")] == [f"  | line {i}" for i in range(30, 50)]
         assert not any("failed after it" in line for line in lines)
 
@@ -165,7 +166,7 @@ class TestDeath:
         """
         assert launch_local(job(tmp_path, body)) == 1
         error = capfd.readouterr().err
-        assert error.startswith("rank 2 (pp 2, dp 0) died: exit code 1\n")
+        assert error.startswith("rank 2 (pp 2, dp 0, cp 0, tp 0) died: exit code 1\n")
         assert "  | RuntimeError: the culprit's own words\n" in error and "connection reset" not in error
         assert error.endswith("failed after it: rank 0\n")
 
@@ -180,7 +181,7 @@ class TestDeath:
             sys.exit(1)
         """
         assert launch_local(job(tmp_path, body, ranks=2)) == 1
-        assert capfd.readouterr().err.startswith("rank 0 (pp 0, dp 0) died: exit code 1\n")
+        assert capfd.readouterr().err.startswith("rank 0 (pp 0, dp 0, cp 0, tp 0) died: exit code 1\n")
 
     def test_a_killed_rank_is_blamed_before_the_error_it_caused(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -196,7 +197,7 @@ class TestDeath:
             sys.exit(1)
         """
         assert launch_local(job(tmp_path, body, ranks=2)) == 1
-        assert capfd.readouterr().err.startswith("rank 0 (pp 0, dp 0) died: killed by SIGKILL\n")
+        assert capfd.readouterr().err.startswith("rank 0 (pp 0, dp 0, cp 0, tp 0) died: killed by SIGKILL\n")
 
     @pytest.mark.parametrize(("code", "expected"), [(2, 2), (75, 75), (1, 1), (7, 1)])
     def test_exit_codes(self, code: int, expected: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +287,7 @@ class TestRunDirectory:
         config = load("demo", overrides)
         spec = run.job_of(config, tmp_path / "r", env.choose_device(8, 0))
         assert (spec.ranks, spec.nodes, spec.argv) == (8, 1, train_argv(tmp_path / "r" / "config.yaml"))
-        assert spec.name(3) == "rank 3 (pp 0, dp 1, cp 0, tp 1)"
+        assert spec.rank_name(3) == "rank 3 (pp 0, dp 1, cp 0, tp 1)"
         assert spec.env["CUDA_VISIBLE_DEVICES"] == "", "the user was told CPU"
         assert "CUDA_VISIBLE_DEVICES" not in run.job_of(config, tmp_path, env.choose_device(8, 8)).env
 

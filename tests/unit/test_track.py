@@ -15,7 +15,7 @@ from dist_gpt import track
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.track import Tracker, clock, record_failure, require_wandb, step_line
+from dist_gpt.track import ExitRecord, Tracker, clock, record_failure, require_wandb, step_line
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {"step": 12, "loss": 3.12341, "grad_norm": 1.234, "lr": 3e-4, "tokens_per_s": 12345.4, "step_s": 0.5}
@@ -62,6 +62,24 @@ class TestMetrics:
             with Tracker(config(), tmp_path, 0) as tracker:
                 tracker.step({"step": step, "loss": 1.0})
         assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+    @pytest.mark.parametrize(("after", "left"), [(2, [0, 1, 2]), (-1, []), (9, [0, 1, 2, 3])])
+    def test_a_resumed_run_cuts_it_back(self, after: int, left: list[int], tmp_path: Path) -> None:
+        """The validation of the step itself stays; what is cut off or no line of ours goes."""
+        with Tracker(config(), tmp_path, 0) as tracker:
+            tracker.validation(0, 5.5)
+            for step in (1, 2, 3):
+                tracker.step({"step": step, "loss": 1.0})
+                tracker.validation(step, 1.5)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('"no object"\n{"step": 4, "lo')
+        with Tracker(config(), tmp_path, 0, after) as tracker:
+            assert [row["step"] for row in rows(tmp_path)] == left
+            assert all("val_loss" in row for row in rows(tmp_path))
+            tracker.step({"step": after + 1, "loss": 2.0})
+            tracker.sync()
+        assert [row["step"] for row in rows(tmp_path)] == [*left, after + 1]
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
     def test_not_finite_is_null(self, tmp_path: Path) -> None:
         with Tracker(config(), tmp_path, 0) as tracker:
@@ -123,6 +141,22 @@ class TestFailureRecord:
     def test_without_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(track.ERROR_FILE, raising=False)
         record_failure(ValueError("nobody listens"))
+
+
+class TestExitRecord:
+    def test_rank_0_says_how_it_ended(self, tmp_path: Path) -> None:
+        record = ExitRecord(tmp_path, 0)
+        record.write(75, "SIGTERM received", 12)
+        found = json.loads((tmp_path / "exit.json").read_text())
+        assert (found["code"], found["why"], found["step"]) == (75, "SIGTERM received", 12)
+        assert isinstance(found["time"], float)
+        ExitRecord(tmp_path, 1).write(1, "of rank 1", 13)
+        assert json.loads((tmp_path / "exit.json").read_text()) == found
+        ExitRecord(tmp_path, 0)
+        assert list(tmp_path.iterdir()) == [], "another attempt has begun"
+
+    def test_a_failure_to_write_hides_nothing(self, tmp_path: Path) -> None:
+        ExitRecord(tmp_path / "nowhere", 0).write(1, "why", 0)
 
 
 class TestWandb:

@@ -1,0 +1,1 @@
+"""Checkpoints: one file per rank and a manifest, committed by a rename."""

@@ -1,0 +1,148 @@
+"""A small collective along every axis and a message over every pipeline edge, before training: do they come through,
+and how fast.
+
+`python -m dist_gpt.comm.probe CONFIG` is what each rank of `dist-gpt launch CONFIG --check` runs; rank 0 prints it all.
+Bus bandwidth as nccl-tests define it (doc/PERFORMANCE.md): all-reduce 2 (n-1)/n x bytes / time, send bytes / time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dist_gpt.comm.mesh import COLLECTIVE_AXES, Mesh, build_mesh
+from dist_gpt.comm.rendezvous import (
+    RankEnv,
+    RendezvousError,
+    Store,
+    choose_device,
+    connect_store,
+    identity,
+    make_backends,
+    rank_env,
+    roll_call,
+    wait_for,
+)
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import config_hash, load
+from dist_gpt.layout import Layout
+from dist_gpt.schedule.orders import placement
+
+PAYLOAD_BYTES = 1 << 20
+REPEATS = 5
+BAD_INPUT = 2
+
+
+def probe(
+    mesh: Mesh, device: torch.device, payload: int = PAYLOAD_BYTES, repeats: int = REPEATS
+) -> list[dict[str, Any]]:
+    """Times every group of this rank; to be called by all ranks together. Control traffic.
+
+    For each group of which this rank is the first member, and each edge that it receives from: {axis, op, ranks, bytes,
+    seconds (of one call), busbw (bytes/s)}. All groups of an axis work at the same time, as in training.
+    """
+    found = []
+    tensor = torch.zeros(payload // 4, dtype=torch.float32, device=device)
+    with mesh.ledger.aside():
+        for axis in COLLECTIVE_AXES:
+            group = mesh[axis]
+            mesh.world.barrier()  # also where this rank has nobody to meet: then it does not run ahead
+            if group.size > 1:
+                seconds = _time(lambda group=group: group.all_reduce(tensor).wait(), device, repeats)  # type: ignore[misc]
+                if group.index == 0:
+                    wire = 2 * (group.size - 1) / group.size * payload
+                    found.append(_row(axis, "all_reduce", group.ranks, payload, seconds, wire))
+        mesh.world.barrier()
+        for (_, _, direction), edge in sorted(
+            mesh.edges.items()
+        ):  # one order for all ranks: no two can wait for each other
+            move = edge.send if edge.index == 0 else edge.recv
+            seconds = _time(lambda move=move: move(tensor).wait(), device, repeats)  # type: ignore[misc]
+            if edge.index == 1:  # a sender is done when the network has taken it, a receiver when it is here
+                found.append(_row(f"pp {direction}", "send", edge.ranks, payload, seconds, payload))
+    return found
+
+
+def _row(axis: str, op: str, ranks: Sequence[int], payload: int, seconds: float, wire: float) -> dict[str, Any]:
+    return {"axis": axis, "op": op, "ranks": list(ranks), "bytes": payload, "seconds": seconds, "busbw": wire / seconds}
+
+
+def _time(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of one call, the first one left out: it may open connections."""
+    call()
+    _finish(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _finish(device)
+    return max(1e-9, (time.perf_counter() - started) / repeats)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per axis: how many groups of how many ranks, the slowest one's time and bandwidth, and who is in it."""
+    if not rows:
+        return "probe: a single rank, nothing to send"
+    axes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        axes[row["axis"]].append(row)
+    lines = [f"{'axis':7}{'call':12}{'groups':>7}{'ranks':>7}{'ms':>10}{'bus MB/s':>11}  slowest group"]
+    for axis, found in axes.items():
+        slow = min(found, key=lambda row: float(row["busbw"]))
+        ranks = ", ".join(map(str, slow["ranks"][:8])) + (", ..." if len(slow["ranks"]) > 8 else "")
+        lines.append(
+            f"{axis:7}{slow['op']:12}{len(found):7}{len(slow['ranks']):7}{slow['seconds'] * 1e3:10.3f}"
+            f"{slow['busbw'] / 1e6:11.1f}  {ranks}"
+        )
+    return f"probe: {rows[0]['bytes'] / 2**20:g} MiB along every axis\n" + "\n".join(lines)
+
+
+def gather(store: Store, env: RankEnv, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All ranks' rows on rank 0, which may host the store and so leaves last; none on the others."""
+    store.set(f"probe/{env.rank}", json.dumps(rows))
+    if env.rank != 0:
+        return []
+    keys = {rank: f"probe/{rank}" for rank in range(env.world)}
+    wait_for(store, env, keys, "finish the probe", env.left_s())
+    return [row for key in keys.values() for row in json.loads(store.get(key))]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code: 0, or 2 where the configuration or the ranks do not fit."""
+    try:
+        config = load(argv[0])
+        env = rank_env(config.launch.timeout_s)
+        p = config.parallel
+        layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+        if env.world != layout.world:
+            raise RendezvousError(f"{env.world} ranks were started, but the layout {layout} has {layout.world}")
+        store = connect_store(env)
+        device = choose_device(env, config.launch.backend)
+        roll_call(store, env, identity(config_hash(config)))
+    except (ConfigError, RendezvousError) as error:
+        print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    holders = placement(p.schedule, p.pp, p.virtual_stages)
+    mesh = build_mesh(layout, env.rank, holders, make_backends(store, env, device, config.launch.timeout_s))
+    try:
+        rows = gather(store, env, probe(mesh, device))
+        mesh.world.barrier()
+    finally:
+        mesh.close()
+    if env.rank == 0:
+        print(table(rows), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,242 @@
+"""Heartbeats to the launcher's watch: where this rank is, twice a second, over the socket that said hello. Torch-free.
+
+    pulse = Pulse.from_environ(ledger, stop)   # nothing happens where DIST_GPT_WATCH_FD is not set
+    pulse.failed(error); pulse.bye(code); pulse.close()
+
+A thread of its own beats and obeys the launcher (launch/watch.py): stop (at the next step boundary), leave (at once),
+probe (can this host reach others?). A rank that loses its launcher leaves, as it would hold its node for nobody.
+One JSON object a line, at most MAX_LINE bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import selectors
+import socket
+import sys
+import time
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from dist_gpt.comm.ledger import Ledger
+
+WATCH_FD = "DIST_GPT_WATCH_FD"
+SILENCE = "DIST_GPT_SILENCE_S"
+SILENCE_S = 30.0
+BEAT_S = 0.5
+PROBE_S = 3.0
+SEND_S = 0.8
+"""Longest that a message may take; the socket's buffer takes hundreds at once."""
+STOOD_STILL_S = 1.0
+"""Longer between two turns of the loop: this process was stopped, and cannot say that the launcher was silent."""
+MAX_LINE = 65536
+MAX_ERROR = 2000
+ABOUT_OTHERS = ("RendezvousError", "DistError")
+"""Errors that say that others did not come (by name: this room is torch-free); DistError is torch.distributed's."""
+_ANSWERS = (0, errno.ECONNREFUSED)
+
+
+class Wish(Protocol):
+    """dist_gpt.stop.Stop."""
+
+    def request(self, why: str) -> None: ...
+
+
+class Pulse:
+    """The heartbeat of one rank. No method raises or blocks longer than a second."""
+
+    def __init__(self, ledger: Ledger, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
+        self.ledger, self.stop, self.line, self.silence_s = ledger, stop, line, silence_s
+        self.heard = time.monotonic()
+        self._writing = Lock()
+        self._leaving = False  # it has said failed or bye: a launcher that hangs up is no news
+        self._over = Event()
+        self._text = b""
+        self._thread: Thread | None = None
+        if line is not None:
+            line.settimeout(SEND_S)
+            here, there = line.getsockname()[0], line.getpeername()
+            self.launcher = f"{there[0]}:{there[1]}"
+            self._door = _door(here)
+            self._thread = Thread(target=self._run, name="pulse", daemon=True)
+            self._thread.start()
+
+    @classmethod
+    def from_environ(cls, ledger: Ledger, stop: Wish, environ: MutableMapping[str, str] = os.environ) -> Pulse:
+        """The pulse over the socket named in the environment, which it takes over; one that does nothing where none
+        is named."""
+        number = environ.pop(WATCH_FD, None)
+        try:
+            line = socket.socket(fileno=int(number)) if number is not None else None
+            return cls(ledger, stop, line, float(environ.get(SILENCE, SILENCE_S)))
+        except (OSError, ValueError) as error:
+            print(f"no heartbeat: {WATCH_FD}={number}: {error}", file=sys.stderr, flush=True)
+            return cls(ledger, stop, None)
+
+    # --- what the rank says -------------------------------------------------------------------------------------
+
+    def failed(self, error: BaseException) -> None:
+        """This rank fails with `error`; inside a collective it is, most likely, a consequence."""
+        text = f"{type(error).__name__}: {error}"[:MAX_ERROR]
+        self._leaving = True
+        inside = self.ledger.in_collective or any(kind.__name__ in ABOUT_OTHERS for kind in type(error).__mro__)
+        self._send({"failed": {"error": text, "inside": inside, "position": self.ledger.position()}})
+
+    def bye(self, code: int) -> None:
+        """This rank leaves with exit code `code`."""
+        self._leaving = True
+        self._send({"bye": {"code": code}})
+
+    def close(self) -> None:
+        """Hang up. Without `failed` or `bye` before, the launcher takes it for a death."""
+        self._leaving = True
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(SEND_S)
+        if self.line is not None:
+            with suppress(OSError):
+                self.line.close()
+
+    # --- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        assert self.line is not None
+        port = self._door.getsockname()[1] if self._door is not None else 0
+        self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in self.ledger.groups], "port": port})
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.line, selectors.EVENT_READ)
+            if self._door is not None:
+                ready.register(self._door, selectors.EVENT_READ)
+            beat = turn = time.monotonic()
+            while not self._over.is_set():
+                now = time.monotonic()
+                if now - turn > STOOD_STILL_S:
+                    self.heard = now
+                turn = now
+                if not self._leaving and now - self.heard > self.silence_s:
+                    self._lost("the link between this host and that one, or the launcher, is gone")
+                    return
+                if now >= beat:
+                    self._send({"beat": self.ledger.position()})
+                    beat = now + BEAT_S
+                for key, _ in ready.select(max(0.0, min(beat - now, 0.2))):
+                    if key.fileobj is self._door:
+                        self._knock()
+                    elif not self._read():
+                        return
+
+    def _read(self) -> bool:
+        """Take what the launcher says; False when it has hung up."""
+        assert self.line is not None
+        try:
+            data = self.line.recv(MAX_LINE)
+        except TimeoutError:
+            return True
+        except OSError:
+            data = b""
+        if not data:
+            if not self._leaving:
+                self._lost("it hung up: the launcher is gone")
+            return False
+        self.heard = time.monotonic()
+        *lines, self._text = (self._text + data).split(b"\n")
+        for line in lines:
+            with suppress(ValueError, AttributeError, KeyError, TypeError):
+                self._obey(json.loads(line))
+        return True
+
+    def _obey(self, word: dict[str, Any]) -> None:
+        if word["do"] == "stop":
+            self.stop.request("asked by the launcher")
+        elif word["do"] == "leave":
+            self._leave(f"told to leave by the launcher: {word.get('why', '')}")
+        elif word["do"] == "probe":
+            Thread(target=self._probe, args=(dict(word["targets"]),), name="probe", daemon=True).start()
+
+    def _probe(self, targets: dict[str, Sequence[Any]]) -> None:
+        self._send({"probe": reach(targets)})
+
+    def _knock(self) -> None:
+        """Another host tries the way to this one."""
+        if self._door is not None:
+            with suppress(OSError):
+                self._door.accept()[0].close()
+
+    def _lost(self, why: str) -> None:
+        since = time.monotonic() - self.heard
+        when = time.strftime("%H:%M:%S", time.localtime(time.time() - since))
+        self._leave(f"no contact with the launcher at {self.launcher} since {when} ({since:.0f} s): {why}; "
+                    f"this rank on {socket.gethostname()} leaves")  # fmt: skip
+
+    def _leave(self, why: str) -> None:
+        """End this process, whatever it is doing."""
+        with suppress(Exception):
+            sys.stderr.write(f"{why}\n")
+            sys.stderr.flush()
+            sys.stdout.flush()
+        os._exit(1)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """One line; what cannot be sent is dropped, and its line with it."""
+        if self.line is None or not self._writing.acquire(timeout=SEND_S):
+            return
+        try:
+            self.line.sendall(json.dumps(message, default=str).encode() + b"\n")
+        except (OSError, ValueError):  # reading tells whether the launcher is gone
+            with suppress(OSError):  # half a line may be out: nothing behind it would be understood
+                self.line.shutdown(socket.SHUT_WR)
+        finally:
+            self._writing.release()
+
+
+def _door(host: str) -> socket.socket | None:
+    """A socket that others may connect to, to see whether they can; nothing is ever read from it."""
+    try:
+        door = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        door.setblocking(False)
+        return door
+    except OSError:
+        return None
+
+
+def reach(targets: dict[str, Sequence[Any]], timeout_s: float = PROBE_S) -> dict[str, bool]:
+    """Which (address, port) of each host answers a TCP connect within `timeout_s`; a refusal is an answer."""
+    found = dict.fromkeys(targets, False)
+    with selectors.DefaultSelector() as ready:
+        for host, (address, port) in targets.items():
+            probe = socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET, socket.SOCK_STREAM)
+            probe.setblocking(False)
+            try:
+                code = probe.connect_ex((str(address), int(port)))
+            except OSError:  # no address
+                code = errno.EHOSTUNREACH
+            if code == errno.EINPROGRESS:
+                ready.register(probe, selectors.EVENT_WRITE, host)
+            else:
+                found[host] = code in _ANSWERS
+                probe.close()
+        end = time.monotonic() + timeout_s
+        while ready.get_map() and (left := end - time.monotonic()) > 0:
+            for key, _ in ready.select(left):
+                assert isinstance(key.fileobj, socket.socket)
+                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                found[key.data] = code in _ANSWERS
+                ready.unregister(key.fileobj)
+                key.fileobj.close()
+        for key in list(ready.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+    return found
+
+
+def short(ranks: Sequence[int]) -> Sequence[int] | str:
+    """`ranks` as they are; long regular ones as start:stop:step, since a line is at most MAX_LINE bytes."""
+    if len(ranks) < 64:
+        return ranks
+    regular = range(ranks[0], ranks[-1] + 1, max(1, ranks[1] - ranks[0]))
+    return f"{regular.start}:{regular.stop}:{regular.step}" if tuple(regular) == tuple(ranks) else ranks

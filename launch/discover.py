@@ -1,0 +1,240 @@
+"""Which rank of how many this process is, from the variables of whoever started it. THE table, first match wins:
+
+    who started it    recognised by
+    dist-gpt launch   DIST_GPT_LAUNCHER, or DIST_GPT_ERROR_FILE beside RANK: our local launcher set torchrun's names
+    torchrun          TORCHELASTIC_RUN_ID (also under srun: the step's task is then torchrun itself, not the rank)
+    Slurm step        SLURM_PROCID, SLURM_STEP_NUM_TASKS and a SLURM_STEP_ID that is a step's number (a batch script and
+                      an interactive shell have SLURM_PROCID too), unless an mpirun is nearer
+    Open MPI          OMPI_COMM_WORLD_SIZE: only mpirun sets it (srun --mpi=pmix does not)
+    MPICH, Intel MPI  PMI_SIZE
+    somebody else     RANK and WORLD_SIZE
+    nobody            a single process
+
+An mpirun is nearer than a Slurm step: in an allocation mpirun starts its daemons (orted, prted, hydra's proxies) with
+srun, so a rank on another node sees SLURM_PROCID and the like of the daemon's step, one task per node, and on mpirun's
+own node those of the batch script. So where OMPI_COMM_WORLD_SIZE is set, or MPI_LOCALNRANKS (hydra's; Slurm's own
+pmi2 plugin sets PMI_RANK and PMI_SIZE in a true step, but not that one), the step is the daemon's. A step that we
+started ourselves says DIST_GPT_STARTER=srun, and is believed even so (launch inside an mpirun).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dist_gpt.config.errors import ConfigError
+from launch.nodelist import counts, expand
+from launch.ports import port_of
+from launch.spec import ERROR_FILE, MASTER
+
+LAUNCHER = "DIST_GPT_LAUNCHER"
+"""Set by a launcher of ours that has set torchrun's variables itself; its value is shown."""
+STARTER = "DIST_GPT_STARTER"
+"""srun, torchrun or mpi: what our launcher used to start ranks."""
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Numbers from here on are no steps: batch script, extern, interactive shell (slurm.h)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is. Ranks of a node are consecutive."""
+
+    source: str
+    """Who said so: `torchrun`, `Slurm step 12.0`, ..."""
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    node: int
+    nodes: int
+    master_addr: str | None
+    """None: not known, and not needed where the world is 1."""
+    master_port: int | None
+
+    def __post_init__(self) -> None:
+        for what, value, end in (
+            ("rank", self.rank, self.world),
+            ("local rank", self.local_rank, self.local_world),
+            ("node", self.node, self.nodes),
+            ("ranks of a node", self.local_world - 1, self.world),
+        ):
+            if not 0 <= value < end:
+                shown = value if what != "ranks of a node" else value + 1
+                raise ConfigError([
+                    f"{self.source} contradicts itself: {what} {shown} of {end} (rank {self.rank}, world {self.world}, "
+                    f"local rank {self.local_rank}, {self.local_world} ranks on the node, node {self.node} of "
+                    f"{self.nodes}); unset the variables that are left over from another program"
+                ])  # fmt: skip
+
+    def environ(self) -> dict[str, str]:
+        """torchrun's variables. ConfigError where several ranks would have no place to meet."""
+        if self.world > 1 and (self.master_addr is None or self.master_port is None):
+            raise ConfigError([
+                f"{self.source} says that this is rank {self.rank} of {self.world}, but not where the ranks meet; set "
+                f"{MASTER}=HOST:PORT (or MASTER_ADDR and MASTER_PORT) for all ranks, or start them with dist-gpt launch"
+            ])  # fmt: skip
+        found = {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "GROUP_RANK": str(self.node),
+            "GROUP_WORLD_SIZE": str(self.nodes),
+        }
+        if self.master_addr is not None and self.master_port is not None:
+            found |= {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+        return found
+
+    def sentence(self) -> str:
+        """`rank 5/8 node 1/2 local 1/4 (Slurm step 12.0)`, all counted from 0."""
+        return (
+            f"rank {self.rank}/{self.world} node {self.node}/{self.nodes} "
+            f"local {self.local_rank}/{self.local_world} ({self.source})"
+        )
+
+
+@dataclass(frozen=True)
+class Variables:
+    """The environment, read with errors that name the variable and who should have set it."""
+
+    environ: Mapping[str, str]
+    source: str
+
+    def text(self, name: str) -> str:
+        value = self.environ.get(name, "")
+        if not value:
+            raise ConfigError([
+                f"{self.source} has not set {name}, which says where this rank is; start the job again, or unset the "
+                f"other variables of {self.source} if they are left over"
+            ])  # fmt: skip
+        return value
+
+    def number(self, name: str, default: int | None = None) -> int:
+        if default is not None and not self.environ.get(name):
+            return default
+        value = self.text(name)
+        if not (value.isascii() and value.isdigit() and len(value) < 12):
+            raise ConfigError([f"{name}={value!r}, set by {self.source}, must be a whole number from 0"])
+        return int(value)
+
+    def master(self) -> tuple[str | None, int | None]:
+        """Ours first: it is set for exactly this job."""
+        if self.environ.get(MASTER):
+            return split_address(self.environ[MASTER], MASTER)
+        if not self.environ.get("MASTER_ADDR") and not self.environ.get("MASTER_PORT"):
+            return None, None
+        port = self.number("MASTER_PORT")
+        if not 0 < port < 65536:
+            raise ConfigError([f"MASTER_PORT={port}, set by {self.source}, is no port: 1 to 65535"])
+        return self.text("MASTER_ADDR"), port
+
+
+def split_address(text: str, name: str) -> tuple[str, int]:
+    """`host:port` or `[::1]:port`; `name` is what it is called in errors."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+        raise ConfigError([f"{name}={text!r} is not HOST:PORT, for example node1:29500"])
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_slurm_step(environ: Mapping[str, str]) -> bool:
+    """Whether this process is a task of a Slurm step (a batch script, an salloc shell and an mpirun's rank are not)."""
+    step = environ.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+        return False
+    if not (step.isascii() and step.isdigit()) or int(step) >= FIRST_SPECIAL_STEP:
+        return False
+    mpirun_is_nearer = "OMPI_COMM_WORLD_SIZE" in environ or ("PMI_SIZE" in environ and "MPI_LOCALNRANKS" in environ)
+    return environ.get(STARTER) == "srun" or not mpirun_is_nearer
+
+
+def _ours(environ: Mapping[str, str]) -> Place:
+    return _torch_names(Variables(environ, f"dist-gpt launch, {environ.get(LAUNCHER) or 'local'}"))
+
+
+def _torchrun(environ: Mapping[str, str]) -> Place:
+    return _torch_names(Variables(environ, "torchrun"))
+
+
+def _plain(environ: Mapping[str, str]) -> Place:
+    return _torch_names(Variables(environ, "RANK and WORLD_SIZE"))
+
+
+def _torch_names(seen: Variables) -> Place:
+    rank, world = seen.number("RANK"), seen.number("WORLD_SIZE")
+    # Without the local ones (a hand-written environment) all ranks are taken to be on one node.
+    local_world = seen.number("LOCAL_WORLD_SIZE", max(1, world))
+    local = seen.number("LOCAL_RANK", rank % max(1, local_world))
+    node = seen.number("GROUP_RANK", rank // max(1, local_world))
+    nodes = seen.number("GROUP_WORLD_SIZE", max(node + 1, -(-world // max(1, local_world))))
+    addr, port = seen.master()
+    return Place(seen.source, rank, world, local, local_world, node, nodes, addr, port)
+
+
+def _slurm(environ: Mapping[str, str]) -> Place:
+    job = environ.get("SLURM_JOB_ID", "?")
+    seen = Variables(environ, f"Slurm step {job}.{environ['SLURM_STEP_ID']}")
+    rank, world, node = (seen.number(f"SLURM_{name}") for name in ("PROCID", "STEP_NUM_TASKS", "NODEID"))
+    tasks = counts(seen.text("SLURM_STEP_TASKS_PER_NODE"))
+    if sum(tasks) != world or node >= len(tasks):
+        raise ConfigError([
+            f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']}, set by {seen.source}, does not fit "
+            f"SLURM_STEP_NUM_TASKS={world} and SLURM_NODEID={node}; unset SLURM variables left over from another step"
+        ])  # fmt: skip
+    local = seen.number("SLURM_LOCALID")
+    if sum(tasks[:node]) + local != rank:
+        raise ConfigError([
+            f"{seen.source} put rank {rank} (SLURM_PROCID) on node {node} as its task {local} (SLURM_LOCALID): ranks "
+            "of a node must be consecutive; start the step with srun --distribution=block"
+        ])  # fmt: skip
+    if environ.get(MASTER):
+        addr, port = split_address(environ[MASTER], MASTER)
+    else:
+        hosts = expand(seen.text("SLURM_STEP_NODELIST"))
+        addr, port = hosts[0], port_of(job, environ["SLURM_STEP_ID"])
+    return Place(seen.source, rank, world, local, tasks[node], node, len(tasks), addr, port)
+
+
+def _open_mpi(environ: Mapping[str, str]) -> Place:
+    seen = Variables(environ, "Open MPI")
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    return _mpi(seen, *(seen.number(f"OMPI_COMM_WORLD_{name}") for name in names))
+
+
+def _mpich(environ: Mapping[str, str]) -> Place:
+    seen = Variables(environ, "MPICH (PMI)")
+    return _mpi(seen, *(seen.number(name) for name in ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")))
+
+
+def _mpi(seen: Variables, rank: int, world: int, local: int, local_world: int) -> Place:
+    """Neither says which node this is: evenly filled ones in order are taken. launch.mpi.meet asks the ranks."""
+    each = max(1, local_world)
+    if rank % each != local:
+        raise ConfigError([
+            f"{seen.source} made rank {rank} number {local} of {local_world} on its node: nodes must hold equally many "
+            f"consecutive ranks; with Open MPI that is --map-by ppr:{local_world}:node"
+        ])  # fmt: skip
+    addr, port = seen.master()
+    return Place(seen.source, rank, world, local, local_world, rank // each, -(-world // each), addr, port)
+
+
+def _single(environ: Mapping[str, str]) -> Place:
+    return Place("single process", 0, 1, 0, 1, 0, 1, None, None)
+
+
+Reader = Callable[[Mapping[str, str]], Place]
+TABLE: tuple[tuple[str, Callable[[Mapping[str, str]], bool], Reader], ...] = (
+    ("dist-gpt launch", lambda e: bool(e.get(LAUNCHER)) or (ERROR_FILE in e and "RANK" in e), _ours),
+    ("torchrun", lambda e: "TORCHELASTIC_RUN_ID" in e, _torchrun),
+    ("Slurm step", is_slurm_step, _slurm),
+    ("Open MPI", lambda e: "OMPI_COMM_WORLD_SIZE" in e, _open_mpi),
+    ("MPICH (PMI)", lambda e: "PMI_SIZE" in e, _mpich),
+    ("RANK and WORLD_SIZE", lambda e: "RANK" in e or "WORLD_SIZE" in e, _plain),
+    ("single process", lambda e: True, _single),
+)
+"""(who, whether it was they, how to read it); see the top of this file."""
+
+
+def discover(environ: Mapping[str, str]) -> Place:
+    """Where this process is. ConfigError names the variable that is missing or contradicts another."""
+    return next(read(environ) for _, recognised, read in TABLE if recognised(environ))

@@ -1,0 +1,32 @@
+"""Ports that all ranks of a job work out alike, and ports that are free."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+
+FIRST, COUNT = 20000, 12768
+"""20000 to 32767: below what Linux hands out to outgoing connections (32768 to 60999), above the well-known ones."""
+
+
+def port_of(job_id: str, step_id: str = "0") -> int:
+    """The port of a job's step: the same on every rank, most likely another one for another job or a restart."""
+    digest = hashlib.sha256(f"{job_id}.{step_id}".encode()).digest()
+    return FIRST + int.from_bytes(digest[:8], "big") % COUNT
+
+
+def free_port(host: str, seed: str = "") -> int:
+    """A port that nobody listens on at `host` now; those in our range first. OSError where `host` is not ours."""
+    for attempt in range(64):
+        port = port_of(seed, str(attempt))
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno in (98, 48, 13):  # in use (Linux, macOS), not allowed
+                    continue
+                raise
+            return port
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])

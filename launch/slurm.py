@@ -1,0 +1,271 @@
+"""A job under Slurm: the text of its batch script, the srun that starts its ranks, what Slurm's words mean.
+
+`sbatch_text(job)` and `srun_argv(spec, ...)` are pure. A value of the configuration is never more than a value: it is
+quoted for whoever reads it (sbatch has rules of its own, and reads line by line, so a line break is refused there).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.problems import SLURM_OPTION, SLURM_OURS, VARIABLE, has_control
+from dist_gpt.config.schema import Config, SlurmConfig
+from launch.nodelist import expand
+from launch.ports import port_of
+from launch.slurm_words import code_of, state_in_words
+from launch.spec import JobSpec
+from launch.torchrun import node_argv
+
+__all__ = [
+    "SlurmJob", "address_of", "code_of", "end_steps", "hosts", "is_warning", "job_of", "port_of", "requeue",
+    "sbatch_text", "srun_argv", "state_in_words",
+]  # fmt: skip
+STEPS_GONE_S = 30.0
+TOOL_S = 60.0
+"""For any of Slurm's tools to answer."""
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What sbatch is given, as plain data."""
+
+    name: str
+    run_dir: Path
+    cwd: Path
+    python: str
+    nodes: int
+    ranks_per_node: int
+    argv: tuple[str, ...]
+    """What `python` runs on the first node: it starts the ranks on all of them."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    modules: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    grace_s: float = 120.0
+    array: str | None = None
+    """Indices of a job array, as sbatch's --array takes them."""
+
+    @property
+    def log_pattern(self) -> str:
+        """Path of the log, with Slurm's %j (%A_%a in an array) in its name."""
+        return f"{self.run_dir}/logs/slurm-{'%A_%a' if self.array else '%j'}.out"
+
+
+def job_of(config: Config, spec: JobSpec, cwd: Path, python: str) -> SlurmJob:
+    """The job that runs `spec`: it launches the same run once more, in the allocation, and goes on where it was."""
+    run_dir = spec.log_dir.parent if spec.log_dir.is_absolute() else cwd / spec.log_dir.parent
+    argv = ("-m", "dist_gpt", "launch", str(run_dir / "config.yaml"), "--via", "slurm", "--resume", "auto")
+    launch = config.launch
+    return SlurmJob(
+        spec.name, run_dir, cwd, python, spec.nodes, spec.ranks_per_node, argv, launch.slurm, tuple(launch.modules),
+        dict(spec.env), spec.grace_s,
+    )  # fmt: skip
+
+
+# --- the batch script ------------------------------------------------------------------------------------------------
+
+
+def sbatch_text(job: SlurmJob) -> str:
+    """The batch script. ConfigError names what would be more than a value in it."""
+    lines = ["#!/bin/bash"]
+    lines += [_directive(key, option, value) for key, option, value in _options(job)]
+    lines += ["", "# Written by dist-gpt launch. `sbatch` this file does what the command did.", "set -e"]
+    if job.modules:
+        lines.append("type module >/dev/null 2>&1 || . /etc/profile  # a batch shell is no login shell")
+    lines += [f"module load {_quoted('launch.modules', module)}" for module in job.modules]
+    lines.append("set -u  # only now: module's own scripts use variables that are not set")
+    for name, value in job.env.items():
+        if not re.fullmatch(VARIABLE, name):
+            raise ConfigError([f"launch.env: {name!r} is no name of a variable"])
+        lines.append(f"export {name}={_quoted(f'launch.env.{name}', value, lines_too=True)}")
+    lines.append("export PYTHONUNBUFFERED=1")
+    cpus = _cpus_per_task(job)
+    if cpus is not None:
+        # Since 22.05 srun does not take --cpus-per-task over from sbatch: without this a rank would get one core.
+        per_node = cpus * job.ranks_per_node if job.slurm.starter == "mpi" else cpus
+        lines.append(f"export SRUN_CPUS_PER_TASK={per_node}")
+    words = " ".join(_quoted("the command", word, lines_too=True) for word in (job.python, *job.argv))
+    lines += ["# exec: Slurm's warning (--signal=B:) goes to this shell's process, which must be Python then.",
+              f"exec {words}", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cpus_per_task(job: SlurmJob) -> int | None:
+    each = job.slurm.cpus_per_rank
+    return each * job.ranks_per_node if each and job.slurm.starter == "torchrun" else each
+
+
+def _options(job: SlurmJob) -> list[tuple[str, str, str]]:
+    """(what the value is called in the configuration, option, value)."""
+    s, found = job.slurm, [("name", "job-name", job.name), ("the working directory", "chdir", str(job.cwd))]
+    run_dir = str(job.run_dir)
+    if "\\" in run_dir:
+        raise ConfigError([f"run_dir: {run_dir!r} holds a backslash, which switches Slurm's %j off in the log's name"])
+    log = job.log_pattern.removeprefix(run_dir)
+    found.append(("run_dir", "output", run_dir.replace("%", "%%") + log))
+    found.append(("launch", "open-mode", "append"))  # a requeued job goes on in the same log
+    found.append(("launch.slurm.requeue", "requeue" if s.requeue else "no-requeue", ""))
+    found.append(("launch.grace_s", "signal", f"B:USR1@{math.ceil(job.grace_s)}"))
+    found.append(("launch.nodes", "nodes", str(job.nodes)))
+    tasks = 1 if s.starter == "torchrun" else job.ranks_per_node
+    found.append(("launch.ranks_per_node", "ntasks-per-node", str(tasks)))
+    cpus = _cpus_per_task(job)
+    if cpus is not None:
+        found.append(("launch.slurm.cpus_per_rank", "cpus-per-task", str(cpus)))
+    if s.gpus_per_node:
+        found.append(("launch.slurm.gpus_per_node", "gpus-per-node", str(s.gpus_per_node)))
+    for key in ("partition", "account", "qos", "constraint", "time"):
+        value = getattr(s, key)
+        if value is not None:
+            found.append((f"launch.slurm.{key}", key, value))
+    if job.array is not None:
+        found.append(("the study's array", "array", job.array))
+    for option, value in s.options.items():
+        if option in SLURM_OURS:
+            raise ConfigError([f"launch.slurm.options: {option} is set by dist-gpt itself: {SLURM_OURS[option]}"])
+        found.append((f"launch.slurm.options.{option}", option, value))
+    return found
+
+
+def _directive(key: str, option: str, value: str) -> str:
+    """One line for sbatch: it knows double quotes and a backslash before the next character, and nothing else."""
+    if not re.fullmatch(SLURM_OPTION, option):
+        raise ConfigError([f"{key}: {option!r} is no option of sbatch; write its long name, for example mail-type"])
+    if has_control(value):
+        raise ConfigError([f"{key}: {value!r} holds a line break or another control character, which sbatch would "
+                           "take as the end of the option; take it out"])  # fmt: skip
+    if not value:
+        return f"#SBATCH --{option}"
+    plain = re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", value)
+    quoted = value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"#SBATCH --{option}={quoted}"
+
+
+def _quoted(key: str, value: str, lines_too: bool = False) -> str:
+    """For bash. A line break inside quotes is a value like any other; a NUL cannot be one."""
+    if "\0" in value or (not lines_too and has_control(value)):
+        raise ConfigError([f"{key}: {value!r} holds a control character; take it out"])
+    return shlex.quote(value)
+
+
+# --- inside the allocation -------------------------------------------------------------------------------------------
+
+
+def srun_argv(
+    spec: JobSpec, via: str = "srun", address: str = "", port: int = 0, cpus_per_rank: int | None = None
+) -> tuple[str, ...]:
+    """The step that starts every rank (via `srun`), or one torchrun a node (via `torchrun`)."""
+    per_node = 1 if via == "torchrun" else spec.ranks_per_node
+    argv = [
+        "srun", f"--nodes={spec.nodes}", f"--ntasks={spec.nodes * per_node}", f"--ntasks-per-node={per_node}",
+        "--distribution=block",  # ranks of a node are consecutive: the mesh's inner axes stay inside nodes
+        "--kill-on-bad-exit=0", "--wait=0",  # the supervisor ends the step itself, after it has found the culprit
+        "--mpi=none", "--export=ALL", "--unbuffered",
+        "--overlap",  # beside an salloc shell's own step, and beside the last attempt's while it goes
+    ]  # fmt: skip
+    if cpus_per_rank is not None:
+        argv.append(f"--cpus-per-task={cpus_per_rank * (spec.ranks_per_node if via == 'torchrun' else 1)}")
+    return (*argv, *(node_argv(spec, address, port) if via == "torchrun" else spec.argv))
+
+
+def hosts(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The allocation's nodes, in Slurm's order. ConfigError outside of one."""
+    text = environ.get("SLURM_JOB_NODELIST", "")
+    if not text:
+        raise ConfigError(["SLURM_JOB_NODELIST is not set, so this is no Slurm allocation; use sbatch or salloc"])
+    return expand(text)
+
+
+Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
+
+
+def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's tools, its output as text; code 127 where it is not there, 124 where it does not answer."""
+    try:
+        return subprocess.run(list(argv), capture_output=True, text=True, errors="replace", timeout=TOOL_S,
+                              stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(list(argv), 127, "", f"{argv[0]}: not found")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(list(argv), 124, "", f"{argv[0]} did not answer within {TOOL_S:.0f} s")
+
+
+def resolve(name: str) -> str | None:
+    """An IPv4 address of a name, as this host's resolver gives it; None where it knows none."""
+    try:
+        return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+
+
+def address_of(
+    host: str, interface: str | None = None, run: Run = run_tool, lookup: Callable[[str], str | None] = resolve
+) -> str:
+    """The address at which the other nodes reach `host`: of `interface` where it is given and `host` is this machine,
+    else of its name, else what Slurm itself uses. ConfigError names the node."""
+    if interface is not None and host in (os.environ.get("SLURMD_NODENAME"), socket.gethostname().split(".")[0]):
+        return interface_address(interface)
+    found = lookup(host)
+    if found is not None and not ipaddress.ip_address(found).is_loopback:
+        return found
+    match = re.search(r"\bNodeAddr=(\S+)", run(("scontrol", "show", "node", host)).stdout)
+    other = lookup(match[1]) if match else None
+    if other is not None and not ipaddress.ip_address(other).is_loopback:
+        return other
+    given = f"is {found}, which is every node's own" if found else "has no address here"
+    raise ConfigError([
+        f"node {host}: its name {given}, and Slurm's NodeAddr ({match[1] if match else 'not known'}) is no better; "
+        f"have it put into DNS or /etc/hosts, or name the interface between nodes with --set launch.interface=NAME"
+    ])  # fmt: skip
+
+
+def interface_address(interface: str) -> str:
+    """This machine's IPv4 address on `interface`. ConfigError lists those it has."""
+    have = {
+        name: [a.address for a in addresses if a.family == socket.AF_INET]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    if have.get(interface):
+        return str(have[interface][0])
+    listed = ", ".join(f"{name} ({' '.join(found)})" for name, found in have.items() if found)
+    raise ConfigError([f"launch.interface: {interface!r} has no IPv4 address on {socket.gethostname()}, only {listed}"])
+
+
+def is_warning(number: int) -> bool:
+    """Whether a signal is Slurm's word that the job's time is nearly over (--signal=B:USR1@...)."""
+    return number == signal.SIGUSR1
+
+
+def requeue(job_id: str, run: Run = run_tool) -> str:
+    """Send the job back to the queue; what came of it, in words."""
+    answer = run(("scontrol", "requeue", job_id))
+    if answer.returncode == 0:
+        return "done"
+    said = " ".join(answer.stderr.split())
+    return f"refused ({said}); go on with: scontrol requeue {job_id}, or dist-gpt launch ... --resume auto"
+
+
+def end_steps(job_id: str, run: Run = run_tool, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Kill every step of the job but the one that this process is in; returns when they are gone, or after a while."""
+    own = f"{job_id}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
+    deadline = time.monotonic() + STEPS_GONE_S
+    while time.monotonic() < deadline:
+        listed = run(("squeue", "--noheader", "--steps", "--jobs", job_id, "--format", "%i")).stdout.split()
+        steps = [step for step in listed if re.fullmatch(r"[0-9_]+\.[0-9]+", step) and step != own]
+        if not steps:
+            return
+        run(("scancel", "--signal=KILL", *steps))
+        sleep(0.5)

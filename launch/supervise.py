@@ -1,0 +1,347 @@
+"""Following the ranks of a job from their start to their end, whoever starts them.
+
+`supervise(spec, starter, host)` returns the job's exit code. It opens the watch, looks at what every rank finds where
+it is (launch.preflight), lets them go, hears their heartbeats, says which rank, link or collective a failure came from,
+hands on requests to stop, starts the job again where launch.max_restarts allows, and leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from queue import Empty
+
+from launch import explain
+from launch.facts import CONFIG_HASH, config_digest
+from launch.preflight import check_answers, warnings
+from launch.spec import LOG_DIR, WATCH, WATCH_TOKEN, JobSpec
+from launch.starter import Failure, Starter
+from launch.tee import Follow
+from launch.watch import Watch
+
+GRACE_S = 1.0
+"""After the first failure: time for the ranks that fail because of it to write their own errors to their logs."""
+PREEMPTED, PREEMPTED_GRACE_S = 75, 30.0
+"""A rank that was told to leave saved first; the others may still be writing."""
+HELLO_S = 25.0
+"""From the first rank's hello to the last one's."""
+TICK_S = 0.2
+TAIL_LINES = 20
+TAIL_BYTES = 64_000
+PASSED_THROUGH = (2, PREEMPTED)
+ASKING = ("SIGTERM", "SIGUSR1")
+"""Signals that ask the ranks to save and leave; others end them at once."""
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Supervisor:
+    """One job, attempt after attempt."""
+
+    def __init__(self, spec: JobSpec, starter: Starter, host: str) -> None:
+        self.spec, self.starter, self.host = spec, starter, host
+        self.stops: list[int] = []  # signals that came
+        self.watch: Watch | None = None
+        self.asked_at: float | None = None
+        self.let_go = False
+        self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Signal handler: only notes it (SimpleQueue.put may be called from a handler)."""
+        self.stops.append(number)
+        self.starter.wake.put(None)
+
+    def run(self) -> int:
+        """All attempts; the last one's code."""
+        steps_before = None
+        for attempt in range(self.spec.max_restarts + 1):
+            code = self.attempt(attempt)
+            if code in (0, *PASSED_THROUGH) or self.stops or attempt == self.spec.max_restarts:
+                break
+            steps = newest_checkpoint(self.spec.log_dir.parent)
+            if attempt and steps == steps_before:
+                say(f"no progress between two starts (newest checkpoint: {steps or 'none'}): not started again")
+                break
+            steps_before = steps
+            say(f"starting again, {attempt + 1} of {self.spec.max_restarts}, from {steps or 'the beginning'}")
+        return code
+
+    def attempt(self, number: int) -> int:
+        """Start the ranks, follow them to their end, and leave nothing."""
+        spec = self.spec
+        spec.log_dir.mkdir(parents=True, exist_ok=True)
+        for rank in range(spec.ranks):
+            spec.error_path(rank).unlink(missing_ok=True)
+            self.log_starts[rank] = size(spec.log_path(rank))
+        shown, self.let_go = None, False
+        self.watch = (
+            Watch(self.host, spec.ranks, silence_s=spec.silence_s, on_event=lambda: self.starter.wake.put(self))
+            if spec.watched
+            else None
+        )
+        try:
+            if not self.starter.live:
+                stream = sys.stderr if spec.live_on_stderr else sys.stdout
+                shown = Follow(spec.log_path(0), self.log_starts[0], stream)
+            self.starter.start(self._environment(number))
+            refused = self._look() if self.watch is not None else None
+            return self._follow() if refused is None else refused
+        finally:
+            self.end()
+            if shown is not None:
+                shown.close()
+
+    def end(self) -> None:
+        """Nothing of the job is left when this returns."""
+        if self.watch is not None:
+            self.watch.leave("the launcher ends the job")
+        seen = len(self.stops)
+        self.starter.end(lambda: len(self.stops) > seen)
+        if self.watch is not None:
+            self.watch.close()
+
+    def _environment(self, attempt: int) -> dict[str, str]:
+        env = {"TORCHELASTIC_RESTART_COUNT": str(attempt), **self.spec.env}
+        if not self.starter.live:
+            env[LOG_DIR] = str(self.spec.log_dir)
+        if self.watch is not None:
+            env |= {
+                WATCH: self.watch.address,
+                WATCH_TOKEN: self.watch.token,
+                "DIST_GPT_SILENCE_S": str(self.spec.silence_s),
+                CONFIG_HASH: config_digest(self.spec.log_dir.parent / "config.yaml"),
+            }
+        return env
+
+    # --- before training -----------------------------------------------------------------------------------------
+
+    def _look(self) -> int | None:
+        """Wait for every rank's hello and look at what they found; an exit code where the job must not start."""
+        watch, spec = self._watched(), self.spec
+        begun, first = time.monotonic(), None
+        while (missing := watch.missing()) and not self.stops and not self.starter.failures():
+            now = time.monotonic()
+            if first is None and len(missing) < spec.ranks:
+                first = now
+            late = now - begun > spec.timeout_s or (first is not None and now - first > HELLO_S)
+            if late or not self.starter.running() or self._in_vain(missing):
+                break
+            self._pause()
+        missing = watch.missing()
+        if self.stops:
+            return None
+        if not missing or not self.starter.failures():
+            problems = check_answers(spec, watch.states(), missing) if spec.preflight != "off" or missing else ""
+            if problems:
+                say(problems)
+                if missing or spec.preflight == "strict":
+                    self._show_missing(missing)
+                    self._show_starter()
+                    say("refused before training started; launch.preflight: warn goes on all the same")
+                    return 2
+            elif spec.preflight != "off" and (doubts := warnings(spec, watch.states())):
+                say(doubts)
+            watch.go()
+            self.let_go = True  # a request to stop that comes from now on reaches every rank when it begins to beat
+        return None
+
+    def _in_vain(self, missing: list[int]) -> bool:
+        """Whether those that have not come never will: one has said why, or somebody came as another rank."""
+        lost = [state for state in self._watched().states() if state.hello is not None
+                and (state.rivals or state.hello["world"] != self.spec.ranks)]  # fmt: skip
+        found = bool(lost) or any(self._last_words(rank) for rank in missing)
+        if found:
+            time.sleep(GRACE_S)  # others may still come, and are not to be called missing
+        return found
+
+    def _show_missing(self, missing: list[int]) -> None:
+        """What the first of them wrote down before it left."""
+        if told := next((words for rank in missing if (words := self._last_words(rank))), ""):
+            say(told)
+
+    # --- while they run ------------------------------------------------------------------------------------------
+
+    def _follow(self) -> int:
+        """Until the end, or the first trouble and a little more; the exit code, and on stderr what went wrong."""
+        deadline: float | None = None
+        trouble: explain.Explanation | None = None
+        while self.starter.running():
+            now = time.monotonic()
+            if self.stops and not self._asked(now):
+                return self._stopped()
+            failures = self.starter.failures()
+            trouble = trouble or self._trouble(now)
+            if deadline is None and (failures or trouble is not None):
+                saved = any(f.code == PREEMPTED for f in failures)
+                deadline = now + (PREEMPTED_GRACE_S if saved else GRACE_S)
+            if deadline is not None and now >= deadline:
+                break
+            self._pause(deadline)
+        return self._verdict()
+
+    def _trouble(self, now: float) -> explain.Explanation | None:
+        return explain.explain(self.watch.states(), now, self.spec.rank_name, watch_host=self.watch.name,
+                               stuck_s=self.spec.timeout_s) if self.watch is not None else None  # fmt: skip
+
+    def _asked(self, now: float) -> bool:
+        """Whether a request to stop is under way: the ranks save and leave, and have time left for it."""
+        name = signal.Signals(self.stops[-1]).name
+        if self.asked_at is None:
+            if not self.spec.saves or self.watch is None or name not in ASKING or not self.let_go:
+                return False
+            self.asked_at = now
+            say(f"{name} received: {self.spec.ranks} ranks are asked to save and leave, {self.spec.grace_s:.0f} s "
+                "at most; another signal ends them at once")  # fmt: skip
+            self.watch.ask_stop()
+        return len(self.stops) == 1 and now - self.asked_at < self.spec.grace_s
+
+    def _pause(self, deadline: float | None = None) -> None:
+        """Until something happens, for TICK_S at most where somebody has to be watched."""
+        patience = 60.0 if self.watch is None and self.starter.live else TICK_S
+        if deadline is not None:
+            patience = min(patience, max(0.0, deadline - time.monotonic()))
+        with suppress(Empty):
+            self.starter.wake.get(timeout=patience)
+
+    def _watched(self) -> Watch:
+        if self.watch is None:
+            raise ValueError(f"job {self.spec.name} is not watched")
+        return self.watch
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def _stopped(self) -> int:
+        name = signal.Signals(self.stops[-1]).name
+        late = self.asked_at is not None and len(self.stops) == 1
+        why = f"not saved within {self.spec.grace_s:.0f} s" if late else f"{name} received"
+        say(f"{why}: ending {self.spec.ranks} ranks")
+        return 128 + self.stops[-1]
+
+    def _verdict(self) -> int:
+        """Name what failed first, show the end of its log, and return the job's code."""
+        failures = self.starter.failures()
+        states = self.watch.states() if self.watch is not None else []
+        codes = [state.bye for state in states if state.bye is not None]
+        if PREEMPTED in [f.code for f in failures] + codes:
+            leavers = [f for f in failures if f.code not in (PREEMPTED,)]
+            if not leavers:
+                say(f"preempted: {self.spec.ranks} ranks saved and left (exit code {PREEMPTED})")
+                return PREEMPTED
+        exits = {**{rank: how for rank in range(self.spec.ranks) if (how := self._last_words(rank))},
+                 **{f.rank: f.how for f in failures}}  # fmt: skip
+        found = None
+        if self.watch is not None:
+            pairs = self.watch.probe() if self._may_be_link() else {}
+            found = explain.explain(
+                states, time.monotonic(), self.spec.rank_name, exits, pairs, self.watch.name, self.spec.timeout_s
+            )
+        if not failures and found is None:
+            return self._whole(codes)
+        self._report(failures, found)
+        first = min(failures, key=lambda f: f.at, default=None)
+        return first.code if first is not None and first.code in PASSED_THROUGH else 1
+
+    def _may_be_link(self) -> bool:
+        trouble = self._trouble(time.monotonic())
+        return trouble is not None and trouble.kind in ("link", "stuck", "failed")
+
+    def _whole(self, codes: list[int]) -> int:
+        """The code where no rank is known to have failed."""
+        code = self.starter.code()
+        if len(codes) == self.spec.ranks:
+            return max(codes)
+        if code and not self.starter.running():
+            say(f"the ranks ended with exit code {code}, and none of them said why")
+            self._show_starter()
+        return code if code in (0, *PASSED_THROUGH) else 1
+
+    def _report(self, failures: list[Failure], found: explain.Explanation | None) -> None:
+        by_time = sorted(failures, key=lambda f: f.at)
+        culprits = found.culprits if found is not None else []
+        first = by_time[0] if by_time else None
+        if first is not None and (found is None or first.rank not in culprits):
+            lines = [f"{self.spec.rank_name(first.rank)} died: {first.how}"]
+            if first.how == "killed by SIGKILL":
+                lines.append("  (if nobody killed it: the system kills a process with SIGKILL when memory runs out)")
+            say("\n".join(lines))
+            culprits = [first.rank]
+        elif found is not None:
+            say(found.text)
+        for rank in culprits[:2]:
+            self._show_log(rank)
+        others = sorted(f.rank for f in failures if f.rank not in culprits)
+        if others and (found is None or first is None or first.rank not in found.culprits):
+            say(f"failed after it: rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}")
+        self._show_starter()
+
+    def _last_words(self, rank: int) -> str:
+        """The error that a rank wrote down; some fail before they have a pulse to say it with."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(self.spec.error_path(rank).read_text())["error"])[:400]
+        return ""
+
+    def _show_log(self, rank: int) -> None:
+        path = self.spec.log_path(rank)
+        lines = tail(path, self.log_starts.get(rank, 0))
+        say("\n".join([f"end of {path}:" if lines else f"{path} is empty", *(f"  | {line}" for line in lines)]))
+
+    def _show_starter(self) -> None:
+        where = self.starter.where()
+        lines = tail(Path(where), 0)[-8:] if where else []
+        if lines:
+            say("\n".join([f"end of {where}:", *(f"  | {line}" for line in lines)]))
+
+
+def size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def tail(path: Path, start: int) -> list[str]:
+    """The last lines of what was written after `start` bytes."""
+    with suppress(OSError), open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(start, end - TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    return []
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Name of the newest committed checkpoint; empty where there is none."""
+    return max((path.parent.name for path in run_dir.glob("checkpoints/step_*/manifest.json")), default="")
+
+
+@contextmanager
+def handled(job: Supervisor) -> Iterator[None]:
+    """Route the signals that ask the launcher to leave to the job; ignored ones stay ignored (nohup, `&`)."""
+    before: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, job.on_signal)
+    try:
+        yield
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)  # type: ignore[arg-type]
+
+
+def supervise(
+    spec: JobSpec, starter: Starter, host: str, on_code: Callable[[int, list[int]], int] = lambda code, stops: code
+) -> int:
+    """Run `spec`; returns 0, a failed rank's 2, 75 when it was asked to stop and has saved, 1 for any other failure,
+    128 + signal. `host` is the one address that the watch listens on. `on_code` hears the code and the signals that
+    came while they are still handled, and may change the code (a requeue)."""
+    job = Supervisor(spec, starter, host)
+    with handled(job):
+        return on_code(job.run(), job.stops)

@@ -1,0 +1,362 @@
+"""The watch: the launcher's end of the ranks' heartbeats. One TCP server, on one interface, for one attempt of a job.
+
+Every rank connects, proves with the token that it belongs to this job, says what it found on its node (hello), waits
+for "go", and beats from then on (dist_gpt/pulse.py). One JSON object a line, at most MAX_LINE bytes. What is known of
+the ranks is read with `states()`; what it means is for launch.explain to say.
+
+A silent rank is sent a word each second: the kernel of a stopped process still acknowledges it, a link that is down
+does not (Linux' TCP_INFO).
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from launch.explain import QUIET_S, RankState
+from launch.lines import Line, group_ranks
+
+MAX_LINE = 65536
+HELLO_S = 10.0
+"""A connection that has not said who it is by then is dropped."""
+ASK_S = 1.0
+PROBE_S = 5.0
+STILL_S = 5.0
+"""When no rank has come on for so long, hosts are asked whether they reach each other: later they may have left."""
+_UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+Pairs = dict[tuple[str, str], bool]
+
+
+class Watch:
+    """Listens on `host` from its construction to `close`. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        host: str,
+        world: int,
+        token: str | None = None,
+        silence_s: float = 30.0,
+        name: str | None = None,
+        on_event: Callable[[], object] | None = None,
+    ) -> None:
+        """`host`: the one address to listen on. `name`: of this machine, in messages. `on_event` is called on the
+        watch's thread whenever `wait` would wake. Raises OSError where `host` is none of this machine's."""
+        self.world, self.silence_s = world, silence_s
+        self.token = token or secrets.token_hex(16)
+        self.name = name or socket.gethostname()
+        self._on_event = on_event
+        self._lock = threading.Condition()
+        self._states = [RankState(rank) for rank in range(world)]
+        self._lines: dict[int, Line] = {}
+        self._all: set[Line] = set()
+        self._was_silent: frozenset[int] = frozenset()
+        self._dismissed = self._closing = False
+        self._events = 0
+        self._reached: Pairs = {}  # (from, to)
+        self._hosts_asked = 0.0
+        self._probing: dict[int, str] = {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._server = socket.create_server((host, 0), family=family, backlog=max(128, world))
+        self._server.setblocking(False)
+        self.address = f"{host}:{self._server.getsockname()[1]}"
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._server, selectors.EVENT_READ)
+        self._bell, self._ear = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+        self._ready.register(self._ear, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    # --- for the launcher ----------------------------------------------------------------------------------------
+
+    def states(self) -> list[RankState]:
+        """What is known of every rank, now."""
+        with self._lock:
+            now = time.monotonic()
+            return [replace(state, silent=self._is_silent(state, now)) for state in self._states]
+
+    def missing(self) -> list[int]:
+        """Ranks that have not said hello."""
+        with self._lock:
+            return [state.rank for state in self._states if state.hello is None]
+
+    def wait_hello(self, timeout_s: float) -> list[int]:
+        """Until every rank has said hello; returns those that have not."""
+        with self._lock:
+            self._lock.wait_for(lambda: all(s.hello is not None for s in self._states), timeout_s)
+        return self.missing()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until a rank joins, fails, says bye, closes, falls silent or is heard again; False after `timeout_s`."""
+        with self._lock:
+            seen = self._events
+            return self._lock.wait_for(lambda: self._events != seen, timeout_s)
+
+    def go(self) -> None:
+        """Let the ranks start."""
+        self._tell({"do": "go"})
+
+    def ask_stop(self) -> None:
+        """Ask the ranks to save at the next step boundary and leave."""
+        self._tell({"do": "stop"})
+
+    def leave(self, why: str) -> None:
+        """Tell the ranks to leave at once; that their connections close is no death from now on."""
+        with self._lock:
+            self._dismissed = True
+            self._states = [s if s.closed is not None else replace(s, dismissed=True) for s in self._states]
+        self._tell({"do": "leave", "why": why})
+
+    def probe(self, timeout_s: float = PROBE_S) -> Pairs:
+        """Which hosts reach each other, asked now, within `timeout_s`, and else as last heard since the job came on:
+        {(host, host): reached}, each pair in alphabetical order; pairs that could not be tried are not in it."""
+        with self._lock:
+            self._ask_hosts(time.monotonic())
+            self._ring()
+            self._lock.wait_for(lambda: not self._probing, timeout_s)
+            self._probing = {}
+            pairs: Pairs = {}
+            for way, reached in self._reached.items():
+                pair = (min(way), max(way))
+                pairs[pair] = reached and pairs.get(pair, True)
+            return pairs
+
+    def close(self) -> None:
+        """Hang up on everybody and stop listening."""
+        with self._lock:
+            self._closing = True
+        self._ring()
+        self._thread.join(5.0)
+
+    # --- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        turn = 0.0
+        while not self._closing:
+            for key, mask in self._ready.select(0.2):
+                with self._lock:
+                    self._serve(key, mask)
+            now = time.monotonic()
+            with self._lock:
+                for line in self._all:
+                    if line.unsent:
+                        line.flush()
+                if now - turn >= ASK_S:
+                    turn = now
+                    self._look_after(now)
+        with self._lock:
+            for line in list(self._all):
+                line.flush()
+                self._drop(line)
+            self._server.close()
+            self._ready.close()
+            self._bell.close()
+            self._ear.close()
+
+    def _serve(self, key: selectors.SelectorKey, mask: int) -> None:
+        if key.fileobj is self._ear:
+            with suppress(OSError):
+                self._ear.recv(4096)
+        elif key.fileobj is self._server:
+            with suppress(OSError):
+                link, address = self._server.accept()
+                link.setblocking(False)
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                line = Line(link, str(address[0]), time.monotonic())
+                self._all.add(line)
+                self._ready.register(link, selectors.EVENT_READ, line)
+        elif key.data in self._all and mask & selectors.EVENT_READ:
+            self._receive(key.data)
+
+    def _receive(self, line: Line) -> None:
+        try:
+            data = line.socket.recv(MAX_LINE)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._closed(line, error.errno in _UNREACHED)
+            return
+        if not data:
+            self._closed(line, False)
+            return
+        *lines, line.read = (line.read + data).split(b"\n")
+        for text in lines:
+            if line in self._all:
+                self._understand(line, text)
+        if len(line.read) > MAX_LINE and line in self._all:
+            self._closed(line, False)
+
+    def _understand(self, line: Line, text: bytes) -> None:
+        """One line; strangers and nonsense end the connection."""
+        try:
+            if len(text) > MAX_LINE:
+                raise ValueError("too long")
+            message = json.loads(text)
+            if line.rank is None:
+                self._hello(line, message["hello"])
+            else:
+                self._heard(line, line.rank, message)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self._closed(line, False)
+
+    def _hello(self, line: Line, hello: dict[str, Any]) -> None:
+        if not hmac.compare_digest(str(hello["token"]).encode(), self.token.encode()):
+            raise ValueError("a stranger")
+        rank, now = int(hello["rank"]), time.monotonic()
+        hello = {key: value for key, value in hello.items() if key != "token"}
+        if not 0 <= rank < self.world:
+            first = self._states[0]  # told with rank 0: somebody believes in another world
+            self._states[0] = replace(first, rivals=(*first.rivals, hello))
+            raise ValueError("no rank of this job")
+        state = self._states[rank]
+        if state.hello is not None:
+            self._states[rank] = replace(state, rivals=(*state.rivals, hello))
+            line.rank = -1
+        else:
+            line.rank = rank
+            self._lines[rank] = line
+            self._states[rank] = replace(state, hello=hello, joined=now, heard=now, dismissed=self._dismissed)
+            if self._dismissed:
+                line.put({"do": "leave", "why": "the job has ended"})
+        self._event()
+
+    def _heard(self, line: Line, rank: int, message: dict[str, Any]) -> None:
+        if rank < 0:
+            return
+        now = time.monotonic()
+        state = replace(self._states[rank], heard=now, unacknowledged=None)
+        line.asked = None
+        if "beat" in message:
+            position = dict(message["beat"])
+            moved = state.moved if position == state.position and state.moved is not None else now
+            state = replace(state, position=position, moved=moved)
+            line.put({"do": "ok"})
+        elif "channels" in message:
+            line.port = int(message.get("port", 0))
+            groups = tuple((str(axis), group_ranks(ranks), str(way)) for axis, ranks, way in message["channels"])
+            state = replace(state, channels=groups)
+        elif "failed" in message:
+            failed = dict(message["failed"])
+            self._freeze()
+            last = failed.get("position") or state.position
+            known = any(s.failed is not None for s in self._states)
+            then = self._states[rank].then if known else last  # the first failure says best where it was
+            state = replace(state, failed=failed, failed_at=now, position=last, then=then)
+        elif "bye" in message:
+            state = replace(state, bye=int(message["bye"]["code"]))
+        elif "probe" in message and rank in self._probing:
+            here = self._probing.pop(rank)
+            for there, reached in dict(message["probe"]).items():
+                self._reached[here, str(there)] = bool(reached)
+        self._states[rank] = state
+        if "beat" not in message:
+            self._event()
+
+    def _freeze(self) -> None:
+        """Before the first failure is noted: keep where everybody was, since what they do later is its consequence."""
+        if not any(s.then is not None for s in self._states):
+            self._states = [replace(s, then=s.position) for s in self._states]
+
+    def _closed(self, line: Line, unreached: bool) -> None:
+        """A connection ended; `unreached`: not by its other end."""
+        rank = line.rank
+        self._drop(line)
+        if rank is None or rank < 0:
+            return
+        state = self._states[rank]
+        if unreached:
+            state = replace(state, unacknowledged=True)
+        else:
+            state = replace(state, closed=time.monotonic(), dismissed=state.dismissed or self._dismissed)
+        self._probing.pop(rank, None)
+        self._states[rank] = state
+        self._event()
+
+    def _drop(self, line: Line) -> None:
+        self._all.discard(line)
+        if line.rank is not None and self._lines.get(line.rank) is line:
+            del self._lines[line.rank]
+        with suppress(KeyError, ValueError):
+            self._ready.unregister(line.socket)
+        line.socket.close()
+
+    def _look_after(self, now: float) -> None:
+        """Drop who never says hello; ask who is silent, and see whether his kernel acknowledges."""
+        for line in list(self._all):
+            if line.rank is None and now - line.since > HELLO_S:
+                self._drop(line)
+        for rank, line in list(self._lines.items()):
+            state = self._states[rank]
+            if state.position is None or now - (state.heard or now) < QUIET_S / 2:
+                continue
+            if line.asked is not None:  # what was sent a second ago should have arrived
+                self._states[rank] = replace(state, unacknowledged=line.unacknowledged())
+            line.asked = now
+            line.put({"do": "ok"})
+        self._look_at_hosts(now)
+        silent = frozenset(s.rank for s in self._states if self._is_silent(s, now))
+        if silent != self._was_silent:
+            self._was_silent = silent
+            self._event()
+
+    def _look_at_hosts(self, now: float) -> None:
+        """Ask them when the job stands still; forget what they said when it goes on."""
+        moved = [s.moved for s in self._states if s.moved is not None]
+        if any(s.failed is not None or s.died for s in self._states) or not moved:
+            return
+        if now - max(moved) < STILL_S:
+            self._reached = {}
+        elif now - self._hosts_asked > STILL_S:
+            self._ask_hosts(now)
+
+    def _ask_hosts(self, now: float) -> None:
+        """The first rank that lives on every host shall try to reach the others'."""
+        first: dict[str, Line] = {}
+        for rank, line in sorted(self._lines.items()):
+            if line.port and not self._states[rank].quiet(now):
+                first.setdefault(self._states[rank].host, line)
+        for rank, line in sorted(self._lines.items()):  # hosts that are silent as a whole can be tried all the same
+            if line.port:
+                first.setdefault(self._states[rank].host, line)
+        self._probing, self._hosts_asked = {}, now
+        for host, line in first.items():
+            targets = {other: [there.address, there.port] for other, there in first.items() if other != host}
+            if targets and line.rank is not None:
+                line.put({"do": "probe", "targets": targets})
+                if not self._states[line.rank].quiet(now):
+                    self._probing[line.rank] = host
+
+    def _is_silent(self, state: RankState, now: float) -> bool:
+        begun = state.position is not None and state.closed is None and not state.over and state.failed is None
+        return begun and now - (state.heard or now) > self.silence_s
+
+    # --- sending -------------------------------------------------------------------------------------------------
+
+    def _tell(self, word: Mapping[str, Any]) -> None:
+        with self._lock:
+            for line in list(self._lines.values()):
+                line.put(word)
+            for line in [line for line in self._all if line.rank == -1]:
+                line.put(word if word["do"] == "leave" else {"do": "leave", "why": "this rank is here twice"})
+        self._ring()
+
+    def _event(self) -> None:
+        self._events += 1
+        self._lock.notify_all()
+        if self._on_event is not None:
+            self._on_event()
+
+    def _ring(self) -> None:
+        with suppress(OSError):
+            self._bell.send(b".")

@@ -1,0 +1,386 @@
+"""Batch scripts and command lines, against recorded files; following a job, against recorded answers of Slurm.
+
+The recorded files are written anew only with DIST_GPT_UPDATE_GOLDEN=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import load
+from dist_gpt.config.problems import problems
+from dist_gpt.config.schema import SlurmConfig
+from launch import slurm, torchrun
+from launch.slurm import SlurmJob, sbatch_text, srun_argv, state_in_words
+from launch.slurm_words import ENDED, WORDS
+from launch.spec import JobSpec, train_argv
+from launch.submit import Following, cancel, final_state, follow, submit
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+SCRIPTS = sorted((Path(__file__).parents[2] / "slurm").glob("*.sbatch"))
+NASTY = "a b'c\"d;touch canary;$(touch canary)`touch canary`&&touch canary|#\\ %j *"
+
+
+def golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("DIST_GPT_UPDATE_GOLDEN") == "1":
+        GOLDEN.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text(), f"differs from {path}; DIST_GPT_UPDATE_GOLDEN=1 records it anew"
+
+
+def lines(argv: Sequence[str]) -> str:
+    return "".join(f"{word}\n" for word in argv).replace(sys.executable, "/opt/env/bin/python")
+
+
+def job(**changes: Any) -> SlurmJob:
+    config = SlurmConfig(
+        partition="gpu", account="m1234", qos="regular", constraint="gpu&hbm80g", time="1:30:00", gpus_per_node=4,
+        cpus_per_rank=16, options={"mail-type": "FAIL", "exclusive": ""},
+    )  # fmt: skip
+    base = SlurmJob(
+        name="gpt", run_dir=Path("/scratch/me/runs/gpt"), cwd=Path("/home/me/work"), python="/opt/env/bin/python",
+        nodes=2, ranks_per_node=4, env={"NCCL_DEBUG": "WARN"}, modules=("cuda/12.4",), grace_s=90.5, slurm=config,
+        argv=("-m", "dist_gpt", "launch", "/scratch/me/runs/gpt/config.yaml", "--via", "slurm", "--resume", "auto"),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def spec(nodes: int = 2) -> JobSpec:
+    return JobSpec(train_argv("/scratch/me/runs/gpt/config.yaml"), 4 * nodes, Path("/scratch/me/runs/gpt/logs"), nodes,
+                   name="gpt", grace_s=90.5)  # fmt: skip
+
+
+@pytest.mark.parametrize("starter", ["srun", "torchrun", "mpi"])
+def test_the_script_is_as_recorded(starter: str) -> None:
+    with_starter = job().slurm.model_copy(update={"starter": starter})
+    golden(f"{starter}.sbatch", sbatch_text(job(slurm=with_starter)))
+
+
+def test_the_script_of_defaults_and_of_an_array() -> None:
+    bare = job(slurm=SlurmConfig(requeue=False), modules=(), env={}, nodes=1, ranks_per_node=1)
+    golden("bare.sbatch", sbatch_text(bare))
+    text = sbatch_text(job(array="1-10%2"))
+    assert "#SBATCH --array=1-10%2\n" in text
+    assert "/logs/slurm-%A_%a.out\n" in text
+
+
+def test_command_lines_are_as_recorded() -> None:
+    golden("srun.txt", lines(srun_argv(spec(), "srun", "10.0.0.1", 23456, 16)))
+    golden("srun_torchrun.txt", lines(srun_argv(spec(), "torchrun", "10.0.0.1", 23456, 16)))
+    golden("torchrun.txt", lines(torchrun.torchrun_argv(spec(), 1, "10.0.0.1", 23456)))
+    golden("torchrun_one_node.txt", lines(torchrun.torchrun_argv(spec(1), 0, "127.0.0.1", 23456)))
+    program = torchrun.torchrun_argv(JobSpec(("./a.out", "-m", "x"), 2, Path("logs")), 0, "127.0.0.1", 1)
+    assert program[-4:] == ("--no-python", "./a.out", "-m", "x")
+    assert torchrun.environment(spec())["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "91"
+
+
+def test_a_starter_dies_with_its_launcher(tmp_path: Path) -> None:
+    """Killed with SIGKILL, the launcher cannot end it."""
+    program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    launcher = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-m', 'launch.tied', sys.executable, '-c', {program!r}])\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT) as parent:
+        _until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        parent.kill()
+    child = int((tmp_path / "pid").read_text())
+    _until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+    argv = [sys.executable, "-m", "launch.tied", "/no/such"]
+    missing = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (missing.returncode, missing.stderr) == (1, "/no/such: No such file or directory\n")
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_node_knows_its_number() -> None:
+    assert torchrun.node_rank(1, {}) == 0
+    assert torchrun.node_rank(2, {"SLURM_NODEID": "1"}) == 1
+    for environ in ({}, {"SLURM_NODEID": "2"}, {"SLURM_NODEID": "x"}):
+        with pytest.raises(ConfigError, match="SLURM_NODEID"):
+            torchrun.node_rank(2, environ)
+
+
+@pytest.mark.parametrize("bad", ["a\nb", "a\rtouch x", "a\0b", "a\tb", "a\x1bb", "a\u2028b", "a\x85b", "a\x0bb"])
+def test_control_characters_are_refused_by_name(bad: str) -> None:
+    config = job().slurm
+    cases = {
+        "name": job(name=bad),
+        "run_dir": job(run_dir=Path("/tmp") / bad.replace("\0", "\x01")),
+        "launch.modules": job(modules=(bad,)),
+        "working directory": job(cwd=Path(bad.replace("\0", "\x01"))),
+        "launch.slurm.options.comment": job(slurm=config.model_copy(update={"options": {"comment": bad}})),
+        **{f"launch.slurm.{key}": job(slurm=config.model_copy(update={key: bad}))
+           for key in ("partition", "account", "qos", "constraint", "time")},
+    }  # fmt: skip
+    for key, case in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            sbatch_text(case)
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["Mail", "-x", "mail type", "x=y", "", "x\ny", "output", "signal", "nodes", "wrap-"])
+def test_options_that_are_none_or_ours(option: str) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.slurm\.options"):
+        sbatch_text(job(slurm=SlurmConfig(options={option: "1"})))
+
+
+def test_the_config_is_refused_before(tmp_path: Path) -> None:
+    base = load(str(_tiny(tmp_path)), world=1)
+    bad = {
+        "env": {"A B": "1", "OK": "x\0"}, "modules": ["a\nb", ""], "interface": "eth 0",
+        "slurm": SlurmConfig(time="90 min", partition="x\ny", options={"Bad": "", "output": "x", "comment": "a\nb"}),
+    }  # fmt: skip
+    launch = base.launch.model_copy(update=bad)
+    found = "\n".join(problems(base.model_copy(update={"launch": launch})))
+    for named in ("'A B'", "'OK'", "'a\\nb'", "launch.modules: an empty", "launch.interface: 'eth 0'",
+                  "launch.slurm.time: '90 min'", "launch.slurm.partition: 'x\\ny'", "'Bad' is no long option",
+                  "output is set by dist-gpt", "launch.slurm.options.comment"):  # fmt: skip
+        assert named in found
+    for limit in ("30", "1:30:00", "90:00", "2-00", "2-12:30", "1-00:00:00"):
+        ok = base.launch.model_copy(update={"slurm": SlurmConfig(time=limit)})
+        assert not problems(base.model_copy(update={"launch": ok}))
+
+
+def _tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text("model: {num_layers: 1, hidden_size: 8, num_heads: 1, seq_len: 8, vocab_size: 256}\n"
+                    "train: {steps: 1, global_batch: 1}\ndata: {source: synthetic}\n")  # fmt: skip
+    return path
+
+
+def nasty_job(folder: Path) -> SlurmJob:
+    program = "import json, os, sys; print(json.dumps([os.environ['VALUE'], sys.argv[1:], os.getpid()]))"
+    config = SlurmConfig(account=NASTY, options={"comment": NASTY})
+    return job(name=NASTY, cwd=folder, run_dir=folder / "100% 'of' $(touch canary)", python=sys.executable, modules=(),
+               env={"VALUE": NASTY + "\nline 2"}, slurm=config, argv=("-c", program, NASTY, "x\ny"))  # fmt: skip
+
+
+def test_values_are_values_for_bash_and_python_takes_the_shells_place(tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text(sbatch_text(nasty_job(tmp_path)))
+    with subprocess.Popen(["bash", str(script)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as shell:
+        out, _ = shell.communicate(timeout=60)
+    assert json.loads(out) == [NASTY + "\nline 2", [NASTY, "x\ny"], shell.pid]
+    assert [path.name for path in tmp_path.iterdir()] == ["job.sbatch"]
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="sbatch is not installed")
+def test_values_are_values_for_sbatch(tmp_path: Path) -> None:
+    """The real sbatch says what it read, before it misses its controller."""
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=2\nNodeName=n1 CPUs=1\n"
+        "PartitionName=p Nodes=n1 Default=YES\n"
+    )
+    script = tmp_path / "job.sbatch"
+    made = nasty_job(tmp_path)
+    script.write_text(sbatch_text(made))
+    env = {"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "slurm.conf")}
+    done = subprocess.run(["sbatch", "-vv", "--test-only", str(script)], env=env, cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60, check=False)  # fmt: skip
+    if "defined options" not in done.stderr:
+        pytest.skip(f"this sbatch does not show what it read: {done.stderr[-200:]}")
+    assert f": {NASTY}\n" in done.stderr.split("job-name")[1]
+    assert f": {NASTY}\n" in done.stderr.split("comment  ")[1]
+    assert "100%% 'of' $(touch canary)/logs/slurm-%j.out\n" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.sbatch", "slurm.conf"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_for_hands(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+    text = script.read_text()
+    assert "exec dist-gpt launch" in text
+    assert "--resume auto" in text
+    assert "--open-mode=append" in text
+    assert "--signal=B:USR1@" in text
+    first = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in text.splitlines()[first:]), "sbatch stops reading there"
+
+
+def test_there_are_scripts() -> None:
+    assert {path.stem for path in SCRIPTS} == {"torchrun", "srun", "mpi", "array", "perlmutter", "frontier"}
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_state_has_words() -> None:
+    for state in WORDS:
+        assert state_in_words(state).startswith(f"{state}: ")
+    assert set(WORDS) > ENDED
+    assert state_in_words("FAILED", "2:0").endswith("it failed with exit code 2 (bad input)")
+    assert "SIGKILL" in state_in_words("OUT_OF_MEMORY", "0:9")
+    assert state_in_words("CANCELLED by 1000", "0:15").startswith("CANCELLED: somebody cancelled it")
+    assert "does not know" in state_in_words("NEW_STATE")
+    with pytest.raises(ConfigError):
+        state_in_words("FAILED", "x")
+
+
+# --- Slurm's answers -------------------------------------------------------------------------------------------------
+
+INVALID = (1, "", "slurm_load_jobs error: Invalid job id specified")
+PENDING = "JobId=7 JobName=x\n   JobState=PENDING Reason=BeginTime\n   Requeue=1 Restarts=1 ExitCode=0:0"
+DONE = "JobId=7 JobName=x\n   JobState=COMPLETED Reason=None\n   ExitCode=0:0"
+
+
+class Slurm:
+    """Answers by tool, one after the other (the last one again and again), and a clock of its own."""
+
+    def __init__(self, **answers: list[Any]) -> None:
+        self.answers, self.now = answers, 0.0
+        self.calls: list[tuple[str, ...]] = []
+        self.at: list[tuple[float, Callable[[], None]]] = []
+
+    def run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        self.calls.append(tuple(argv))
+        left = self.answers.get(argv[0], [(127, "", f"{argv[0]}: not found")])
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        code, out, err = (0, answer, "") if isinstance(answer, str) else answer
+        return subprocess.CompletedProcess(list(argv), code, out, err)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        while self.at and self.at[0][0] <= self.now:
+            self.at.pop(0)[1]()
+
+    def clock(self) -> float:
+        return self.now
+
+
+def test_submitting() -> None:
+    assert submit(Path("job.sbatch"), Slurm(sbatch=["4711;cluster\n"]).run) == "4711"
+    with pytest.raises(ConfigError, match="sbatch is not found.*--via local"):
+        submit(Path("job.sbatch"), Slurm().run)
+    refused = (1, "", "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed")
+    with pytest.raises(ConfigError, match="invalid partition specified: gpux"):
+        submit(Path("job.sbatch"), Slurm(sbatch=[refused]).run)
+    with pytest.raises(ConfigError, match="no word"):
+        submit(Path("job.sbatch"), Slurm(sbatch=["what?"]).run)
+
+
+def followed(fake: Slurm, folder: Path) -> tuple[Any, list[str], str]:
+    said: list[str] = []
+    shown: list[str] = []
+    ended = follow("7", folder / "slurm-%j.out", said.append, shown.append, folder, run=fake.run, sleep=fake.sleep,
+                   clock=fake.clock)  # fmt: skip
+    return ended, said, "".join(shown)
+
+
+def test_following_through_queue_and_requeue(tmp_path: Path) -> None:
+    log = tmp_path / "slurm-7.out"
+    fake = Slurm(
+        squeue=["PENDING|Priority|2026-11-24T12:00:00\n", "PENDING|Priority|N/A\n", "RUNNING|None|x\n",
+                "PREEMPTED|None|x\n", "PENDING|BeginTime|N/A\n", "RUNNING|None|x\n", INVALID],
+        scontrol=[PENDING, DONE],
+    )  # fmt: skip
+
+    def write(text: bytes) -> Callable[[], None]:
+        def now() -> None:
+            with open(log, "ab") as file:
+                file.write(text)
+
+        return now
+
+    fake.at = [(11.0, write("step 1 ü".encode()[:-1])), (12.0, write("ü\n".encode()[1:])), (26.0, write(b"step 2\n")),
+               (31.0, write(b"last words\n"))]  # fmt: skip
+    ended, said, shown = followed(fake, tmp_path)
+    assert shown == "step 1 ü\nstep 2\nlast words\n"
+    assert (ended.state, ended.code) == ("COMPLETED", 0)
+    text = "\n".join(said)
+    for part in ("jobs of higher priority are first; Slurm expects to start it at 2026-11-24 12:00:00",
+                 "RUNNING: running", "about two minutes", "COMPLETED: done"):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize(("scontrol", "sacct", "exit_file", "code"), [
+    ("JobState=FAILED Reason=x ExitCode=2:0", "", None, 2),
+    ("JobState=FAILED Reason=x ExitCode=3:0", "", None, 1),
+    ("JobState=TIMEOUT Reason=x ExitCode=0:15", "", None, 1),
+    ("JobState=TIMEOUT Reason=x ExitCode=0:15", "", {"code": 75}, 75),
+    ("JobState=TIMEOUT Reason=x ExitCode=0:15", "", {"code": 75, "job": "6"}, 1),
+    ("JobState=FAILED Reason=x ExitCode=1:0", "", {"what": 1}, 1),
+    (INVALID, "CANCELLED by 0|0:15\n", None, 1),
+    (INVALID, "COMPLETED|0:0\n", None, 0),
+])  # fmt: skip
+def test_how_it_ended(tmp_path: Path, scontrol: Any, sacct: str, exit_file: Any, code: int) -> None:
+    if exit_file is not None:
+        (tmp_path / "exit.json").write_text(json.dumps(exit_file))
+    fake = Slurm(squeue=["RUNNING|None|x", ""], scontrol=[scontrol], sacct=[sacct])
+    assert followed(fake, tmp_path)[0].code == code
+
+
+def test_slurm_that_is_away(tmp_path: Path) -> None:
+    away = (1, "", "slurm_load_jobs error: Unable to contact slurm controller")
+    back = Slurm(squeue=["RUNNING|None|x", *[away] * 20, ""], scontrol=[DONE])
+    assert followed(back, tmp_path)[0].code == 0
+    with pytest.raises(ConfigError, match=r"has not said a word about job 7 for 120 s"):
+        followed(Slurm(squeue=["RUNNING|None|x", away]), tmp_path)
+    assert final_state("7", Slurm().run) is None
+
+
+def test_a_log_that_was_cut_is_shown_from_its_start(tmp_path: Path) -> None:
+    log = tmp_path / "x.out"
+    shown: list[str] = []
+    log.write_text("before\n")
+    one = Following("7", log, print, shown.append)
+    one.show_more()
+    log.write_text("new\n")
+    one.show_more()
+    assert shown == ["before\n", "new\n"]
+
+
+def test_cancelling() -> None:
+    fake = Slurm(scancel=[""], squeue=["RUNNING\n", "COMPLETING\n", INVALID])
+    assert cancel("7", fake.run, fake.sleep, fake.clock)
+    assert fake.calls[0] == ("scancel", "7")
+    fake = Slurm(scancel=[""], squeue=["COMPLETING\n"])
+    assert not cancel("7", fake.run, fake.sleep, fake.clock)
+
+
+def test_inside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slurm.hosts({"SLURM_JOB_NODELIST": "n[1-2]"}) == ["n1", "n2"]
+    with pytest.raises(ConfigError, match="no Slurm allocation"):
+        slurm.hosts({})
+    assert slurm.is_warning(signal.SIGUSR1)
+    assert not slurm.is_warning(signal.SIGTERM)
+    assert slurm.requeue("7", Slurm(scontrol=[""]).run) == "done"
+    assert "Access denied" in slurm.requeue("7", Slurm(scontrol=[(1, "", "Access denied\n")]).run)
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    fake = Slurm(squeue=["7.batch\n7.0\n7.1\n7.2\n", "7.batch\n7.1\n"], scancel=[""])
+    slurm.end_steps("7", fake.run, fake.sleep)
+    assert [call for call in fake.calls if call[0] == "scancel"] == [("scancel", "--signal=KILL", "7.0", "7.2")]
+
+
+def test_the_address_that_others_reach() -> None:
+    names = {"n1": "10.0.0.1", "loop": "127.0.1.1", "10.0.0.9": "10.0.0.9"}
+    assert slurm.address_of("n1", None, Slurm().run, names.get) == "10.0.0.1"
+    node = Slurm(scontrol=["NodeName=loop NodeAddr=10.0.0.9 NodeHostName=loop"])
+    assert slurm.address_of("loop", None, node.run, names.get) == "10.0.0.9"
+    for host, part in (("loop", "127.0.1.1, which is every node's own"), ("gone", "has no address here")):
+        with pytest.raises(ConfigError, match=part):
+            slurm.address_of(host, None, Slurm().run, names.get)
+    assert slurm.interface_address("lo").startswith("127.")
+    with pytest.raises(ConfigError, match="'nic9' has no IPv4 address"):
+        slurm.interface_address("nic9")
