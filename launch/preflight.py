@@ -152,7 +152,7 @@ def _missing(nodes: Nodes, answers: Mapping[int, Answer], expected: Expected) ->
             what, where = f"no rank of node {node} (counted from 0) said hello", f"node {node}"
             if node < len(expected.hosts):
                 what, where = "no rank of this node said hello", expected.hosts[node]
-            remedy = f"See {log}, and that the node is up, starts processes, and reaches the launcher (launch.interface)"
+            remedy = f"See {log}, that the node is up, starts processes, and reaches the launcher (launch.interface)"
         yield Problem(where, tuple(ranks), what, remedy)
 
 

@@ -34,7 +34,7 @@ __all__ = [
     "SlurmJob", "address_of", "code_of", "end_steps", "hosts", "is_warning", "job_of", "port_of", "requeue",
     "sbatch_text", "srun_argv", "state_in_words",
 ]  # fmt: skip
-STEPS_GONE_S = 30.0
+STEPS_GONE_S = 15.0
 TOOL_S = 60.0
 """For any of Slurm's tools to answer."""
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.jobs import Jobs
 from tests.cluster.virtual import VirtualCluster
-from tests.ranks.runs import rows
+from tests.ranks.runs import ROOT, rows
 
 SILENCE_S = 6
 NAMED_S = 60.0
@@ -54,9 +54,10 @@ def until_said(jobs: Jobs, words: str) -> float:
 
 
 def until_nothing_runs(jobs: Jobs) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not jobs.nothing_runs():
-        assert time.monotonic() < deadline, "ranks are left"
+        left = [Path(f"/proc/{pid}/cmdline") for node in (1, 2) for pid in jobs.cluster.processes(node, str(ROOT))]
+        assert time.monotonic() < deadline, [path.read_bytes() for path in left if path.exists()]
         time.sleep(0.2)
 
 
