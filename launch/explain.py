@@ -171,7 +171,8 @@ class _Case:
         if dead and not (own and (own[0].failed_at or 0.0) < (dead[0].closed or 0.0)):
             first = dead[0].closed or 0.0
             culprits = [s.rank for s in dead if (s.closed or 0.0) - first <= TOGETHER_S]
-            lines = [self._line(rank, f"died: {self.exits.get(rank, 'its connection closed')}") for rank in culprits]
+            unknown = "its connection closed without a word (killed, or out of memory)"
+            lines = [self._line(rank, f"died: {self.exits.get(rank, unknown)}") for rank in culprits]
             if any("SIGKILL" in self.exits.get(rank, "") for rank in culprits):
                 lines.append("  (if nobody killed it: the system kills a process with SIGKILL when memory runs out)")
             return self._told("died", culprits, lines)
