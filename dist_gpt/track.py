@@ -62,13 +62,11 @@ class ExitRecord:
         """The process will leave with `code`, `step` steps done. What goes wrong here must not hide that."""
         if self._path is None:
             return
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         ended = {"code": code, "why": why, "step": step, "time": time.time()}
         if "SLURM_JOB_ID" in os.environ:
             ended["job"] = os.environ["SLURM_JOB_ID"]
         with contextlib.suppress(OSError):
-            beside.write_text(json.dumps(ended) + "\n")
-            os.replace(beside, self._path)
+            _replace(self._path, json.dumps(ended).encode() + b"\n")
 
 
 def require_wandb(mode: str) -> None:
@@ -105,8 +103,13 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_bytes().split(b"\n")[:-1] if _step_of(line) <= step]
+    _replace(path, b"".join(line + b"\n" for line in kept))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file in one piece: a reader sees the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(b"".join(line + b"\n" for line in kept))
+    beside.write_bytes(data)
     os.replace(beside, path)
 
 

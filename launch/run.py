@@ -17,7 +17,7 @@ from dist_gpt.config import yaml_io
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import dump, find, load
 from dist_gpt.config.schema import Config
-from dist_gpt.layout import Layout
+from dist_gpt.plan.steps import layout_of
 from launch.env import Device, choose_device, count_gpus
 from launch.spec import RUN_DIR, JobSpec, train_argv
 
@@ -97,13 +97,12 @@ def job_of(
     config: Config, run_dir: Path, device: Device, live_on_stderr: bool = False, resume: str | None = None
 ) -> JobSpec:
     """The job that trains `config` in `run_dir`, from a checkpoint where `resume` says so."""
-    p, launch = config.parallel, config.launch
+    launch, layout = config.launch, layout_of(config)
     env = {**launch.env, RUN_DIR: str(run_dir)}
     if device.kind == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""  # ranks decide by what they see; they shall decide what the user was told
     if launch.interface is not None:
         env |= {"GLOO_SOCKET_IFNAME": launch.interface, "NCCL_SOCKET_IFNAME": launch.interface}
-    layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
     return JobSpec(
         argv=train_argv(run_dir / "config.yaml", *(("--resume", resume) if resume else ())),
         ranks=layout.world,

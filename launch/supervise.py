@@ -232,11 +232,9 @@ class Supervisor:
         failures = self.starter.failures()
         states = self.watch.states() if self.watch is not None else []
         codes = [state.bye for state in states if state.bye is not None]
-        if PREEMPTED in [f.code for f in failures] + codes:
-            leavers = [f for f in failures if f.code not in (PREEMPTED,)]
-            if not leavers:
-                say(f"preempted: {self.spec.ranks} ranks saved and left (exit code {PREEMPTED})")
-                return PREEMPTED
+        if PREEMPTED in [f.code for f in failures] + codes and all(f.code == PREEMPTED for f in failures):
+            say(f"preempted: {self.spec.ranks} ranks saved and left (exit code {PREEMPTED})")
+            return PREEMPTED
         exits = {**{rank: how for rank in range(self.spec.ranks) if (how := self._last_words(rank))},
                  **{f.rank: f.how for f in failures}}  # fmt: skip
         found = None

@@ -11,9 +11,9 @@ from typing import Any
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import dump, problems
 from dist_gpt.config.schema import Config
-from dist_gpt.layout import Layout
 from dist_gpt.plan.count import total_parameters
 from dist_gpt.plan.shrink import MAX_WORLD, certificate_config
+from dist_gpt.plan.steps import layout_of
 from launch.local import launch_local
 from launch.spec import JobSpec
 
@@ -36,8 +36,7 @@ def verify(config: Config, full: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dist-gpt-verify-") as folder:
         path = Path(folder)
         (path / "config.yaml").write_text(dump(small))
-        p = small.parallel
-        layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+        layout = layout_of(small)
         job = JobSpec(
             argv=(sys.executable, "-m", "launch.worker", "dist_gpt.verify", str(path)),
             ranks=layout.world,

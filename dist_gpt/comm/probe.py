@@ -31,7 +31,7 @@ from dist_gpt.comm.rendezvous import (
 )
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import config_hash, load
-from dist_gpt.layout import Layout
+from dist_gpt.plan.steps import layout_of
 from dist_gpt.schedule.orders import placement
 
 PAYLOAD_BYTES = 1 << 20
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         config = load(argv[0])
         env = rank_env(config.launch.timeout_s)
         p = config.parallel
-        layout = Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+        layout = layout_of(config)
         if env.world != layout.world:
             raise RendezvousError(f"{env.world} ranks were started, but the layout {layout} has {layout.world}")
         store = connect_store(env)
