@@ -91,7 +91,8 @@ def launch(
         _print({"exit_code": code, "run_dir": str(run_dir)}, as_json, text)
         raise typer.Exit(code)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
-    text = f"{run.summary_text(document)}\n" if code == 0 and document["steps"] else ""
+    told = isinstance(way, ways.Submitted)  # the job's own launcher has, and its log was shown
+    text = f"{run.summary_text(document)}\n" if code == 0 and document["steps"] and not told else ""
     _print(document, as_json, f"{text}run_dir: {run_dir}")
     raise typer.Exit(code)
 
@@ -232,13 +233,15 @@ def report(
 ) -> None:
     """Where every millisecond and every byte went.
 
-    Writes report.html, report.md, report.json, trace.json.gz and figures/ into RUN_DIR.
+    Writes report.html, report.md, report.json, trace.json.gz and figures/ into RUN_DIR. Exit code 1 where the run
+    failed or its accounting differs.
     """
     from dist_gpt.report import write
 
     with _progress(as_json):
         document = write.report(run_dir, compare, lambda text: print(text, file=sys.stderr, flush=True))
     _print(document, as_json, "" if as_json else write.report_text(document))
+    raise typer.Exit(1 if document["failed"] or document["accounting"]["exact"] is False else 0)
 
 
 def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, rank: int) -> Config:

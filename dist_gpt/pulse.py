@@ -1,6 +1,7 @@
 """Heartbeats to the launcher's watch: where this rank is, twice a second, over the socket that said hello. Torch-free.
 
-    pulse = Pulse.from_environ(ledger, stop)   # nothing happens where DIST_GPT_WATCH_FD is not set
+    pulse = Pulse.from_environ(stop)   # nothing happens where DIST_GPT_WATCH_FD is not set
+    pulse.follow(ledger)               # as soon as there is one: a beat says where the rank is
     pulse.failed(error); pulse.bye(code); pulse.close()
 
 A thread of its own beats and obeys the launcher (launch/watch.py): stop (at the next step boundary), leave (at once),
@@ -39,6 +40,15 @@ MAX_ERROR = 2000
 ABOUT_OTHERS = ("RendezvousError", "DistError")
 """Errors that say that others did not come (by name: this room is torch-free); DistError is torch.distributed's."""
 _ANSWERS = (0, errno.ECONNREFUSED)
+STARTING: dict[str, Any] = {
+    "step": None,
+    "phase": "starting",
+    "action": "",
+    "state": "computing",
+    "counts": [],
+    "calls": 0,
+}
+"""Where a rank is that has no ledger yet."""
 
 
 class Wish(Protocol):
@@ -50,8 +60,9 @@ class Wish(Protocol):
 class Pulse:
     """The heartbeat of one rank. No method raises or blocks longer than a second."""
 
-    def __init__(self, ledger: Ledger, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
-        self.ledger, self.stop, self.line, self.silence_s = ledger, stop, line, silence_s
+    def __init__(self, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
+        self.stop, self.line, self.silence_s = stop, line, silence_s
+        self.ledger: Ledger | None = None
         self.heard = time.monotonic()
         self._writing = Lock()
         self._leaving = False  # it has said failed or bye: a launcher that hangs up is no news
@@ -67,25 +78,35 @@ class Pulse:
             self._thread.start()
 
     @classmethod
-    def from_environ(cls, ledger: Ledger, stop: Wish, environ: MutableMapping[str, str] = os.environ) -> Pulse:
+    def from_environ(cls, stop: Wish, environ: MutableMapping[str, str] = os.environ) -> Pulse:
         """The pulse over the socket named in the environment, which it takes over; one that does nothing where none
         is named."""
         number = environ.pop(WATCH_FD, None)
         try:
             line = socket.socket(fileno=int(number)) if number is not None else None
-            return cls(ledger, stop, line, float(environ.get(SILENCE, SILENCE_S)))
+            return cls(stop, line, float(environ.get(SILENCE, SILENCE_S)))
         except (OSError, ValueError) as error:
             print(f"no heartbeat: {WATCH_FD}={number}: {error}", file=sys.stderr, flush=True)
-            return cls(ledger, stop, None)
+            return cls(stop, None)
 
     # --- what the rank says -------------------------------------------------------------------------------------
+
+    def follow(self, ledger: Ledger) -> None:
+        """The groups are there: from now on a beat says where in `ledger` this rank is."""
+        self.ledger = ledger
+        port = self._door.getsockname()[1] if self.line is not None and self._door is not None else 0
+        self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in ledger.groups], "port": port})
+
+    def _position(self) -> dict[str, Any]:
+        return self.ledger.position() if self.ledger is not None else STARTING
 
     def failed(self, error: BaseException) -> None:
         """This rank fails with `error`; inside a collective it is, most likely, a consequence."""
         text = f"{type(error).__name__}: {error}"[:MAX_ERROR]
         self._leaving = True
-        inside = self.ledger.in_collective or any(kind.__name__ in ABOUT_OTHERS for kind in type(error).__mro__)
-        self._send({"failed": {"error": text, "inside": inside, "position": self.ledger.position()}})
+        waited = self.ledger is not None and self.ledger.in_collective
+        inside = waited or any(kind.__name__ in ABOUT_OTHERS for kind in type(error).__mro__)
+        self._send({"failed": {"error": text, "inside": inside, "position": self._position()}})
 
     def bye(self, code: int) -> None:
         """This rank leaves with exit code `code`."""
@@ -106,8 +127,6 @@ class Pulse:
 
     def _run(self) -> None:
         assert self.line is not None
-        port = self._door.getsockname()[1] if self._door is not None else 0
-        self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in self.ledger.groups], "port": port})
         with selectors.DefaultSelector() as ready:
             ready.register(self.line, selectors.EVENT_READ)
             if self._door is not None:
@@ -122,7 +141,7 @@ class Pulse:
                     self._lost("the link between this host and that one, or the launcher, is gone")
                     return
                 if now >= beat:
-                    self._send({"beat": self.ledger.position()})
+                    self._send({"beat": self._position()})
                     beat = now + BEAT_S
                 for key, _ in ready.select(max(0.0, min(beat - now, 0.2))):
                     if key.fileobj is self._door:

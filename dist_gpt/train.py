@@ -161,34 +161,31 @@ class Attempt:
 
     def __init__(self, run_dir: Path, env: RankEnv) -> None:
         self.stop = Stop()
-        self.pulse: Pulse | None = None
+        self.pulse = Pulse.from_environ(self.stop)
         self.trainer: Trainer | None = None
         self._record = ExitRecord(run_dir, env.rank)
 
     def begins(self, rank: Rank) -> None:
         """The groups are there."""
         rank.optimizer.wants_stop = lambda: self.stop.requested
-        self.pulse = Pulse.from_environ(rank.mesh.ledger, self.stop)
+        self.pulse.follow(rank.mesh.ledger)
 
     def ends(self, code: int) -> int:
         """It has trained and leaves with `code`."""
         why = {0: None, PREEMPTED: self.stop.requested or "another rank was asked to stop"}
         self._write(code, why.get(code, "the accounting differs"))
-        if self.pulse is not None:
-            self.pulse.bye(code)
+        self.pulse.bye(code)
         return code
 
     def fails(self, error: BaseException) -> None:
         """It cannot go on; to be called before connections are closed, which makes other ranks fail."""
         record_failure(error)
-        if self.pulse is not None:
-            self.pulse.failed(error)
+        self.pulse.failed(error)
         self._write(2 if isinstance(error, ConfigError) else 1, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Everything else is closed."""
-        if self.pulse is not None:
-            self.pulse.close()
+        self.pulse.close()
 
     def _write(self, code: int, why: str | None) -> None:
         self._record.write(code, why, self.trainer.step if self.trainer is not None else 0)

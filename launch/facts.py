@@ -39,7 +39,7 @@ def facts(environ: Mapping[str, str]) -> dict[str, Any]:
         "interfaces": interfaces,
         "towards_watch": address_towards(environ.get(WATCH, "")),
         "named_interfaces": _words(environ.get("GLOO_SOCKET_IFNAME", "")),
-        "master": {"name": name, **resolve(name)} if name else {},
+        "master": {"name": name, "port": environ.get("MASTER_PORT", ""), **resolve(name)} if name else {},
         "port_free": _own_port_free(environ),
         "cores": cores,
         "machine_cores": os.cpu_count() or 1,

@@ -23,6 +23,7 @@ def free_port(host: str, seed: str = "") -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
+                probe.listen(1)  # with SO_REUSEADDR two may bind, only one may listen
             except OSError as error:
                 if error.errno in (98, 48, 13):  # in use (Linux, macOS), not allowed
                     continue

@@ -68,8 +68,6 @@ class Expected:
     interface: str | None = None
     config: str = ""
     """launch.facts.config_digest of config.yaml as the launcher sees it; empty: as the ranks were told."""
-    port_taken: tuple[str, int] | None = None
-    """Address and port of the rendezvous, where the launcher found that somebody listens there."""
     log: Callable[[int], str] = lambda rank: f"rank{rank}.log"
     hosts: tuple[str, ...] = ()
     """Names of the nodes, in order, where they are known before anybody has come."""
@@ -191,13 +189,11 @@ def _shape(nodes: Nodes, expected: Expected) -> Iterator[Problem]:
 
 
 def _port(answers: Mapping[int, Answer], expected: Expected) -> Iterator[Problem]:
-    taken, first = expected.port_taken, answers.get(0)
-    if taken is None and first is not None and first.facts.get("port_free") is False:
-        taken = (str(first.facts.get("master", {}).get("name")), 0)
-    if taken is not None:
-        where = first.host if first is not None else taken[0]
-        port = f"{taken[0]}:{taken[1]}" if taken[1] else f"MASTER_PORT on {taken[0]}"
-        yield Problem(where, (0,), f"another program listens on {port}, where the ranks would meet",
+    first = answers.get(0)
+    if first is not None and first.facts.get("port_free") is False:
+        master = first.facts.get("master", {})
+        port = f"{master.get('name')}:{master.get('port')}"
+        yield Problem(first.host, (0,), f"another program listens on {port}, where the ranks would meet",
                       "Choose another port (MASTER_PORT), or end that program: ss -ltnp shows it")  # fmt: skip
 
 

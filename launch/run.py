@@ -19,6 +19,7 @@ from dist_gpt.config.load import dump, find, load
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
 from launch.env import Device, choose_device, count_gpus
+from launch.files import replace as replace_file
 from launch.spec import RUN_DIR, JobSpec, train_argv
 
 QUICKLY_READ_BYTES = 100_000_000
@@ -80,17 +81,10 @@ def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -
         raise
     except OSError as error:
         raise ConfigError([f"run_dir: cannot make {run_dir}: {error.strerror}"]) from error
-    _replace(run_dir / "config.yaml", dump(config))
-    _replace(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
+    replace_file(run_dir / "config.yaml", dump(config))
+    replace_file(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
     (run_dir / "logs").mkdir(exist_ok=resume)
     return run_dir
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one piece: a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def job_of(

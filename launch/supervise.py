@@ -7,8 +7,6 @@ hands on requests to stop, starts the job again where launch.max_restarts allows
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
 import threading
@@ -20,6 +18,7 @@ from queue import Empty
 
 from launch import explain
 from launch.facts import CONFIG_HASH, config_digest
+from launch.files import last_words, newest_checkpoint, note_failure, size, tail
 from launch.preflight import check_answers, warnings
 from launch.spec import LOG_DIR, WATCH, WATCH_TOKEN, JobSpec
 from launch.starter import Failure, Starter
@@ -33,8 +32,6 @@ PREEMPTED, PREEMPTED_GRACE_S = 75, 30.0
 HELLO_S = 25.0
 """From the first rank's hello to the last one's."""
 TICK_S = 0.2
-TAIL_LINES = 20
-TAIL_BYTES = 64_000
 PASSED_THROUGH = (2, PREEMPTED)
 ASKING = ("SIGTERM", "SIGUSR1")
 """Signals that ask the ranks to save and leave; others end them at once."""
@@ -80,6 +77,7 @@ class Supervisor:
         """Start the ranks, follow them to their end, and leave nothing."""
         spec = self.spec
         spec.log_dir.mkdir(parents=True, exist_ok=True)
+        (spec.log_dir.parent / "exit.json").unlink(missing_ok=True)
         for rank in range(spec.ranks):
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
@@ -134,7 +132,10 @@ class Supervisor:
             if first is None and len(missing) < spec.ranks:
                 first = now
             late = now - begun > spec.timeout_s or (first is not None and now - first > HELLO_S)
-            if late or not self.starter.running() or self._in_vain(missing):
+            if late or not self.starter.running():
+                break
+            if self._in_vain(missing):
+                time.sleep(GRACE_S)  # others may still come, and are not to be called missing
                 break
             self._pause()
         missing = watch.missing()
@@ -159,10 +160,12 @@ class Supervisor:
         """Whether those that have not come never will: one has said why, or somebody came as another rank."""
         lost = [state for state in self._watched().states() if state.hello is not None
                 and (state.rivals or state.hello["world"] != self.spec.ranks)]  # fmt: skip
-        found = bool(lost) or any(self._last_words(rank) for rank in missing)
-        if found:
-            time.sleep(GRACE_S)  # others may still come, and are not to be called missing
-        return found
+        return bool(lost) or self._told_in(missing)
+
+    def _told_in(self, missing: list[int]) -> bool:
+        """Whether one of them has written down why it left; one look at the folder, however many they are."""
+        there = {path.name for path in self.spec.log_dir.glob("rank*.error.json")}
+        return any(self.spec.error_path(rank).name in there and self._last_words(rank) for rank in missing)
 
     def _show_missing(self, missing: list[int]) -> None:
         """What the first of them wrote down before it left."""
@@ -245,9 +248,12 @@ class Supervisor:
             )
         if not failures and found is None:
             return self._whole(codes)
-        self._report(failures, found)
         first = min(failures, key=lambda f: f.at, default=None)
-        return first.code if first is not None and first.code in PASSED_THROUGH else 1
+        code = first.code if first is not None and first.code in PASSED_THROUGH else 1
+        why = self._report(failures, found)
+        if self.spec.saves:
+            note_failure(self.spec.log_dir.parent, code, why)
+        return code
 
     def _may_be_link(self) -> bool:
         trouble = self._trouble(time.monotonic())
@@ -263,7 +269,8 @@ class Supervisor:
             self._show_starter()
         return code if code in (0, *PASSED_THROUGH) else 1
 
-    def _report(self, failures: list[Failure], found: explain.Explanation | None) -> None:
+    def _report(self, failures: list[Failure], found: explain.Explanation | None) -> str:
+        """Say what failed, show logs; returns the first line of it."""
         by_time = sorted(failures, key=lambda f: f.at)
         culprits = found.culprits if found is not None else []
         first = by_time[0] if by_time else None
@@ -271,22 +278,22 @@ class Supervisor:
             lines = [f"{self.spec.rank_name(first.rank)} died: {first.how}"]
             if first.how == "killed by SIGKILL":
                 lines.append("  (if nobody killed it: the system kills a process with SIGKILL when memory runs out)")
-            say("\n".join(lines))
+            text = "\n".join(lines)
             culprits = [first.rank]
-        elif found is not None:
-            say(found.text)
+        else:
+            text = found.text if found is not None else ""
+        say(text)
         for rank in culprits[:2]:
             self._show_log(rank)
         others = sorted(f.rank for f in failures if f.rank not in culprits)
         if others and (found is None or first is None or first.rank not in found.culprits):
             say(f"failed after it: rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}")
         self._show_starter()
+        return text.partition("\n")[0]
 
     def _last_words(self, rank: int) -> str:
         """The error that a rank wrote down; some fail before they have a pulse to say it with."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(self.spec.error_path(rank).read_text())["error"])[:400]
-        return ""
+        return last_words(self.spec.error_path(rank))
 
     def _show_log(self, rank: int) -> None:
         path = self.spec.log_path(rank)
@@ -298,25 +305,6 @@ class Supervisor:
         lines = tail(Path(where), 0)[-8:] if where else []
         if lines:
             say("\n".join([f"end of {where}:", *(f"  | {line}" for line in lines)]))
-
-
-def size(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def tail(path: Path, start: int) -> list[str]:
-    """The last lines of what was written after `start` bytes."""
-    with suppress(OSError), open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(start, end - TAIL_BYTES))
-        return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-    return []
-
-
-def newest_checkpoint(run_dir: Path) -> str:
-    """Name of the newest committed checkpoint; empty where there is none."""
-    return max((path.parent.name for path in run_dir.glob("checkpoints/step_*/manifest.json")), default="")
 
 
 @contextmanager

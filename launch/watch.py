@@ -50,7 +50,8 @@ class Watch:
         on_event: Callable[[], object] | None = None,
     ) -> None:
         """`host`: the one address to listen on. `name`: of this machine, in messages. `on_event` is called on the
-        watch's thread whenever `wait` would wake. Raises OSError where `host` is none of this machine's."""
+        watch's thread when a rank joins, fails, says bye, closes, falls silent or is heard again. Raises OSError where
+        `host` is none of this machine's."""
         self.world, self.silence_s = world, silence_s
         self.token = token or secrets.token_hex(16)
         self.name = name or socket.gethostname()
@@ -61,7 +62,6 @@ class Watch:
         self._all: set[Line] = set()
         self._was_silent: frozenset[int] = frozenset()
         self._dismissed = self._closing = False
-        self._events = 0
         self._reached: Pairs = {}  # (from, to)
         self._hosts_asked = 0.0
         self._probing: dict[int, str] = {}
@@ -90,18 +90,6 @@ class Watch:
         """Ranks that have not said hello."""
         with self._lock:
             return [state.rank for state in self._states if state.hello is None]
-
-    def wait_hello(self, timeout_s: float) -> list[int]:
-        """Until every rank has said hello; returns those that have not."""
-        with self._lock:
-            self._lock.wait_for(lambda: all(s.hello is not None for s in self._states), timeout_s)
-        return self.missing()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Until a rank joins, fails, says bye, closes, falls silent or is heard again; False after `timeout_s`."""
-        with self._lock:
-            seen = self._events
-            return self._lock.wait_for(lambda: self._events != seen, timeout_s)
 
     def go(self) -> None:
         """Let the ranks start."""
@@ -352,7 +340,6 @@ class Watch:
         self._ring()
 
     def _event(self) -> None:
-        self._events += 1
         self._lock.notify_all()
         if self._on_event is not None:
             self._on_event()

@@ -96,7 +96,7 @@ class OneHost:
         return list(mpi.command(spec, hosts=(), names=tuple(spec.env)))
 
     def run(self, spec: JobSpec) -> int:
-        port = free_port(HOST, spec.name)
+        port = port_on(HOST, spec.name)
         argv = self._argv(spec, port)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{HOST}:{port}", **torchrun.environment(spec)}
         return supervise(spec, CommandRanks(argv, env, spec.log_dir / f"{self.via}.log"), HOST)
@@ -142,7 +142,7 @@ class Allocation:
 
     def run(self, spec: JobSpec) -> int:
         address = self._master(spec)
-        port = first_free_port(address, slurm.port_of(self.job_id))
+        port = port_on(address, self.job_id)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
         starter = CommandRanks(
             self._argv(spec, address, port), env, spec.log_dir / f"{self.via}.log", lambda: slurm.end_steps(self.job_id)
@@ -182,13 +182,12 @@ class Submitted:
         return submit.follow_to_end(job, spec.log_dir / f"slurm-{job}.out", spec.log_dir.parent, spec.live_on_stderr)
 
 
-def first_free_port(host: str, wanted: int) -> int:
-    """`wanted`, or one of the next few where somebody has it. Raises ConfigError."""
-    for port in range(wanted, wanted + 16):
-        try:
-            with socket.create_server((host, port)):
-                return port
-        except OSError as error:
-            last = error
-    raise ConfigError([f"no port of {wanted} to {wanted + 15} is free on {host} ({last}); is this host's own address "
-                       f"{host}? Name the interface between nodes: --set launch.interface=NAME"])  # fmt: skip
+def port_on(host: str, seed: str) -> int:
+    """A free port of `host`, the same one for the same `seed` unless somebody has it. Raises ConfigError."""
+    try:
+        return free_port(host, seed)
+    except OSError as error:
+        raise ConfigError([
+            f"cannot listen on {host} ({error.strerror}); is it an address of this host ({socket.gethostname()})? "
+            "Start on the job's first node, or name the interface between nodes: --set launch.interface=NAME"
+        ]) from error  # fmt: skip

@@ -323,6 +323,9 @@ def _launch(config: Config) -> list[str]:
             found.append(f"launch.slurm.options: {option} is set by dist-gpt itself; {SLURM_OURS[option]}")
     if launch.interface is not None and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", launch.interface):
         found.append(f"launch.interface: {launch.interface!r} is no name of a network interface, for example eth0")
+    if launch.interface == "lo" and launch.nodes > 1:
+        found.append(f"launch.interface: lo is loopback, which {launch.nodes} nodes cannot meet over; take it out, or "
+                     "name the interface between the nodes")  # fmt: skip
     return found
 
 

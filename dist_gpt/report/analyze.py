@@ -80,6 +80,7 @@ def analyze(run: Run, found: Profile | None = None) -> dict[str, Any]:
         "run_dir": str(run.folder),
         "generated": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "verdict": {**asdict(said), "profiling": profiling_cost(run, p.budget.steps)},
+        "failed": run.failed or None,
         "problems": run.problems,
         "identity": identity(run, p.clocks, p.budget.steps),
         "config": flat(run.config),

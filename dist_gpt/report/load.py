@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from dist_gpt.report.facts import fits
 from dist_gpt.report.lines import Attempt, SchemaError, parse, read_attempt
 
 _NAME = re.compile(r"events\.rank(0|[1-9][0-9]{0,8})\.jsonl")
-
-
 MOST_RANKS = 1 << 17
+ENDED_WELL = (None, 0, 75)
+"""Codes of exit.json: not over, done, asked to stop and saved."""
 
 
 class RunError(ConfigError):
@@ -71,6 +72,8 @@ class Run:
     ranks: dict[int, RankLog] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    failed: str = ""
+    """Why its last attempt failed, if it did; see launch.files.note_failure."""
     _plans: dict[tuple[int, int], RankPlan] = field(default_factory=dict, repr=False)
 
     def plan_of(self, rank: int) -> RankPlan:
@@ -95,9 +98,21 @@ def load(folder: str | Path) -> Run:
     run = Run(folder, config, _plan(folder / "plan.json"), layout_of(config))
     if any(run.plan["layout"].get(axis) != getattr(run.layout, axis) for axis in BASE_AXES):
         run.problems.append(f"plan.json is of another layout than config.yaml; the latter's is taken: {run.layout}")
+    run.failed = _failure(folder / "exit.json")
+    if run.failed:
+        run.problems.append(f"the run failed: {run.failed}")
     _ranks(run)
     run.metrics = _metrics(folder / "metrics.jsonl", run.problems)
     return run
+
+
+def _failure(path: Path) -> str:
+    """What exit.json says of an attempt that failed; empty where none did, or it is not over."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        ended = json.loads(path.read_text()) if path.is_file() else {}
+        if ended.get("code") not in ENDED_WELL:
+            return " ".join(str(ended.get("why") or f"exit code {ended['code']}").split())[:400]
+    return ""
 
 
 def _config(path: Path) -> Config:

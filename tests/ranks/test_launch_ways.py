@@ -55,6 +55,8 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(place: Place) -> None:
     first = error.splitlines()[0]
     assert first.startswith("rank 0 (pp 0, dp 0, cp 0, tp 0) on ") and "is stopped: no heartbeat for" in first
     assert "waited for by rank 1 in " in error
+    ended = json.loads((place.folder / "stopped" / "exit.json").read_text())  # for who looks later, and the report
+    assert (ended["code"], ended["why"]) == (1, first)
     assert not any(p.is_running() for p in ranks.values())
 
 

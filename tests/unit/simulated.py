@@ -92,7 +92,9 @@ class Ranks:
         """As the header lists them: axes with more than one rank, then the directed edges."""
         if rank not in self._channels:
             here = self.layout.coords(rank)
-            listed = [{"axis": axis} for axis in COLLECTIVE_AXES if len(self.layout.group(axis, rank)) > 1]
+            listed: list[dict[str, Any]] = [
+                {"axis": axis} for axis in COLLECTIVE_AXES if len(self.layout.group(axis, rank)) > 1
+            ]
             holders, edges = self.plan(rank).holders, set()
             for a, b in zip(holders, holders[1:], strict=False):
                 edges |= {(a, b, "f"), (b, a, "b")} if a != b and here.pp in (a, b) else set()

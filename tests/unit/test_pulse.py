@@ -129,18 +129,21 @@ class Launcher:
 
 
 def test_without_a_watch_nothing_happens() -> None:
-    pulse = Pulse.from_environ(some_ledger(), Stop(), {})
+    pulse = Pulse.from_environ(Stop(), {})
+    pulse.follow(some_ledger())
     pulse.failed(ValueError("x"))
     pulse.bye(0)
     pulse.close()
-    Pulse.from_environ(some_ledger(), Stop(), {"DIST_GPT_WATCH_FD": "nonsense"}).close()
+    Pulse.from_environ(Stop(), {"DIST_GPT_WATCH_FD": "nonsense"}).close()
 
 
 def test_it_says_channels_beats_obeys_and_takes_its_leave() -> None:
     launcher, stop, ledger = Launcher(), Stop(), some_ledger()
     environ = {"DIST_GPT_WATCH_FD": str(launcher.rank_end.detach())}
-    pulse = Pulse.from_environ(ledger, stop, environ)
+    pulse = Pulse.from_environ(stop, environ)
     assert not environ
+    assert json.loads(launcher.file.readline())["beat"]["phase"] == "starting"  # before there are groups
+    pulse.follow(ledger)
     first = json.loads(launcher.file.readline())
     assert first["channels"] == [["tp", [0, 1], ""], ["pp", [0, 2], "f"]]
     assert reach({"a": ["127.0.0.1", first["port"]]}) == {"a": True}
@@ -174,10 +177,9 @@ def test_it_says_channels_beats_obeys_and_takes_its_leave() -> None:
 
 RANK = """
     import os, sys, time
-    from dist_gpt.comm.ledger import Ledger
     from dist_gpt.pulse import Pulse
     from dist_gpt.stop import Stop
-    pulse = Pulse.from_environ(Ledger({}), Stop())
+    pulse = Pulse.from_environ(Stop())
     time.sleep(60)
 """
 

@@ -284,6 +284,24 @@ def test_a_rank_that_was_not_resumed_is_left_out(folder: Path) -> None:
 # --- other files, other tools ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("ended", "failed"),
+    [
+        ('{"code": 1, "why": "rank 3 died"}', "rank 3 died"),
+        ('{"code": 2, "why": null}', "exit code 2"),
+        ('{"code": 75, "why": "SIGUSR1 received"}', ""),
+        ('{"code": 0, "why": null}', ""),
+        ("[1]", ""),
+        ("{", ""),
+    ],
+)
+def test_why_it_failed_is_read_from_exit_json(ended: str, failed: str, folder: Path) -> None:
+    (folder / "exit.json").write_text(ended)
+    run = load(folder)
+    assert run.failed == failed
+    assert [p for p in run.problems if "the run failed" in p] == ([f"the run failed: {failed}"] if failed else [])
+
+
 def test_metrics(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step":\n[3]\n')

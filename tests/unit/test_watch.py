@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dist_gpt.pulse import STARTING
 from launch import watch as watch_module
 from launch.explain import RankState, explain
 from launch.watch import Watch
@@ -69,11 +70,11 @@ def make() -> Iterator[Callable[..., Watch]]:
 def test_hello_go_beat_and_bye(make: Callable[..., Watch]) -> None:
     events: list[int] = []
     watch = make(2, name="head", on_event=lambda: events.append(1))
-    assert watch.name == "head" and watch.wait_hello(0.05) == [0, 1]
+    assert watch.name == "head" and watch.missing() == [0, 1]
     one = FakeRank(watch, 1)
     until(lambda: watch.missing() == [0])
     zero = FakeRank(watch, 0)
-    assert watch.wait_hello(5.0) == []
+    until(lambda: not watch.missing(), 5.0)
     state = watch.states()[1]
     assert (state.host, state.pid, state.facts) == ("here", 1, {"cores": 2}) and "token" not in (state.hello or {})
     watch.go()
@@ -146,7 +147,6 @@ def test_a_rank_that_comes_twice_is_kept_as_a_problem(make: Callable[..., Watch]
 def test_leave_reaches_everybody_and_is_no_death(make: Callable[..., Watch]) -> None:
     watch = make(2)
     rank = FakeRank(watch, 0)
-    watch.wait(1.0)
     until(lambda: watch.missing() == [1])
     watch.leave("rank 1 did not come")
     assert rank.told() == {"do": "leave", "why": "rank 1 did not come"}
@@ -180,7 +180,7 @@ def test_64_ranks_quickly(make: Callable[..., Watch]) -> None:
     begun = time.monotonic()
     watch = make(64)
     ranks = [FakeRank(watch, r, host=f"n{r // 8}") for r in range(64)]
-    assert watch.wait_hello(10.0) == []
+    until(lambda: not watch.missing(), 10.0)
     watch.go()
     for rank in ranks:
         assert rank.told() == {"do": "go"}
@@ -197,7 +197,7 @@ def test_64_ranks_quickly(make: Callable[..., Watch]) -> None:
 def test_probe_asks_the_first_rank_of_every_host(make: Callable[..., Watch]) -> None:
     watch = make(3)
     ranks = [FakeRank(watch, r, host=host) for r, host in enumerate(("a", "a", "b"))]
-    watch.wait_hello(5.0)
+    until(lambda: not watch.missing(), 5.0)
     assert watch.probe(0.1) == {}  # nobody can be reached yet
     for port, rank in enumerate(ranks):
         rank.say(channels=[], port=port + 1)
@@ -255,7 +255,8 @@ RANK = """
             record = ledger.issue("world", "all_reduce", 4, 0)
             ledger.issued(record, None, emulated=False)
             ledger.waits(record)
-        pulse = Pulse(ledger, Stop(), link, 30.0)
+        pulse = Pulse(Stop(), link, 30.0)
+        pulse.follow(ledger)
         time.sleep(60)
 """
 
@@ -268,9 +269,9 @@ def processes(make: Callable[..., Watch]) -> Iterator[tuple[Watch, list[subproce
     command = [sys.executable, "-c", textwrap.dedent(RANK), address, port, watch.token]
     started = [subprocess.Popen([*command, str(rank), f"h{rank}"]) for rank in range(2)]
     try:
-        assert watch.wait_hello(30.0) == []
+        until(lambda: not watch.missing(), 30.0)
         watch.go()
-        until(lambda: all(s.position is not None for s in watch.states()), 30.0)
+        until(lambda: all(s.channels and s.position and s.position["phase"] == "train" for s in watch.states()), 30.0)
         yield watch, started
     finally:
         for process in started:
@@ -299,6 +300,17 @@ def test_a_stopped_process_is_told_from_a_link_and_goes_on(processes: Any) -> No
     started[1].send_signal(signal.SIGCONT)
     until(lambda: not silent(watch.states()))
     assert explain(watch.states(), time.monotonic(), told, watch_host="here") is None
+
+
+def test_one_that_is_stopped_before_it_has_groups_is_named_too(make: Callable[..., Watch]) -> None:
+    watch = make(1, silence_s=1.0)
+    rank = FakeRank(watch, 0)
+    rank.say(beat=STARTING)
+    until(lambda: silent(watch.states()), 10.0)
+    found = explain(watch.states(), time.monotonic(), told, watch_host="here")
+    assert found is not None and (found.kind, found.culprits) == ("stopped", [0])
+    assert "before the first step, starting: no collective so far" in found.text
+    rank.close()
 
 
 def test_a_killed_process_died(processes: Any) -> None:

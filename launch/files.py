@@ -1,0 +1,59 @@
+"""Files of a run directory, as the launcher reads and writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+TAIL_LINES = 20
+TAIL_BYTES = 64_000
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one piece: a reader sees the old one or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def tail(path: Path, start: int) -> list[str]:
+    """The last lines of what was written after `start` bytes."""
+    with suppress(OSError), open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(start, end - TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    return []
+
+
+def last_words(path: Path) -> str:
+    """The error that a rank wrote down (launch.spec, ERROR_FILE); empty where it wrote none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_text())["error"])[:400]
+    return ""
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    """Name of the newest committed checkpoint; empty where there is none."""
+    return max((path.parent.name for path in run_dir.glob("checkpoints/step_*/manifest.json")), default="")
+
+
+def note_failure(run_dir: Path, code: int, why: str) -> None:
+    """exit.json of an attempt that failed: the launcher knows more than rank 0, which may not have lived to write it
+    (dist_gpt.track.ExitRecord). Nothing where the run directory cannot be written."""
+    ended: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        ended = dict(json.loads((run_dir / "exit.json").read_text()))
+    ended |= {"code": code, "why": why, "step": ended.get("step"), "time": time.time()}
+    if "SLURM_JOB_ID" in os.environ:
+        ended["job"] = os.environ["SLURM_JOB_ID"]
+    with suppress(OSError):
+        replace(run_dir / "exit.json", json.dumps(ended) + "\n")
