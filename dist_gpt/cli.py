@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from dist_gpt.config.schema import Config
+    from dist_gpt.rundir import Resume
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package
 
@@ -59,39 +60,43 @@ def launch(
 
     Prepares the data, makes the run directory, starts every rank and follows it to its end.
     """
+    from dist_gpt.checkpoint.resume import AUTO, resolve
+    from dist_gpt.rundir import Resume
     from dist_gpt.track import require_wandb
-    from launch import run, ways
+    from launch import lock, run, ways
 
     sets = list(overrides or [])
     sets += [f"launch.nodes={nodes}"] if nodes else []
     sets += [f"launch.ranks_per_node={ranks_per_node}"] if ranks_per_node else []
     loaded, device = run.load_for_launch(config, sets, via)
-    way = ways.way_of(via, loaded, detach)
+    way = ways.way_of(via, loaded, detach, check)
     require_wandb(loaded.log.wandb.mode)
+    if resume and not (check or dry_run):
+        lock.look(Path(str(loaded.run_dir)))
+    asked = resolve(resume, Path(str(loaded.run_dir)), loaded)
     if check:
         loaded = run.for_check(loaded)
-    run_dir = Path(str(loaded.run_dir)) if resume else run.refuse_existing(loaded)
-    if resume:
-        from dist_gpt.checkpoint.manifest import refuse_other_config
-
-        refuse_other_config(resume, run_dir, loaded)
-    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json, resume=resume)
+        asked = Resume(run.made_by_head(loaded))
+    run_dir = Path(str(loaded.run_dir)) if asked.goes_on else run.refuse_existing(loaded)
+    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json, resume=AUTO if resume else None)
     if check:
         job = run.check_of(job, run_dir / "config.yaml")
     if dry_run:
         document = {**run.job_document(job), **way.document(job)}
         _print(document, as_json, run.job_text(document))
         return
-    with _progress(as_json):
-        print(f"{loaded.name}: {loaded.world_size} ranks on {way.sentence}. {device.sentence}", flush=True)
-        _make_run_dir(loaded, resume is not None, with_data=not check)
-    code = way.run(job)
+    told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and sums up; its log was shown
+    with contextlib.ExitStack() as held:
+        with _progress(as_json):
+            print(f"{loaded.name}: {loaded.world_size} ranks on {way.sentence}. {device.sentence}", flush=True)
+            hold = None if told else lambda folder: held.enter_context(lock.hold(folder))
+            _make_run_dir(loaded, asked, with_data=not check, hold=hold)
+        code = way.run(job)
     if check:
-        text = run.checked(run_dir, code)
-        _print({"exit_code": code, "run_dir": str(run_dir)}, as_json, text)
+        if not asked.goes_on:  # else the launcher that made the folder says it
+            _print({"exit_code": code, "run_dir": str(run_dir)}, as_json, run.checked(run_dir, code))
         raise typer.Exit(code)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
-    told = isinstance(way, ways.Submitted)  # the job's own launcher has, and its log was shown
     text = f"{run.summary_text(document)}\n" if code == 0 and document["steps"] and not told else ""
     _print(document, as_json, f"{text}run_dir: {run_dir}")
     raise typer.Exit(code)
@@ -115,6 +120,7 @@ def train(
 
     Directly under torchrun: `torchrun --nproc-per-node 8 -m dist_gpt train CONFIG`.
     """
+    from dist_gpt.checkpoint.resume import AUTO
     from dist_gpt.config.load import load
 
     world = os.environ.get("WORLD_SIZE", "1")
@@ -125,10 +131,10 @@ def train(
             from dist_gpt.track import require_wandb
 
             require_wandb(loaded.log.wandb.mode)
-            _make_run_dir(loaded, _goes_on(loaded, resume))
+            _make_run_dir(loaded, _asked(loaded, resume))
         from dist_gpt.train import main as train_main
 
-        code = train_main(loaded, resume)
+        code = train_main(loaded, AUTO if resume else None)  # what a PATH means is in the run directory by now
     if first and "DIST_GPT_RUN_DIR" not in os.environ:
         from launch.run import verdict
 
@@ -140,21 +146,18 @@ def train(
     raise typer.Exit(code)
 
 
-def _goes_on(config: Config, resume: str | None) -> bool:
-    """Whether the run directory may be there already: it is resumed, or torchrun has started its ranks again. Raises
-    ConfigError, before anything is changed in it, where the checkpoint is not there or of another configuration."""
-    from dist_gpt.checkpoint.manifest import AUTO, refuse_other_config
+def _asked(config: Config, resume: str | None) -> Resume:
+    """What --resume means where no launcher has looked; torchrun may have started the ranks again. Raises ConfigError,
+    before anything is changed in the run directory."""
+    from dist_gpt.checkpoint.resume import resolve
+    from launch import lock
 
-    run_dir = Path(str(config.run_dir)).resolve()
+    run_dir = Path(str(config.run_dir))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    again = restarts.isdecimal() and int(restarts) > 0
-    if resume is not None or again:
-        refuse_other_config(resume or AUTO, run_dir, config)
-    inside = resume not in (None, AUTO) and run_dir in (
-        Path(str(resume)).resolve(),
-        *Path(str(resume)).resolve().parents,
-    )
-    return resume == AUTO or inside or again
+    asked = resolve(resume, run_dir, config, again=restarts.isdecimal() and int(restarts) > 0)
+    if asked.goes_on:
+        lock.look(run_dir)
+    return asked
 
 
 @app.command()
@@ -254,8 +257,11 @@ def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, r
     return loaded
 
 
-def _make_run_dir(config: Config, resume: bool = False, with_data: bool = True) -> None:
-    """Plan, prepare the data, then make the run directory: what is wrong is found before anything is written."""
+def _make_run_dir(
+    config: Config, asked: Resume, with_data: bool = True, hold: Callable[[Path], None] | None = None
+) -> None:
+    """Plan, prepare the data, then make the run directory: what is wrong is found before anything is written. `hold`
+    is called with it before anything in it is changed."""
     from dist_gpt.data.tokens import describe, prepare
     from dist_gpt.plan import api
     from launch import run
@@ -263,11 +269,14 @@ def _make_run_dir(config: Config, resume: bool = False, with_data: bool = True) 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    run_dir = Path(str(config.run_dir)) if resume else run.refuse_existing(config)
+    run_dir = Path(str(config.run_dir)) if asked.goes_on else run.refuse_existing(config)
     plan_document = api.plan_document(config, 0)
     if with_data:
         say(f"data: {describe(prepare(config, say))}")
-    run.create_run_dir(config, plan_document, resume)
+    run.make_run_dir(config, asked.goes_on)
+    if hold is not None:
+        hold(run_dir)
+    run.fill_run_dir(config, plan_document, asked)
     say(f"run directory {run_dir}, logs in {run_dir / 'logs'}")
 
 

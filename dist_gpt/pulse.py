@@ -37,6 +37,7 @@ STOOD_STILL_S = 1.0
 """Longer between two turns of the loop: this process was stopped, and cannot say that the launcher was silent."""
 MAX_LINE = 65536
 MAX_ERROR = 2000
+BAD_INPUT = 2
 ABOUT_OTHERS = ("RendezvousError", "DistError")
 """Errors that say that others did not come (by name: this room is torch-free); DistError is torch.distributed's."""
 _ANSWERS = (0, errno.ECONNREFUSED)
@@ -69,6 +70,7 @@ class Pulse:
         self._over = Event()
         self._text = b""
         self._thread: Thread | None = None
+        self._door: socket.socket | None = None
         if line is not None:
             line.settimeout(SEND_S)
             here, there = line.getsockname()[0], line.getpeername()
@@ -94,7 +96,7 @@ class Pulse:
     def follow(self, ledger: Ledger) -> None:
         """The groups are there: from now on a beat says where in `ledger` this rank is."""
         self.ledger = ledger
-        port = self._door.getsockname()[1] if self.line is not None and self._door is not None else 0
+        port = self._door.getsockname()[1] if self._door is not None else 0
         self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in ledger.groups], "port": port})
 
     def _position(self) -> dict[str, Any]:
@@ -106,7 +108,8 @@ class Pulse:
         self._leaving = True
         waited = self.ledger is not None and self.ledger.in_collective
         inside = waited or any(kind.__name__ in ABOUT_OTHERS for kind in type(error).__mro__)
-        self._send({"failed": {"error": text, "inside": inside, "position": self._position()}})
+        code = BAD_INPUT if any(kind.__name__ == "ConfigError" for kind in type(error).__mro__) else 1
+        self._send({"failed": {"error": text, "inside": inside, "position": self._position(), "code": code}})
 
     def bye(self, code: int) -> None:
         """This rank leaves with exit code `code`."""
@@ -119,9 +122,10 @@ class Pulse:
         self._over.set()
         if self._thread is not None:
             self._thread.join(SEND_S)
-        if self.line is not None:
-            with suppress(OSError):
-                self.line.close()
+        for link in (self.line, self._door):
+            if link is not None:
+                with suppress(OSError):
+                    link.close()
 
     # --- the thread ----------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.rundir import replace
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -66,7 +67,7 @@ class ExitRecord:
         if "SLURM_JOB_ID" in os.environ:
             ended["job"] = os.environ["SLURM_JOB_ID"]
         with contextlib.suppress(OSError):
-            _replace(self._path, json.dumps(ended).encode() + b"\n")
+            replace(self._path, json.dumps(ended) + "\n")
 
 
 def require_wandb(mode: str) -> None:
@@ -103,14 +104,7 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_bytes().split(b"\n")[:-1] if _step_of(line) <= step]
-    _replace(path, b"".join(line + b"\n" for line in kept))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file in one piece: a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    replace(path, b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float:

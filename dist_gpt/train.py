@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dist_gpt.checkpoint.manifest import AUTO
+from dist_gpt.checkpoint.resume import AUTO
 from dist_gpt.checkpoint.state import restore, tensors_of
 from dist_gpt.checkpoint.store import Checkpoints
 from dist_gpt.comm.clock import read_clock
@@ -216,8 +216,8 @@ def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
 def main(config: Config, resume: str | None = None) -> int:
     """Train as the rank that torchrun's variables name, in a run directory that is there already.
 
-    `resume`: auto (from the newest checkpoint there, if any), or the path of a checkpoint or of a run directory. Where
-    torchrun has started the ranks again it is auto.
+    `resume`: auto (from the newest checkpoint there, if any, else from what the run directory branches from), or the
+    path of a checkpoint or of a run directory. Where the ranks have been started again it is auto.
     Returns the exit code: 0; 1 when the accounting differs; 75 when the run was asked to stop, saved and left.
     """
     env = rank_env(config.launch.timeout_s)
@@ -232,7 +232,7 @@ def main(config: Config, resume: str | None = None) -> int:
         parts.callback(attempt.close)
         try:
             store = connect_store(env)  # it goes after all parts, with this function's frame
-            return attempt.ends(_train(config, resume or (AUTO if env.attempt else None), store, env, attempt, parts))
+            return attempt.ends(_train(config, AUTO if env.attempt else resume, store, env, attempt, parts))
         except BaseException as error:
             attempt.fails(error)
             raise

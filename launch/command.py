@@ -47,7 +47,7 @@ class CommandRanks:
         whole[LAUNCHER_PID] = "parent"
         self.ended = None
         with open(self.log, "ab") as log:
-            argv = (sys.executable, "-m", "launch.tied", *self.argv)
+            argv = (sys.executable, "-m", "launch.tied", str(os.getpid()), *self.argv)
             self.process = subprocess.Popen(
                 argv, env=whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

@@ -10,8 +10,9 @@ graph, who waits for whom in which call of which group, leads to the rank that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from launch.waiting import Waiting, describe_call
@@ -44,7 +45,7 @@ class RankState:
     channels: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     """Its groups (axis, ranks, direction), in the order of POSITION's counts."""
     failed: Mapping[str, Any] | None = None
-    """{"error", "inside", "position"}"""
+    """{"error", "inside", "position"}, and "code", the exit code it leaves with, where that is known"""
     failed_at: float | None = None
     bye: int | None = None
     """The exit code that it announced."""
@@ -118,11 +119,6 @@ class Explanation:
     """For people; several lines."""
 
 
-def ended_well(states: Iterable[RankState]) -> bool:
-    """Every rank said that it leaves with code 0."""
-    return all(state.bye == 0 for state in states)
-
-
 def explain(
     states: Sequence[RankState],
     now: float,
@@ -154,9 +150,12 @@ class _Case:
         self.broken = sorted(pair for pair, works in pairs.items() if not works)
         self.failures = [s for s in states if s.failed is not None]
         self.quiet = {s.rank for s in states if s.quiet(now)}
-        self.waiting = self._graph({s.rank: s.then or s.position for s in states})
+        self.last_words = False  # what the others said last counts, not where they were at the first failure
 
-    def _graph(self, positions: Mapping[int, Mapping[str, Any] | None]) -> Waiting:
+    @cached_property
+    def waiting(self) -> Waiting:
+        """The waiting graph; only trouble is worth the work."""
+        positions = {r: s.position if self.last_words else s.then or s.position for r, s in self.states.items()}
         lost = self.quiet | {rank for rank, state in self.states.items() if state.died}
         return Waiting({rank: state.channels for rank, state in self.states.items()}, positions, lost)
 
@@ -167,7 +166,7 @@ class _Case:
         dead = sorted((s for s in self.states.values() if s.died), key=lambda s: s.closed or 0.0)
         own = sorted((s for s in self.failures if not s.inside), key=lambda s: s.failed_at or 0.0)
         if dead or own:  # what the others said last, when they failed, tells what they waited in
-            self.waiting = self._graph({rank: state.position for rank, state in self.states.items()})
+            self.last_words = True
         if dead and not (own and (own[0].failed_at or 0.0) < (dead[0].closed or 0.0)):
             first = dead[0].closed or 0.0
             culprits = [s.rank for s in dead if (s.closed or 0.0) - first <= TOGETHER_S]
@@ -182,6 +181,9 @@ class _Case:
 
     def _failed(self, state: RankState) -> Explanation:
         error = " ".join(str((state.failed or {}).get("error", "")).split())[:400]
+        written = self.exits.get(state.rank, "")
+        if not (state.failed or {}).get("position") and written not in error:  # it had no pulse to say it with
+            error += f" ({written})"
         return self._told("failed", [state.rank], [self._line(state.rank, f"failed: {error}")])
 
     # --- what says nothing ---------------------------------------------------------------------------------------

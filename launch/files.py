@@ -9,15 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, replace
+
 TAIL_LINES = 20
 TAIL_BYTES = 64_000
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file in one piece: a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def size(path: Path) -> int:
@@ -42,8 +37,15 @@ def last_words(path: Path) -> str:
 
 
 def newest_checkpoint(run_dir: Path) -> str:
-    """Name of the newest committed checkpoint; empty where there is none."""
-    return max((path.parent.name for path in run_dir.glob("checkpoints/step_*/manifest.json")), default="")
+    """Name of the newest committed checkpoint, else what the run branches from; empty where there is neither."""
+    return next((path.name for path in committed(run_dir / CHECKPOINTS)), str(branch_of(run_dir) or ""))
+
+
+def why_left(run_dir: Path) -> str:
+    """The reason that rank 0 wrote into exit.json; empty where it wrote none."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((run_dir / "exit.json").read_text()).get("why") or "")
+    return ""
 
 
 def note_failure(run_dir: Path, code: int, why: str) -> None:

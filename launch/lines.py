@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import struct
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 SEND_BUFFER = 1 << 20
 """Bytes that the other end may leave unread before nothing more is kept for it."""
+OTHER_FILES = 128
+"""Open files of a launcher beside the connections of its ranks."""
 TCP_INFO_BYTES, UNACKED_AT = 104, 24  # struct tcp_info of linux/tcp.h: tcpi_unacked, u32
 
 
@@ -55,6 +58,17 @@ class Line:
             return bool(struct.unpack_from("=I", info, UNACKED_AT)[0])
         except (OSError, struct.error):
             return None
+
+
+def room_for(lines: int) -> None:
+    """Let this process open so many connections beside what it has, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    want = lines + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or want <= soft:
+        return
+    with suppress(OSError, ValueError):
+        most = want if hard == resource.RLIM_INFINITY else min(want, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def group_ranks(told: str | Iterable[int]) -> tuple[int, ...]:

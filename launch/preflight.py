@@ -352,9 +352,10 @@ def _config_read(answer: Answer) -> str:
 
 
 def hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the allocation's nodes; empty outside of one."""
+    """Names of the allocation's nodes; empty outside of one, and where they cannot be read: a name is no more than a
+    word in a message."""
     try:
-        return tuple(expand(environ.get("SLURM_JOB_NODELIST", "")))
+        return tuple(expand(environ["SLURM_JOB_NODELIST"])) if environ.get("SLURM_JOB_NODELIST") else ()
     except ConfigError:
         return ()
 
@@ -376,7 +377,7 @@ def look(spec: JobSpec, states: Iterable[RankState]) -> list[Problem]:
         mesh=layout.world if layout is not None else None,
         interface=spec.interface,
         log=lambda rank: str(spec.log_path(rank)),
-        hosts=tuple(expand(nodes)) if (nodes := os.environ.get("SLURM_JOB_NODELIST")) else (),
+        hosts=hosts(os.environ),
     )
     return judge(answers, expected, extra)
 

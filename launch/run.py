@@ -18,8 +18,9 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import dump, find, load
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
+from dist_gpt.rundir import RESUME_FROM, Resume, set_aside
+from dist_gpt.rundir import replace as replace_file
 from launch.env import Device, choose_device, count_gpus
-from launch.files import replace as replace_file
 from launch.spec import RUN_DIR, JobSpec, train_argv
 
 QUICKLY_READ_BYTES = 100_000_000
@@ -64,15 +65,15 @@ def refuse_existing(config: Config) -> Path:
     number = 2
     while os.path.lexists(f"{run_dir}-{number}"):
         number += 1
+    goes_on = "; --resume auto goes on with the run in it" if (run_dir / "config.yaml").is_file() else ""
     raise ConfigError([
         f"run_dir: {run_dir} exists already and is never written over; choose another, for example "
-        f"--set run_dir={run_dir}-{number}, or remove it"
+        f"--set run_dir={run_dir}-{number}, or remove it{goes_on}"
     ])  # fmt: skip
 
 
-def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -> Path:
-    """Make the run directory with config.yaml (resolved), plan.json and logs/. Raises ConfigError where it exists and
-    nothing is to be resumed."""
+def make_run_dir(config: Config, resume: bool = False) -> Path:
+    """The run directory, with nothing changed in it. Raises ConfigError where it exists and nothing is resumed."""
     run_dir = Path(str(config.run_dir)) if resume else refuse_existing(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=resume)
@@ -81,9 +82,26 @@ def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -
         raise
     except OSError as error:
         raise ConfigError([f"run_dir: cannot make {run_dir}: {error.strerror}"]) from error
+    return run_dir
+
+
+def fill_run_dir(config: Config, plan: dict[str, Any], asked: Resume | None = None) -> None:
+    """Write config.yaml (resolved), plan.json, logs/ and what `asked` wants; how an earlier attempt ended goes."""
+    run_dir = Path(str(config.run_dir))
+    (run_dir / "exit.json").unlink(missing_ok=True)
+    for checkpoint in asked.newer if asked is not None else ():
+        print(f"{checkpoint} is of a later step: moved to {set_aside(checkpoint).name}", flush=True)
+    if asked is not None and asked.branch is not None:
+        replace_file(run_dir / RESUME_FROM, f"{asked.branch}\n")
     replace_file(run_dir / "config.yaml", dump(config))
     replace_file(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
-    (run_dir / "logs").mkdir(exist_ok=resume)
+    (run_dir / "logs").mkdir(exist_ok=True)
+
+
+def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -> Path:
+    """Both."""
+    run_dir = make_run_dir(config, resume)
+    fill_run_dir(config, plan)
     return run_dir
 
 
@@ -95,8 +113,9 @@ def job_of(
     env = {**launch.env, RUN_DIR: str(run_dir)}
     if device.kind == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""  # ranks decide by what they see; they shall decide what the user was told
-    if launch.interface is not None:
-        env |= {"GLOO_SOCKET_IFNAME": launch.interface, "NCCL_SOCKET_IFNAME": launch.interface}
+    if launch.interface is not None:  # what is said for NCCL or gloo alone counts for more (several cards of a node)
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        env |= {name: launch.interface for name in names if name not in {**os.environ, **launch.env}}
     return JobSpec(
         argv=train_argv(run_dir / "config.yaml", *(("--resume", resume) if resume else ())),
         ranks=layout.world,
@@ -121,12 +140,19 @@ def check_of(spec: JobSpec, config_path: Path) -> JobSpec:
     """The job that only looks: preflight, and a small collective along every axis."""
     argv = (*spec.argv[:3], "dist_gpt.comm.probe", str(config_path))
     preflight = "strict" if spec.preflight == "off" else spec.preflight
-    return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight)
+    return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight, check=True)
 
 
 def for_check(config: Config) -> Config:
     """`config` with a folder of its own for what --check writes, beside the run's."""
+    if made_by_head(config):
+        return config
     return config.model_copy(update={"run_dir": f"{config.run_dir}.check-{time.strftime('%Y%m%d-%H%M%S')}"})
+
+
+def made_by_head(config: Config) -> bool:
+    """Whether this launcher runs in a job, and the one that submitted it has made the run directory for it."""
+    return RUN_DIR in os.environ and Path(os.environ[RUN_DIR]) == Path(str(config.run_dir))
 
 
 def checked(run_dir: Path, code: int) -> str:

@@ -65,9 +65,11 @@ class SlurmJob:
 
 
 def job_of(config: Config, spec: JobSpec, cwd: Path, python: str) -> SlurmJob:
-    """The job that runs `spec`: it launches the same run once more, in the allocation, and goes on where it was."""
+    """The job that runs `spec`: it launches the same run once more, in the allocation, and goes on where it was (a
+    check looks once more: there is nothing to go on from)."""
     run_dir = spec.log_dir.parent if spec.log_dir.is_absolute() else cwd / spec.log_dir.parent
-    argv = ("-m", "dist_gpt", "launch", str(run_dir / "config.yaml"), "--via", "slurm", "--resume", "auto")
+    how = ("--check",) if spec.check else ("--resume", "auto")
+    argv = ("-m", "dist_gpt", "launch", str(run_dir / "config.yaml"), "--via", "slurm", *how)
     launch = config.launch
     return SlurmJob(
         spec.name, run_dir, cwd, python, spec.nodes, spec.ranks_per_node, argv, launch.slurm, tuple(launch.modules),
@@ -165,9 +167,11 @@ def _quoted(key: str, value: str, lines_too: bool = False) -> str:
 
 
 def srun_argv(
-    spec: JobSpec, via: str = "srun", address: str = "", port: int = 0, cpus_per_rank: int | None = None
-) -> tuple[str, ...]:
-    """The step that starts every rank (via `srun`), or one torchrun a node (via `torchrun`)."""
+    spec: JobSpec, via: str = "srun", address: str = "", port: int = 0, cpus_per_rank: int | None = None, *,
+    nodes: Sequence[str] = (), step: str = "",
+) -> tuple[str, ...]:  # fmt: skip
+    """The step that starts every rank (via `srun`), or one torchrun a node (via `torchrun`), on `nodes` and under the
+    name `step` where they are given."""
     per_node = 1 if via == "torchrun" else spec.ranks_per_node
     argv = [
         "srun", f"--nodes={spec.nodes}", f"--ntasks={spec.nodes * per_node}", f"--ntasks-per-node={per_node}",
@@ -176,6 +180,8 @@ def srun_argv(
         "--mpi=none", "--export=ALL", "--unbuffered",
         "--overlap",  # beside an salloc shell's own step, and beside the last attempt's while it goes
     ]  # fmt: skip
+    argv += [f"--nodelist={','.join(nodes)}"] if nodes else []  # the first of them is where the ranks meet
+    argv += [f"--job-name={step}"] if step else []
     if cpus_per_rank is not None:
         argv.append(f"--cpus-per-task={cpus_per_rank * (spec.ranks_per_node if via == 'torchrun' else 1)}")
     return (*argv, *(node_argv(spec, address, port) if via == "torchrun" else spec.argv))
@@ -193,10 +199,11 @@ Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 
 def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """One of Slurm's tools, its output as text; code 127 where it is not there, 124 where it does not answer."""
+    """One of Slurm's tools, its output as text; code 127 where it is not there, 124 where it does not answer. In a
+    session of its own: Ctrl-C is not for it, least of all for the scancel that Ctrl-C asks for."""
     try:
         return subprocess.run(list(argv), capture_output=True, text=True, errors="replace", timeout=TOOL_S,
-                              stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+                              stdin=subprocess.DEVNULL, start_new_session=True, check=False)  # fmt: skip
     except FileNotFoundError:
         return subprocess.CompletedProcess(list(argv), 127, "", f"{argv[0]}: not found")
     except subprocess.TimeoutExpired:
@@ -211,12 +218,17 @@ def resolve(name: str) -> str | None:
         return None
 
 
+def is_here(host: str) -> bool:
+    """Whether the node `host` is this machine (an salloc shell on the login node is on none of the job's)."""
+    return host in (os.environ.get("SLURMD_NODENAME"), socket.gethostname().split(".")[0])
+
+
 def address_of(
     host: str, interface: str | None = None, run: Run = run_tool, lookup: Callable[[str], str | None] = resolve
 ) -> str:
     """The address at which the other nodes reach `host`: of `interface` where it is given and `host` is this machine,
     else of its name, else what Slurm itself uses. ConfigError names the node."""
-    if interface is not None and host in (os.environ.get("SLURMD_NODENAME"), socket.gethostname().split(".")[0]):
+    if interface is not None and is_here(host):
         return interface_address(interface)
     found = lookup(host)
     if found is not None and not ipaddress.ip_address(found).is_loopback:
@@ -258,14 +270,22 @@ def requeue(job_id: str, run: Run = run_tool) -> str:
     return f"refused ({said}); go on with: scontrol requeue {job_id}, or dist-gpt launch ... --resume auto"
 
 
-def end_steps(job_id: str, run: Run = run_tool, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Kill every step of the job but the one that this process is in; returns when they are gone, or after a while."""
-    own = f"{job_id}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
+def steps(job_id: str, run: Run = run_tool) -> dict[str, str]:
+    """The steps of a job, without its script, by id, and their names."""
+    listed = run(("squeue", "--noheader", "--steps", "--jobs", job_id, "--format", "%i|%j")).stdout.splitlines()
+    pairs = (line.strip().partition("|")[::2] for line in listed)
+    return {step: name for step, name in pairs if re.fullmatch(r"[0-9_]+\.[0-9]+", step)}
+
+
+def end_steps(
+    job_id: str, ours: Callable[[str, str], bool], run: Run = run_tool, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Kill the steps of the job of which `ours(id, name)` holds, whatever else runs in the allocation; returns when
+    they are gone, or after a while."""
     deadline = time.monotonic() + STEPS_GONE_S
     while time.monotonic() < deadline:
-        listed = run(("squeue", "--noheader", "--steps", "--jobs", job_id, "--format", "%i")).stdout.split()
-        steps = [step for step in listed if re.fullmatch(r"[0-9_]+\.[0-9]+", step) and step != own]
-        if not steps:
+        left = [step for step, name in steps(job_id, run).items() if ours(step, name)]
+        if not left:
             return
-        run(("scancel", "--signal=KILL", *steps))
+        run(("scancel", "--signal=KILL", *left))
         sleep(0.5)

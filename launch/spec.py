@@ -24,6 +24,9 @@ ERROR_FILE = "DIST_GPT_ERROR_FILE"
 the earliest one is the culprit, the others failed because of it."""
 LOG_DIR = "DIST_GPT_LOG_DIR"
 """Folder of rank{r}.log and rank{r}.error.json where the rank itself opens them, its starter being another program."""
+ATTEMPT = "DIST_GPT_ATTEMPT"
+"""How often the launcher has started the ranks before. torchrun says 0 to its own whatever it was told itself, so this
+is read before TORCHELASTIC_RESTART_COUNT."""
 TERMINAL = "DIST_GPT_TERMINAL"
 """Columns of the terminal that shows rank 0's output live; not set when there is none."""
 MASTER = "DIST_GPT_MASTER"
@@ -32,6 +35,8 @@ WATCH = "DIST_GPT_WATCH"
 """host:port of the launcher's watch (launch.watch); not set: nobody watches."""
 WATCH_TOKEN = "DIST_GPT_WATCH_TOKEN"
 """Password of the watch, hex."""
+SILENCE = "DIST_GPT_SILENCE_S"
+"""Seconds without a word after which a rank and its launcher give each other up."""
 WATCH_FD = "DIST_GPT_WATCH_FD"
 """Number of the socket on which this process has said hello to the watch; set by launch.worker, read by
 dist_gpt.pulse."""
@@ -74,6 +79,8 @@ class JobSpec:
     max_restarts: int = 0
     preflight: str = "off"
     """strict, warn or off."""
+    check: bool = False
+    """Nothing is trained: the ranks only look."""
 
     @property
     def ranks_per_node(self) -> int:

@@ -11,14 +11,15 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_gpt.config.errors import ConfigError
 from launch.slurm import Run, run_tool
 from launch.slurm_words import ENDED, base_state, code_of, state_in_words
+from launch.supervise import say
 
 LOG_S, QUEUE_S = 0.5, 5.0
 """Seconds between looks at the log and at the queue (centres ask not to be asked often)."""
@@ -27,6 +28,8 @@ LAST_WORDS_S = 2.0
 LOST_S = 120.0
 """Slurm not answering for longer than this ends the following, not the job."""
 CANCEL_S = 60.0
+SPOKE = {"COMPLETED", "FAILED"}
+"""The run ended by itself, and may have left its own code."""
 PERHAPS_REQUEUED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
 """The end only where the next look says the same."""
 REASONS = {
@@ -193,11 +196,11 @@ def follow(
     run: Run = run_tool, sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic,
 ) -> Ended:  # fmt: skip
     """Follow a job to its end: `show` gets its log (`%j` in its name is the job's number), `say` what its state means.
-    The run's own code, in run_dir/exit.json, counts for more than Slurm's."""
+    The run's own code, in run_dir/exit.json, counts for more than Slurm's where the run ended by itself."""
     path = Path(str(log).replace("%j", job_id))
     state, exit_code = Following(job_id, path, say, show, run, sleep, clock).to_end()
     code, number = code_of(exit_code)
-    own = _own_code(run_dir / "exit.json", job_id) if run_dir is not None else None
+    own = _own_code(run_dir / "exit.json", job_id) if run_dir is not None and state in SPOKE else None
     if own is not None:
         code = own
     elif state != "COMPLETED":
@@ -208,10 +211,11 @@ def follow(
 
 
 def _own_code(path: Path, job_id: str) -> int | None:
-    """What the run itself left with; None where it left no word, or another job's."""
+    """What the run itself left with; None where it left no word, or another job did: a job that dies without a word
+    leaves what was there before."""
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         document = json.loads(path.read_text())
-        if str(document.get("job", job_id)) == job_id and isinstance(document["code"], int):
+        if str(document["job"]) == job_id and isinstance(document["code"], int):
             return int(document["code"])
     return None
 
@@ -220,31 +224,65 @@ class Stopped(Exception):
     """A signal asked the follower to leave."""
 
 
-def follow_to_end(job_id: str, log: Path, run_dir: Path, live_on_stderr: bool = False) -> int:
-    """Follow on the terminal; the run's code. Ctrl-C and SIGTERM cancel the job and leave with 128 + signal."""
+class Guard:
+    """Notes the signals that ask the follower to leave, and ends what runs inside `interrupted`, once: what follows,
+    submitting before and cancelling afterwards, goes on to its end whatever comes."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.may_raise = False
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Signal handler."""
+        self.number = self.number or number
+        if self.may_raise:
+            self.may_raise = False
+            raise Stopped
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Inside, Ctrl-C and SIGTERM come here; ignored ones stay ignored (nohup, `&`)."""
+        before = {
+            number: signal.signal(number, self.on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped; so does one that came before."""
+        self.may_raise = True
+        try:
+            if self.number is not None:
+                raise Stopped
+            yield
+        finally:
+            self.may_raise = False
+
+
+def run_job(script: Path, log: Path, run_dir: Path, live_on_stderr: bool = False, run: Run = run_tool) -> int:
+    """Submit `script` and follow the job on the terminal; the run's code. Ctrl-C and SIGTERM, from before it is
+    submitted on, cancel the job and leave with 128 + signal."""
     stream = sys.stderr if live_on_stderr else sys.stdout
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     def show(text: str) -> None:
-        stream.write(text)
-        stream.flush()
+        with suppress(OSError, ValueError):  # nobody reads any more: the log file has it all
+            stream.write(text)
+            stream.flush()
 
-    def stop(number: int, frame: object) -> None:
-        raise Stopped(number)
-
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        return follow(job_id, log, say, show, run_dir).code
-    except Stopped as stopped:
-        say(f"cancelling job {job_id}")
-        say(f"job {job_id} is gone" if cancel(job_id) else f"job {job_id} is still there: scancel {job_id}")
-        return 128 + int(stopped.args[0])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    guard = Guard()
+    with guard.handled():
+        job = submit(script, run)
+        say(f"submitted: job {job}, script {script}")
+        try:
+            with guard.interrupted():
+                return follow(job, log, say, show, run_dir, run=run).code
+        except Stopped:
+            say(f"cancelling job {job}")
+            say(f"job {job} is gone" if cancel(job, run) else f"job {job} is still there: scancel {job}")
+            return 128 + (guard.number or 0)

@@ -18,9 +18,9 @@ from queue import Empty
 
 from launch import explain
 from launch.facts import CONFIG_HASH, config_digest
-from launch.files import last_words, newest_checkpoint, note_failure, size, tail
+from launch.files import last_words, newest_checkpoint, note_failure, size, tail, why_left
 from launch.preflight import check_answers, warnings
-from launch.spec import LOG_DIR, WATCH, WATCH_TOKEN, JobSpec
+from launch.spec import ATTEMPT, LOG_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec
 from launch.starter import Failure, Starter
 from launch.tee import Follow
 from launch.watch import Watch
@@ -29,8 +29,10 @@ GRACE_S = 1.0
 """After the first failure: time for the ranks that fail because of it to write their own errors to their logs."""
 PREEMPTED, PREEMPTED_GRACE_S = 75, 30.0
 """A rank that was told to leave saved first; the others may still be writing."""
-HELLO_S = 25.0
-"""From the first rank's hello to the last one's."""
+HELLO_S, HELLO_EACH_S = 25.0, 0.05
+"""From the first rank's hello to the last one's, and more for each rank."""
+SETTLE_S = 1.0
+"""The starter has ended: time for what the ranks said last to be read."""
 TICK_S = 0.2
 PASSED_THROUGH = (2, PREEMPTED)
 ASKING = ("SIGTERM", "SIGUSR1")
@@ -38,8 +40,14 @@ ASKING = ("SIGTERM", "SIGUSR1")
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, on stderr. Where nobody reads it any more, the job goes on all the same."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def hello_patience(spec: JobSpec) -> float:
+    """Seconds from the first rank's hello to the last one's: thousands of ranks do not start at once."""
+    return min(HELLO_S + HELLO_EACH_S * spec.ranks, spec.timeout_s)
 
 
 class Supervisor:
@@ -51,6 +59,7 @@ class Supervisor:
         self.watch: Watch | None = None
         self.asked_at: float | None = None
         self.let_go = False
+        self.took_leave = False  # every rank left in an orderly way: starting again would change nothing
         self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -63,7 +72,8 @@ class Supervisor:
         steps_before = None
         for attempt in range(self.spec.max_restarts + 1):
             code = self.attempt(attempt)
-            if code in (0, *PASSED_THROUGH) or self.stops or attempt == self.spec.max_restarts:
+            over = code in (0, *PASSED_THROUGH) or self.took_leave
+            if over or self.stops or attempt == self.spec.max_restarts:
                 break
             steps = newest_checkpoint(self.spec.log_dir.parent)
             if attempt and steps == steps_before:
@@ -81,7 +91,7 @@ class Supervisor:
         for rank in range(spec.ranks):
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
-        shown, self.let_go = None, False
+        shown, self.let_go, self.took_leave = None, False, False
         self.watch = (
             Watch(self.host, spec.ranks, silence_s=spec.silence_s, on_event=lambda: self.starter.wake.put(self))
             if spec.watched
@@ -109,14 +119,14 @@ class Supervisor:
             self.watch.close()
 
     def _environment(self, attempt: int) -> dict[str, str]:
-        env = {"TORCHELASTIC_RESTART_COUNT": str(attempt), **self.spec.env}
+        env = {"TORCHELASTIC_RESTART_COUNT": str(attempt), **self.spec.env, ATTEMPT: str(attempt)}
         if not self.starter.live:
             env[LOG_DIR] = str(self.spec.log_dir)
         if self.watch is not None:
             env |= {
                 WATCH: self.watch.address,
                 WATCH_TOKEN: self.watch.token,
-                "DIST_GPT_SILENCE_S": str(self.spec.silence_s),
+                SILENCE: str(self.spec.silence_s),
                 CONFIG_HASH: config_digest(self.spec.log_dir.parent / "config.yaml"),
             }
         return env
@@ -131,7 +141,7 @@ class Supervisor:
             now = time.monotonic()
             if first is None and len(missing) < spec.ranks:
                 first = now
-            late = now - begun > spec.timeout_s or (first is not None and now - first > HELLO_S)
+            late = now - begun > spec.timeout_s or (first is not None and now - first > hello_patience(spec))
             if late or not self.starter.running():
                 break
             if self._in_vain(missing):
@@ -190,7 +200,7 @@ class Supervisor:
             if deadline is not None and now >= deadline:
                 break
             self._pause(deadline)
-        return self._verdict()
+        return self._verdict(trouble)
 
     def _trouble(self, now: float) -> explain.Explanation | None:
         return explain.explain(self.watch.states(), now, self.spec.rank_name, watch_host=self.watch.name,
@@ -203,9 +213,9 @@ class Supervisor:
             if not self.spec.saves or self.watch is None or name not in ASKING or not self.let_go:
                 return False
             self.asked_at = now
+            self.watch.ask_stop()
             say(f"{name} received: {self.spec.ranks} ranks are asked to save and leave, {self.spec.grace_s:.0f} s "
                 "at most; another signal ends them at once")  # fmt: skip
-            self.watch.ask_stop()
         return len(self.stops) == 1 and now - self.asked_at < self.spec.grace_s
 
     def _pause(self, deadline: float | None = None) -> None:
@@ -215,6 +225,8 @@ class Supervisor:
             patience = min(patience, max(0.0, deadline - time.monotonic()))
         with suppress(Empty):
             self.starter.wake.get(timeout=patience)
+            while True:  # thousands of ranks that end at once are looked at once
+                self.starter.wake.get_nowait()
 
     def _watched(self) -> Watch:
         if self.watch is None:
@@ -230,8 +242,9 @@ class Supervisor:
         say(f"{why}: ending {self.spec.ranks} ranks")
         return 128 + self.stops[-1]
 
-    def _verdict(self) -> int:
+    def _verdict(self, trouble: explain.Explanation | None) -> int:
         """Name what failed first, show the end of its log, and return the job's code."""
+        self._settle()
         failures = self.starter.failures()
         states = self.watch.states() if self.watch is not None else []
         codes = [state.bye for state in states if state.bye is not None]
@@ -245,15 +258,30 @@ class Supervisor:
             pairs = self.watch.probe() if self._may_be_link() else {}
             found = explain.explain(
                 states, time.monotonic(), self.spec.rank_name, exits, pairs, self.watch.name, self.spec.timeout_s
-            )
-        if not failures and found is None:
+            ) or (trouble if self.starter.running() else None)  # it came on again, and is ended all the same
+        self.took_leave = len(codes) == self.spec.ranks and all(states[f.rank].bye == f.code for f in failures)
+        if found is None and (self.took_leave or not failures):
             return self._whole(codes)
-        first = min(failures, key=lambda f: f.at, default=None)
-        code = first.code if first is not None and first.code in PASSED_THROUGH else 1
+        code = self._code(failures, [states[rank] for rank in found.culprits] if found is not None else [])
         why = self._report(failures, found)
         if self.spec.saves:
             note_failure(self.spec.log_dir.parent, code, why)
         return code
+
+    def _settle(self) -> None:
+        """Where nothing runs any more, wait until the watch has read the ends of all connections."""
+        deadline = time.monotonic() + SETTLE_S
+        while self.watch is not None and not self.starter.running() and time.monotonic() < deadline:
+            if all(state.closed is not None for state in self.watch.states() if state.joined is not None):
+                return
+            time.sleep(0.02)
+
+    def _code(self, failures: list[Failure], culprits: list[explain.RankState]) -> int:
+        """The job's exit code: that of the first failure where it says something to whoever started the job."""
+        first = min(failures, key=lambda f: f.at, default=None)
+        said = [int((state.failed or {}).get("code", 1)) for state in culprits]
+        code = first.code if first is not None else said[0] if said else 1
+        return code if code in PASSED_THROUGH else 1
 
     def _may_be_link(self) -> bool:
         trouble = self._trouble(time.monotonic())
@@ -261,9 +289,14 @@ class Supervisor:
 
     def _whole(self, codes: list[int]) -> int:
         """The code where no rank is known to have failed."""
-        code = self.starter.code()
         if len(codes) == self.spec.ranks:
-            return max(codes)
+            code = max(codes)
+            if code not in (0, PREEMPTED):
+                why = why_left(self.spec.log_dir.parent) or "none of them said why"
+                say(f"the ranks left with exit code {code}: {why}")
+                self._show_log(codes.index(code))
+            return code
+        code = self.starter.code()
         if code and not self.starter.running():
             say(f"the ranks ended with exit code {code}, and none of them said why")
             self._show_starter()

@@ -28,6 +28,7 @@ class Tee:
         self.source = source
         self.log = log
         self.live: TextIO | None = live
+        self.told = False  # that the log cannot be written
         self.thread = threading.Thread(target=self._copy, name="tee", daemon=True)
         self.thread.start()
 
@@ -36,20 +37,30 @@ class Tee:
         self.thread.join(CLOSE_S)
 
     def _copy(self) -> None:
+        """To the end of `source`, whatever becomes of the log: a rank whose pipe closes would fail for that."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pending, bar = b"", False
-        with open(self.log, "ab", buffering=0) as log, self.source:
+        with self.source:
             while chunk := os.read(self.source.fileno(), 65536):
                 self._show(decoder.decode(chunk))
                 if HIDE in chunk or SHOW in chunk:
                     bar = chunk.rfind(HIDE) > chunk.rfind(SHOW)
                 *lines, pending = (pending + chunk).split(b"\n")
                 if lines:
-                    log.write(b"".join(plain(line) + b"\n" for line in lines))
+                    self._write(b"".join(plain(line) + b"\n" for line in lines))
             if bar:  # the rank was killed: take its bar away
                 self._show((REDRAWN + SHOW).decode())
             elif text := plain(pending):
-                log.write(text + b"\n")
+                self._write(text + b"\n")
+
+    def _write(self, text: bytes) -> None:
+        try:
+            with open(self.log, "ab", buffering=0) as log:
+                log.write(text)
+        except OSError as error:
+            if not self.told:
+                self.told = True
+                self._show(f"{self.log} cannot be written: {error.strerror}; what follows is lost there\n")
 
     def _show(self, text: str) -> None:
         if self.live is None:

@@ -1,6 +1,7 @@
-"""`python -m launch.tied PROGRAM ARGS...`: become PROGRAM, and die with the process that started this one.
+"""`python -m launch.tied PID PROGRAM ARGS...`: become PROGRAM, and die with process PID, which started this one.
 
-For srun, torchrun and mpirun: killed with SIGKILL, their launcher cannot end them, and they would run on alone.
+For srun, torchrun and mpirun: killed with SIGKILL, their launcher cannot end them, and they would run on alone. PID is
+said by the launcher: when this process looks, its parent may be another already.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ def main(argv: Sequence[str]) -> None:
     """Tie and exec; on Linux the tie holds across exec."""
     from launch.worker import tie_to_parent
 
-    if not argv:
-        sys.exit("usage: python -m launch.tied PROGRAM [ARGS...]")
-    tie_to_parent(os.getppid())
+    if len(argv) < 2 or not argv[0].isdecimal():
+        sys.exit("usage: python -m launch.tied PID PROGRAM [ARGS...]")
+    program = list(argv[1:])
+    tie_to_parent(int(argv[0]))
     try:
-        os.execvpe(argv[0], list(argv), os.environ)
+        os.execvpe(program[0], program, os.environ)
     except OSError as error:
-        sys.exit(f"{argv[0]}: {error.strerror}")
+        sys.exit(f"{program[0]}: {error.strerror}")
 
 
 if __name__ == "__main__":

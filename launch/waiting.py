@@ -3,6 +3,8 @@
 Calls on a group are numbered from 1 on every member, so the n-th call of one is the n-th call of all: a rank that waits
 in call n waits for the members that have issued fewer. A member that issued it and is silent since (stopped in the
 middle of the transfer) holds it up as well.
+
+Thousands of ranks wait in few calls. So a group becomes a number once, and who is behind is worked out once per call.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 Channel = tuple[str, tuple[int, ...], str]
+Call = tuple[int, int]
+"""(number of the group, number of the call on it)."""
 WAITING = ("waiting", "issuing")
 
 
@@ -24,40 +28,83 @@ class Waiting:
         positions: Mapping[int, Mapping[str, Any] | None],
         lost: Collection[int],
     ) -> None:
-        self.channels, self.positions, self.lost = channels, positions, lost
-        self.numbers = {rank: {key: i for i, key in enumerate(keys)} for rank, keys in channels.items()}
-        self.edges = {rank: self._waits_for(rank) for rank in positions}
+        self.positions, self.lost = positions, frozenset(lost)
+        self.members: list[tuple[int, ...]] = []  # of each group
+        self.numbers = self._numbered(channels)
+        self.places = {rank: {number: at for at, number in enumerate(found)} for rank, found in self.numbers.items()}
+        self.calls = {rank: call for rank in positions if (call := self._call_of(rank)) is not None}
+        behind = {call: self._behind(call) for call in set(self.calls.values())}
+        self.behind = {call: (members, frozenset(members)) for call, members in behind.items()}
+
+    def _numbered(self, channels: Mapping[int, Sequence[Channel]]) -> dict[int, list[int]]:
+        """The numbers of each rank's groups, in the order of its counts."""
+        groups: dict[tuple[str, int, str], int] = {}
+        known: dict[tuple[int, ...], int] = {}
+        seen: dict[int, int] = {}  # by the tuple's id: most ranks share the same tuple, and hashing it takes its length
+        found: dict[int, list[int]] = {}
+        for rank, keys in channels.items():
+            found[rank] = []
+            for axis, ranks, way in keys:
+                which = seen.get(id(ranks))
+                if which is None:
+                    which = seen[id(ranks)] = known.setdefault(ranks, len(known))
+                number = groups.setdefault((axis, which, way), len(groups))
+                if number == len(self.members):
+                    self.members.append(ranks)
+                found[rank].append(number)
+        return found
+
+    def _call_of(self, rank: int) -> Call | None:
+        """The call that a rank waits in."""
+        position = self.positions.get(rank)
+        if position is None or not self.waits(rank):
+            return None
+        place, numbers = position.get("channel", -1), self.numbers.get(rank, [])
+        return (numbers[place], int(position.get("seq", 0))) if 0 <= place < len(numbers) else None
+
+    def _behind(self, call: Call) -> list[int]:
+        """Members that have not issued a call; where all have, those that are lost."""
+        number, seq = call
+        members = self.members[number]
+        behind = [member for member in members if self._issued(member, number, seq) < seq]
+        return behind or [member for member in members if member in self.lost]
+
+    def _issued(self, rank: int, number: int, unknown: int) -> int:
+        """Calls that `rank` issued on a group; `unknown` where it never said."""
+        position, place = self.positions.get(rank), self.places.get(rank, {}).get(number)
+        counts = position.get("counts", ()) if position else ()
+        return int(counts[place]) if place is not None and place < len(counts) else unknown
 
     def waits(self, rank: int) -> bool:
         """It is in a collective, as far as is known."""
         position = self.positions.get(rank)
         return position is not None and position.get("state") in WAITING and rank not in self.lost
 
-    def _waits_for(self, rank: int) -> list[int]:
-        position, keys = self.positions.get(rank), self.channels.get(rank, ())
-        channel = position.get("channel", -1) if position else -1
-        if position is None or not self.waits(rank) or not 0 <= channel < len(keys):
+    def waits_for(self, rank: int) -> list[int]:
+        """The ranks that `rank` waits for directly."""
+        call = self.calls.get(rank)
+        if call is None:
             return []
-        key, seq = keys[channel], int(position.get("seq", 0))
-        others = [member for member in key[1] if member != rank]
-        behind = [member for member in others if self._issued(member, key, seq) < seq]
-        return behind or [member for member in others if member in self.lost]
-
-    def _issued(self, rank: int, key: Channel, unknown: int) -> int:
-        """Calls that `rank` issued on the group `key`; `unknown` where it never said."""
-        position, number = self.positions.get(rank), self.numbers.get(rank, {}).get(key)
-        counts = position.get("counts", ()) if position else ()
-        return int(counts[number]) if number is not None and number < len(counts) else unknown
+        members, as_set = self.behind[call]
+        return [member for member in members if member != rank] if rank in as_set else members
 
     def waiters(self, ranks: Collection[int]) -> list[int]:
         """Who waits for one of `ranks` directly."""
-        return sorted(r for r, targets in self.edges.items() if any(t in ranks for t in targets) and r not in ranks)
+        wanted = frozenset(ranks)
+        calls = {call for call, (_, members) in self.behind.items() if not wanted.isdisjoint(members)}
+        return sorted(rank for rank, call in self.calls.items() if call in calls and rank not in wanted)
 
     def roots(self) -> list[int]:
         """Those at the end of the chains: waited for, and waiting for nobody; silent or dead ones before those that
         compute, those before ones that wait. Where ranks wait in a circle, the ranks of the circle."""
-        targets = {t for found in self.edges.values() for t in found}
-        ends = sorted(t for t in targets if not self.edges.get(t))
+        targets: set[int] = set()
+        waiters: dict[Call, list[int]] = {}
+        for rank, call in self.calls.items():
+            waiters.setdefault(call, []).append(rank)
+        for call, ranks in waiters.items():
+            members = self.behind[call][1]
+            targets |= members if len(ranks) > 1 else members - set(ranks)  # nobody waits for himself
+        ends = sorted(t for t in targets if not self.waits_for(t))
         for chosen in (
             [r for r in ends if r in self.lost],
             [r for r in ends if not self.waits(r)],
@@ -65,17 +112,19 @@ class Waiting:
         ):
             if chosen:
                 return chosen
-        return sorted(r for r in targets if r in self._reached(r))
+        reached = {call: self._reached(call) for call in waiters}
+        return sorted(r for r in targets if r in self.calls and r in reached[self.calls[r]])
 
-    def _reached(self, rank: int) -> set[int]:
-        """All that it waits for, directly or not."""
+    def _reached(self, start: Call) -> set[int]:
+        """All that those in a call wait for, directly or not."""
         found: set[int] = set()
-        open_ = list(self.edges.get(rank, ()))
+        seen, open_ = {start}, [start]
         while open_:
-            target = open_.pop()
-            if target not in found:
-                found.add(target)
-                open_ += self.edges.get(target, ())
+            members = self.behind[open_.pop()][1]
+            for call in {self.calls[rank] for rank in members - found if rank in self.calls} - seen:
+                seen.add(call)
+                open_.append(call)
+            found |= members
         return found
 
 

@@ -24,11 +24,13 @@ from dataclasses import replace
 from typing import Any
 
 from launch.explain import QUIET_S, RankState
-from launch.lines import Line, group_ranks
+from launch.lines import Line, group_ranks, room_for
 
 MAX_LINE = 65536
 HELLO_S = 10.0
 """A connection that has not said who it is by then is dropped."""
+STRANGERS = 64
+"""Connections beside the ranks' that may be open and have not said who they are."""
 ASK_S = 1.0
 PROBE_S = 5.0
 STILL_S = 5.0
@@ -65,6 +67,9 @@ class Watch:
         self._reached: Pairs = {}  # (from, to)
         self._hosts_asked = 0.0
         self._probing: dict[int, str] = {}
+        self._groups: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for all ranks that have the group
+        self._accepting = True
+        room_for(world + STRANGERS)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._server = socket.create_server((host, 0), family=family, backlog=max(128, world))
         self._server.setblocking(False)
@@ -84,7 +89,7 @@ class Watch:
         """What is known of every rank, now."""
         with self._lock:
             now = time.monotonic()
-            return [replace(state, silent=self._is_silent(state, now)) for state in self._states]
+            return [replace(s, silent=True) if self._is_silent(s, now) else s for s in self._states]
 
     def missing(self) -> list[int]:
         """Ranks that have not said hello."""
@@ -157,15 +162,35 @@ class Watch:
             with suppress(OSError):
                 self._ear.recv(4096)
         elif key.fileobj is self._server:
-            with suppress(OSError):
-                link, address = self._server.accept()
-                link.setblocking(False)
-                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                line = Line(link, str(address[0]), time.monotonic())
-                self._all.add(line)
-                self._ready.register(link, selectors.EVENT_READ, line)
+            self._accept()
         elif key.data in self._all and mask & selectors.EVENT_READ:
             self._receive(key.data)
+
+    def _accept(self) -> None:
+        if len(self._all) - len(self._lines) >= self.world + STRANGERS:
+            self._drop_a_stranger()
+        try:
+            link, address = self._server.accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                return  # it hung up while it waited
+            if not self._drop_a_stranger():  # it stays in the queue: asking again at once would take a processor
+                self._ready.unregister(self._server)
+                self._accepting = False
+            return
+        with suppress(OSError):
+            link.setblocking(False)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line = Line(link, str(address[0]), time.monotonic())
+            self._all.add(line)
+            self._ready.register(link, selectors.EVENT_READ, line)
+
+    def _drop_a_stranger(self) -> bool:
+        """The one that has been silent for longest: ranks say who they are at once."""
+        oldest = min((line for line in self._all if line.rank is None), key=lambda line: line.since, default=None)
+        if oldest is not None:
+            self._drop(oldest)
+        return oldest is not None
 
     def _receive(self, line: Line) -> None:
         try:
@@ -233,7 +258,8 @@ class Watch:
         elif "channels" in message:
             line.port = int(message.get("port", 0))
             groups = tuple((str(axis), group_ranks(ranks), str(way)) for axis, ranks, way in message["channels"])
-            state = replace(state, channels=groups)
+            shared = tuple((axis, self._groups.setdefault(ranks, ranks), way) for axis, ranks, way in groups)
+            state = replace(state, channels=shared)
         elif "failed" in message:
             failed = dict(message["failed"])
             self._freeze()
@@ -281,6 +307,9 @@ class Watch:
 
     def _look_after(self, now: float) -> None:
         """Drop who never says hello; ask who is silent, and see whether his kernel acknowledges."""
+        if not self._accepting:
+            self._accepting = True
+            self._ready.register(self._server, selectors.EVENT_READ)
         for line in list(self._all):
             if line.rank is None and now - line.since > HELLO_S:
                 self._drop(line)

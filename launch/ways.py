@@ -8,22 +8,26 @@ here from inside.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
+from dist_gpt.rundir import CHECKPOINTS, committed, step_of
 from launch import mpi, slurm, submit, torchrun
 from launch.command import CommandRanks
+from launch.facts import address_towards
 from launch.local import HOST, launch_local
 from launch.ports import free_port
 from launch.spec import MASTER, JobSpec
 from launch.supervise import PREEMPTED, say, supervise
 
+BAD_INPUT = 2
 WAYS = ("local", "torchrun", "slurm", "mpi")
 
 
@@ -46,11 +50,14 @@ def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environ and "SLURM_JOB_NODELIST" in environ
 
 
-def way_of(via: str, config: Config, detach: bool = False) -> Way:
+def way_of(via: str, config: Config, detach: bool = False, check: bool = False) -> Way:
     """The way that `--via` means here. Raises ConfigError where it cannot be gone."""
     nodes, inside = config.launch.nodes, in_allocation()
     if via not in WAYS:
         raise ConfigError([f"--via {via}: no such way; choose {', '.join(WAYS)}"])
+    if check and detach:
+        raise ConfigError(["--check --detach: a check has to be followed to its end, or nobody hears what it found; "
+                           "leave out --detach"])  # fmt: skip
     if via == "local":
         if nodes != 1:
             raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine: "
@@ -125,37 +132,68 @@ class Allocation:
         sentence = f"Slurm job {job}, nodes {', '.join(hosts[: config.launch.nodes])}, by {via}"
         return Allocation(via, job, hosts[: config.launch.nodes], s.cpus_per_rank, s.requeue, sentence)
 
-    def _master(self, spec: JobSpec) -> str:
-        """The address of the first node that the others reach."""
-        if len(self.hosts) == 1:
-            return HOST
-        return slurm.address_of(self.hosts[0], spec.interface)
-
     def document(self, spec: JobSpec) -> dict[str, Any]:
         return {"commands": [self._argv(spec, self.hosts[0], slurm.port_of(self.job_id))]}
 
-    def _argv(self, spec: JobSpec, address: str, port: int) -> list[str]:
+    def _argv(self, spec: JobSpec, address: str, port: int, step: str = "") -> list[str]:
         if self.via == "mpi":
             names = (*spec.env, "DIST_GPT_STARTER")
             return list(mpi.command(spec, hosts=self.hosts, names=names))
-        return list(slurm.srun_argv(spec, self.via, address, port, self.cpus_per_rank))
+        return list(slurm.srun_argv(spec, self.via, address, port, self.cpus_per_rank, nodes=self.hosts, step=step))
+
+    def addresses(self, spec: JobSpec) -> tuple[str, str]:
+        """Where the watch listens, and where the ranks meet, which is always on the first node. They differ where this
+        process is not there: an salloc shell on the login node."""
+        alone = len(self.hosts) == 1
+        if alone and slurm.is_here(self.hosts[0]):
+            return HOST, HOST
+        first = slurm.address_of(self.hosts[0], spec.interface)
+        if slurm.is_here(self.hosts[0]):
+            return first, first
+        own = address_towards(f"{first}:{slurm.port_of(self.job_id)}")
+        if not own:
+            raise ConfigError([
+                f"no route leads from {socket.gethostname()} to {self.hosts[0]} ({first}), the job's first node; start "
+                "on a node of the job: sbatch, or srun --pty in the allocation"
+            ])  # fmt: skip
+        return own, HOST if alone else first
 
     def run(self, spec: JobSpec) -> int:
-        address = self._master(spec)
-        port = port_on(address, self.job_id)
+        own, address = self.addresses(spec)
+        # From elsewhere nobody can try whether a port is free there; preflight's first rank does.
+        port = port_on(address, self.job_id) if own == address else slurm.port_of(self.job_id)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
+        step = f"dist-gpt-{secrets.token_hex(4)}"
+        ours = self._ours(step)
         starter = CommandRanks(
-            self._argv(spec, address, port), env, spec.log_dir / f"{self.via}.log", lambda: slurm.end_steps(self.job_id)
-        )
-        say(f"{self.sentence}; master {address}:{port}")
-        return supervise(spec, starter, address, self._requeue)
+            self._argv(spec, address, port, step), env, spec.log_dir / f"{self.via}.log",
+            lambda: slurm.end_steps(self.job_id, ours),
+        )  # fmt: skip
+        say(f"{self.sentence}; master {address}:{port}" + (f", watched from {own}" if own != address else ""))
+        before = newest_step(spec.log_dir.parent)
+        return supervise(spec, starter, own, lambda code, stops: self._requeue(code, stops, spec, before))
 
-    def _requeue(self, code: int, stops: list[int]) -> int:
-        """Back to the queue where Slurm's warning before the end of the time was followed by a save."""
-        warned = any(slurm.is_warning(number) for number in stops)
-        if code == PREEMPTED and warned and self.requeue:
+    def _ours(self, step: str) -> Callable[[str, str], bool]:
+        """Which of the allocation's steps (id, name) this launch starts; others may belong to the user."""
+        if self.via != "mpi":
+            return lambda number, name: name == step
+        before = frozenset(slurm.steps(self.job_id))  # mpirun calls srun itself, and names its steps after its daemons
+        return lambda number, name: name in mpi.DAEMONS and number not in before
+
+    def _requeue(self, code: int, stops: list[int], spec: JobSpec, before: int) -> int:
+        """Back to the queue where Slurm warned before the end of the time and the next life has something to gain: the
+        ranks saved and left, or, where they did not come to that, there is a checkpoint newer than step `before`."""
+        warned = bool(stops) and slurm.is_warning(stops[0])
+        alone = warned and all(slurm.is_warning(number) for number in stops)  # nobody asked for an end besides
+        newer = code not in (0, BAD_INPUT) and alone and newest_step(spec.log_dir.parent) > before
+        if self.requeue and ((code == PREEMPTED and warned) or newer):
             say(f"job {self.job_id} goes back to the queue: {slurm.requeue(self.job_id)}")
         return code
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint; -1 where there is none."""
+    return next((step_of(path) for path in committed(run_dir / CHECKPOINTS)), -1)
 
 
 class Submitted:
@@ -175,11 +213,10 @@ class Submitted:
     def run(self, spec: JobSpec) -> int:
         script = spec.log_dir.parent / "job.sbatch"
         script.write_text(self._script(spec))
-        job = submit.submit(script)
-        say(f"submitted: job {job}, script {script}")
         if self.detach:
+            say(f"submitted: job {submit.submit(script)}, script {script}")
             return 0
-        return submit.follow_to_end(job, spec.log_dir / f"slurm-{job}.out", spec.log_dir.parent, spec.live_on_stderr)
+        return submit.run_job(script, spec.log_dir / "slurm-%j.out", spec.log_dir.parent, spec.live_on_stderr)
 
 
 def port_on(host: str, seed: str) -> int:

@@ -28,7 +28,8 @@ POLL_S = 1.0
 CONNECT_S = 20.0
 GO_S = 600.0
 """Longest wait for the launcher's word: it waits for the other ranks itself."""
-BAD_INPUT = 2
+BAD_INPUT, PREEMPTED = 2, 75
+MAX_ERROR = 2000
 
 
 def tie_to_parent(parent: int) -> None:
@@ -86,8 +87,9 @@ def greet(environ: MutableMapping[str, str]) -> None:
     """Say hello to the watch and wait until it lets this rank go; the socket stays open for dist_gpt.pulse."""
     if WATCH not in environ:
         return
-    from launch.preflight import facts
+    from launch.facts import facts
 
+    found = facts(environ)  # may take long (drivers, name services); the watch waits for a hello, not for this
     host, _, port = environ[WATCH].rpartition(":")
     try:
         line = socket.create_connection((host, int(port)), timeout=CONNECT_S)
@@ -108,7 +110,7 @@ def greet(environ: MutableMapping[str, str]) -> None:
         "node": int(environ.get("GROUP_RANK", "0")),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "facts": facts(environ),
+        "facts": {**found, "time": time.time()},  # compared with the launcher's when this arrives
     }
     line.sendall(json.dumps({"hello": hello}).encode() + b"\n")
     word = _word(line)
@@ -158,6 +160,7 @@ def main(argv: list[str]) -> None:
         sys.exit(BAD_INPUT)
     sys.argv = list(argv)
     code: object = 1
+    why = ""
     try:
         if argv[0].endswith(".py"):
             runpy.run_path(argv[0], run_name="__main__")
@@ -167,19 +170,27 @@ def main(argv: list[str]) -> None:
     except SystemExit as leaving:
         code = leaving.code
         raise
+    except BaseException as error:
+        why = f"{type(error).__name__}: {error}"
+        raise
     finally:
-        say_bye(os.environ, code)
+        say_bye(os.environ, code, why)
 
 
-def say_bye(environ: MutableMapping[str, str], code: object) -> None:
+def say_bye(environ: MutableMapping[str, str], code: object, why: str = "") -> None:
     """Tell the watch how this rank leaves, where its program had no heartbeat of its own (dist_gpt.pulse takes the
-    socket over)."""
+    socket over). What ends badly before it has one is a failure like any other."""
     number = environ.pop(WATCH_FD, None)
     if number is None:
         return
     status = code if isinstance(code, int) else 0 if code is None else 1
+    why = code if isinstance(code, str) else why  # sys.exit("text")
+    said: dict[str, Any] = {"bye": {"code": status}}
+    if status not in (0, PREEMPTED):
+        text = f"left with exit code {status}" + (f": {why}" if why else "")
+        said = {"failed": {"error": text[:MAX_ERROR], "inside": False, "position": None, "code": status}}
     with suppress(OSError), socket.socket(fileno=int(number)) as line:
-        line.sendall(json.dumps({"bye": {"code": status}}).encode() + b"\n")
+        line.sendall(json.dumps(said).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 
 SCHEMA = 1
-AUTO = "auto"
-FOLDER, MANIFEST = "checkpoints", "manifest.json"
+MANIFEST = "manifest.json"
 TRAIN_KEYS = ("global_batch", "micro_batch", "seed", "dtype")
 """Keys of `train` that a resumed run must share; it may train longer, and validate more often."""
-_STEP = re.compile(r"step_(\d{8,12})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,7 +38,8 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `config` is what a run that resumes must share; `files` are in the order of ranks."""
+    """manifest.json. `config` is what a run that resumes must share; `files` are in the order of ranks; `steps` is
+    the run's train.steps, which may change (None: written before that was noted)."""
 
     step: int
     world: int
@@ -49,6 +47,7 @@ class Manifest:
     config: dict[str, Any]
     files: tuple[File, ...]
     trainer: dict[str, int]
+    steps: int | None = None
 
     def text(self) -> str:
         """The file's text."""
@@ -65,20 +64,6 @@ def file_name(rank: int) -> str:
     return f"rank{rank:05d}.safetensors"
 
 
-def committed(folder: Path) -> list[Path]:
-    """Checkpoint folders below `folder`, the newest first; none where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
-
-
-def step_of(folder: Path) -> int:
-    """The step that a folder's name says."""
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else -1
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises BrokenError."""
     path = folder / MANIFEST
@@ -90,6 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(
             int(tree["step"]), int(tree["world"]), dict(tree["layout"]), dict(tree["config"]), files,
             {key: int(value) for key, value in tree["trainer"].items()},
+            int(tree["steps"]) if tree.get("steps") is not None else None,
         )  # fmt: skip
     except FileNotFoundError:
         raise BrokenError(f"{path}: no such file") from None
@@ -104,13 +90,22 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def refuse_cut(folder: Path) -> None:
+    """Raise BrokenError where a checkpoint lacks a file or a part of one. Hashes are compared when it is loaded."""
+    for file in read_manifest(folder).files:
+        path = folder / file.name
+        if not path.is_file():
+            raise BrokenError(f"{path} is missing")
+        if path.stat().st_size != file.bytes:
+            raise BrokenError(f"{path} has {path.stat().st_size} bytes, {file.bytes} were written")
+
+
 def shared_config(config: Config, data: str | None = None) -> dict[str, Any]:
     """What must be equal in the run that saves and the one that resumes; `data` is the digest of the tokens."""
     tree = config.model_dump(mode="json")
     found = {section: tree[section] for section in ("model", "parallel", "optim")}
     found["train"] = {key: tree["train"][key] for key in TRAIN_KEYS}
-    if data is not None:
-        found["data"] = {"tokens": data}
+    found["data"] = {"seed": tree["data"]["seed"], **({"tokens": data} if data is not None else {})}
     return found
 
 
@@ -121,37 +116,24 @@ def differences(manifest: Manifest, ours: dict[str, Any], where: Path) -> list[s
         f"{key}: the checkpoint {where} has {_shown(theirs, key)}, this run has {_shown(mine, key)}; resume with the "
         "same value, or start another run"
         for key in sorted(set(theirs) | set(mine))
-        if theirs.get(key, _shown) != mine.get(key, _shown) and not (key == "data.tokens" and key not in mine)
+        if theirs.get(key, _shown) != mine.get(key, _shown) and not _unknown(key, theirs, mine)
     ]
 
 
-def candidates(resume: str, run_dir: Path) -> tuple[list[Path], bool]:
-    """The checkpoints that `--resume` means for a run in `run_dir`, the first choice first, and whether a broken one
-    is passed over for the next. None: auto, and there is none yet. Raises ConfigError for a path of nothing."""
-    if resume == AUTO:
-        return committed(run_dir / FOLDER), True
-    folder = Path(resume).expanduser()
-    if (folder / MANIFEST).is_file() or (folder.is_dir() and step_of(folder) >= 0):
-        return [folder], False
-    if found := committed(folder / FOLDER):
-        return found, True
-    raise ConfigError([
-        f"--resume {resume}: neither a checkpoint (a folder with {MANIFEST}) nor a run directory with {FOLDER}/step_*; "
-        "expected auto or such a path"
-    ])  # fmt: skip
+def _unknown(key: str, theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether one side cannot know: tokens are hashed when the ranks have met, and seeds were not always noted."""
+    return (key == "data.tokens" and key not in mine) or (key == "data.seed" and key not in theirs)
 
 
-def refuse_other_config(resume: str, run_dir: Path, config: Config) -> None:
-    """Raise ConfigError when what `--resume` means is not there, or is of another model, layout or optimizer; before
-    any rank starts or anything is changed in the run directory. Whether files are whole is seen on loading."""
-    for folder in candidates(resume, run_dir)[0]:
-        try:
-            manifest = read_manifest(folder)
-        except BrokenError:
-            continue
-        if found := differences(manifest, shared_config(config), folder):
-            raise ConfigError(found)
-        return
+def schedule_note(manifest: Manifest, config: Config) -> list[str]:
+    """A sentence where the learning rate is not what it would have been in the run that saved."""
+    theirs, ours, decay = manifest.steps, config.train.steps, config.optim.decay
+    if theirs is None or theirs == ours or decay == "none":
+        return []
+    return [
+        f"train.steps: the checkpoint's run had {theirs}, this one has {ours}; optim.decay {decay} ends at the last "
+        f"step, so from step {manifest.step + 1} on the learning rate is another one"
+    ]
 
 
 def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:

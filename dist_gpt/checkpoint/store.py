@@ -30,25 +30,23 @@ from safetensors.torch import save as bytes_of_tensors
 from torch import Tensor
 
 from dist_gpt.checkpoint.manifest import (
-    AUTO,
-    FOLDER,
     MANIFEST,
     BrokenError,
     File,
     Manifest,
-    candidates,
-    committed,
     differences,
     file_name,
     folder_name,
     read_manifest,
+    schedule_note,
     shared_config,
-    step_of,
 )  # fmt: skip
+from dist_gpt.checkpoint.resume import candidates
 from dist_gpt.comm.rendezvous import READ_S, RankEnv, Store, scoped, wait_for
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
+from dist_gpt.rundir import CHECKPOINTS, committed, later, set_aside
 
 PATIENCE_S = 1800.0  # for the slowest rank's part: the launcher notices much earlier when a rank is gone
 VISIBLE_S = 10.0  # for a network file system to show rank 0 what another node has written
@@ -87,7 +85,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, run_dir: Path, data: str, store: Store, env: RankEnv) -> None:
         self.config, self.env = config, env
-        self.folder = run_dir / FOLDER
+        self.folder = run_dir / CHECKPOINTS
         self.shared = shared_config(config, data)
         self.store = scoped(store, "checkpoints")
         self.at: Callable[[str], object] = lambda point: None  # tests die here
@@ -137,14 +135,15 @@ class Checkpoints:
             self._see(beside, files)
             layout = layout_of(self.config)
             degrees = {"pp": layout.pp, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp}
-            manifest = Manifest(step, self.env.world, degrees, self.shared, files, dict(trainer))
+            steps = self.config.train.steps
+            manifest = Manifest(step, self.env.world, degrees, self.shared, files, dict(trainer), steps)
             self.at("manifest")
             _write_synced(beside / MANIFEST, manifest.text().encode())
             _sync_folder(beside)
             self.at("rename")
             place = self.folder / folder_name(step)
             if os.path.lexists(place):
-                _set_aside(place)
+                set_aside(place)
             os.rename(beside, place)
         except Exception:
             shutil.rmtree(beside, ignore_errors=True)
@@ -186,7 +185,8 @@ class Checkpoints:
 
     def load(self, resume: str) -> Loaded | None:
         """This rank's tensors of the newest whole checkpoint (`resume` is auto, or a run directory), or of exactly the
-        one whose folder `resume` is; the same one on every rank. None: auto, and there is none yet.
+        one whose folder `resume` is; the same one on every rank. None: auto, there is none yet, and the run branches
+        from none (`resume.candidates`).
 
         Raises ConfigError on all ranks when the one asked for is broken, none is whole, or it is of another model,
         layout, optimizer or data.
@@ -201,7 +201,7 @@ class Checkpoints:
             if isinstance(found, Loaded):
                 moved = self._from_rank_0(scope, "newer", partial(self._set_newer_aside, found), PATIENCE_S)
                 self._refuse(scope, moved)
-                found.notes.extend(notes + moved["notes"])
+                found.notes[:0] = notes + moved["notes"]
                 return found
             notes.append(f"checkpoint {folder} is broken and left out: {found}")
         if notes:
@@ -210,9 +210,7 @@ class Checkpoints:
         return None
 
     def _candidates(self, resume: str) -> Word:
-        """Rank 0: folders to try, in order. torchrun's restart goes on, it does not go back to a path."""
-        if self.env.attempt and committed(self.folder):
-            resume = AUTO
+        """Rank 0: folders to try, in order."""
         try:
             found, falls_back = candidates(resume, self.folder.parent)
         except ConfigError as error:
@@ -232,7 +230,7 @@ class Checkpoints:
         self._refuse(scope, verdict)
         if verdict["broken"]:
             return "; ".join(verdict["broken"][:3])
-        return Loaded(word["step"], folder, tensors_of_bytes(data), word["trainer"])
+        return Loaded(word["step"], folder, tensors_of_bytes(data), word["trainer"], word["notes"])
 
     def _look(self, folder: Path) -> Word:
         """Rank 0: what the manifest says, or why not."""
@@ -243,7 +241,8 @@ class Checkpoints:
         if found := differences(manifest, self.shared, folder):
             return {"refused": found}
         files = [vars(file) for file in manifest.files]
-        return {"files": files, "step": manifest.step, "trainer": manifest.trainer}
+        notes = schedule_note(manifest, self.config)
+        return {"files": files, "step": manifest.step, "trainer": manifest.trainer, "notes": notes}
 
     def _judge(self, scope: Store) -> Word:
         words = self._words(scope, "file", "read its part of the checkpoint")
@@ -251,10 +250,10 @@ class Checkpoints:
 
     def _set_newer_aside(self, loaded: Loaded) -> Word:
         """Rank 0: the run goes on from `loaded`, so what this run directory has of later steps is not of its past."""
-        notes = []
-        for path in committed(self.folder):
-            if step_of(path) > loaded.step and path.resolve() != loaded.path.resolve():
-                notes.append(f"{path} is of a later step: moved to {_set_aside(path).name}")
+        notes = [
+            f"{path} is of a later step: moved to {set_aside(path).name}"
+            for path in later(self.folder, loaded.step, loaded.path)
+        ]
         return {"notes": notes}
 
     # --- words -------------------------------------------------------------------------------------------------
@@ -336,10 +335,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _set_aside(path: Path) -> Path:
-    """Give a checkpoint folder a name that is never loaded and never removed."""
-    aside = path.with_name(f"aside-{path.name}-{secrets.token_hex(4)}")
-    os.rename(path, aside)
-    return aside

@@ -25,6 +25,7 @@ from dist_gpt.comm.mesh import Backends, GlooBackends, NcclBackends
 Store = dist.Store
 LOOPBACK = "127.0.0.1"
 STORE_FD = "DIST_GPT_STORE_FD"
+ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, started again by it, tells its ranks that this is 0
 NONCE = "dist_gpt/attempt"
 POLL_S = 0.05
 READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
@@ -82,7 +83,7 @@ def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> Rank
         local_world=_number(env, "LOCAL_WORLD_SIZE", world),
         master_addr=env["MASTER_ADDR"],
         master_port=_number(env, "MASTER_PORT"),
-        attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        attempt=_number(env, ATTEMPT if ATTEMPT in env else "TORCHELASTIC_RESTART_COUNT", 0),
         deadline=deadline,
     )
 

@@ -90,6 +90,5 @@ def test_a_link_that_is_down_is_named_as_a_link(jobs: Jobs) -> None:
     finally:
         jobs.cluster.link(2, True)
         jobs.cluster.scancel(str(job))
-    assert not (jobs.folder / "run" / "exit.json").exists() or (
-        json.loads((jobs.folder / "run" / "exit.json").read_text())["code"] != 0
-    )
+    ended = json.loads((jobs.folder / "run" / "exit.json").read_text())
+    assert ended["code"] == 1 and ended["why"].startswith("link down: node1 and node2"), ended

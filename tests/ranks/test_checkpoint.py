@@ -40,10 +40,10 @@ def tensors(step: int, rank: int = 0) -> dict[str, Tensor]:
 
 
 def checkpoints(
-    config: Config, folder: Path, rank: int = 0, world: int = 1, attempt: int = 0, store: dist.Store | None = None,
+    config: Config, folder: Path, rank: int = 0, world: int = 1, store: dist.Store | None = None,
     data: str = "d",
 ) -> Checkpoints:  # fmt: skip
-    return Checkpoints(config, folder, data, store or dist.HashStore(), env_of(rank, world, attempt))
+    return Checkpoints(config, folder, data, store or dist.HashStore(), env_of(rank, world))
 
 
 def save(config: Config, folder: Path, *steps: int) -> list[Saved]:
@@ -52,8 +52,14 @@ def save(config: Config, folder: Path, *steps: int) -> list[Saved]:
     return [found.save(step, tensors(step), {"skipped": step}) for step in steps]
 
 
-def load(config: Config, folder: Path, resume: str = "auto", data: str = "d", attempt: int = 0) -> Loaded | None:
-    return checkpoints(config, folder, data=data, attempt=attempt).load(resume)
+def load(config: Config, folder: Path, resume: str = "auto", data: str = "d") -> Loaded | None:
+    return checkpoints(config, folder, data=data).load(resume)
+
+
+def branch(folder: Path, origin: Path) -> None:
+    """As whoever makes the run directory notes it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "resume_from").write_text(f"{origin}\n")
 
 
 def names(folder: Path) -> list[str]:
@@ -184,14 +190,61 @@ class TestPaths:
         loaded = load(config, tmp_path / "mine", str(tmp_path / "other"))
         assert loaded is not None and loaded.step == 2
 
-    def test_torchruns_restart_goes_on_from_its_own(self, config: Config, tmp_path: Path) -> None:
+    def test_auto_is_where_the_run_branches_from_until_it_has_its_own(self, config: Config, tmp_path: Path) -> None:
         save(config, tmp_path / "other", 2)
-        for attempt in (0, 1):
-            loaded = load(config, tmp_path / "mine", str(tmp_path / "other"), attempt=attempt)
+        branch(tmp_path / "mine", tmp_path / "other" / "checkpoints" / "step_00000002")
+        for _ in range(2):  # it died before its first save
+            loaded = load(config, tmp_path / "mine")
             assert loaded is not None and loaded.step == 2
         save(config, tmp_path / "mine", 3)
-        loaded = load(config, tmp_path / "mine", str(tmp_path / "other"), attempt=1)
+        loaded = load(config, tmp_path / "mine")
+        assert loaded is not None and (loaded.step, loaded.notes) == (3, [])
+        shutil.rmtree(tmp_path / "other")
+        loaded = load(config, tmp_path / "mine")
         assert loaded is not None and loaded.step == 3
+
+    def test_behind_a_broken_one_comes_where_the_run_branches_from(self, config: Config, tmp_path: Path) -> None:
+        save(config, tmp_path / "other", 2)
+        branch(tmp_path / "mine", tmp_path / "other")
+        save(config, tmp_path / "mine", 3)
+        (tmp_path / "mine" / "checkpoints" / "step_00000003" / "rank00000.safetensors").unlink()
+        loaded = load(config, tmp_path / "mine")
+        assert loaded is not None and loaded.step == 2 and "step_00000003 is broken" in loaded.notes[0]
+
+    def test_a_branch_in_its_own_past_is_taken_or_refused(self, config: Config, tmp_path: Path) -> None:
+        save(config, tmp_path, 1, 2)
+        own = tmp_path / "checkpoints" / "step_00000002"
+        branch(tmp_path, own)
+        data = (own / "rank00000.safetensors").read_bytes()
+        (own / "rank00000.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(ConfigError, match="it is broken"):
+            load(config, tmp_path)
+        save(config, tmp_path, 3)
+        loaded = load(config, tmp_path)
+        assert loaded is not None and loaded.step == 3
+
+    def test_another_order_of_batches(self, config: Config, tmp_path: Path) -> None:
+        save(config, tmp_path, 1)
+        other = config_of(tmp_path, data={"seed": 7})
+        with pytest.raises(ConfigError, match=r"data\.seed: the checkpoint .* has 0, this run has 7"):
+            load(other, tmp_path)
+        path = tmp_path / "checkpoints" / "step_00000001" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["config"]["data"]["seed"], manifest["steps"]
+        path.write_text(json.dumps(manifest))
+        loaded = load(other, tmp_path)  # written before seeds were noted: who knows
+        assert loaded is not None and loaded.notes == []
+
+    @pytest.mark.parametrize("decay", ["cosine", "none"])
+    def test_another_end_is_another_learning_rate(self, decay: str, tmp_path: Path) -> None:
+        mine, longer = (config_of(tmp_path, optim={"decay": decay}, train={"steps": steps}) for steps in (6, 8))
+        save(mine, tmp_path, 1)
+        loaded = load(longer, tmp_path)
+        assert loaded is not None and load(mine, tmp_path).notes == []
+        assert loaded.notes == ([] if decay == "none" else [
+            "train.steps: the checkpoint's run had 6, this one has 8; optim.decay cosine ends at the last step, so "
+            "from step 2 on the learning rate is another one"
+        ])  # fmt: skip
 
     def test_other_tokens(self, config: Config, tmp_path: Path) -> None:
         save(config, tmp_path, 1)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +35,23 @@ def curve(run: Run) -> list[tuple[int, float, float]]:
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return {int(p.environ()["RANK"]): p for p in psutil.Process(process.pid).children()}
+
+
+def worker_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """A rank's process, whoever has started it."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    below = [p for p in psutil.Process(process.pid).children(recursive=True) if "launch.worker" in p.cmdline()]
+    [found] = [p for p in below if str(rank) in [p.environ().get(name) for name in names]]
+    return found
+
+
+def started(path: Path) -> Iterator[dict[str, Any]]:
+    """Headers of the attempts; what a killed rank left cut off is left out."""
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if "schema" in row:
+                yield row
 
 
 @pytest.mark.parametrize("via", ["torchrun", "mpi"])
@@ -60,37 +81,88 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(place: Place) -> None:
     assert not any(p.is_running() for p in ranks.values())
 
 
-def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(place: Place, local: Run) -> None:
-    slow = {**TWO, "train.steps": 6}
-    process = place.start(place.argv("launch", "asked", sets=slow))
+def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(place: Place) -> None:
+    """Of more steps than it can do; the rate of a step does not depend on how many there are."""
+    flat = {**TWO, "optim.decay": "none"}
+    process = place.start(place.argv("launch", "asked", sets={**flat, "train.steps": 1_000_000}))
     try:
         wait_until(lambda: len(rows(place.folder / "asked" / "metrics.jsonl")) >= 1, process)
         process.send_signal(signal.SIGTERM)
         _, error = finish(process)
     finally:
         process.kill()
-    assert (place.folder / "asked" / "exit.json").exists(), error
     ended = json.loads((place.folder / "asked" / "exit.json").read_text())
-    if process.returncode != 0:  # it may have been through with its six steps
-        assert process.returncode == 75 and ended["code"] == 75, error
-        assert "asked to save and leave" in error and "preempted: 2 ranks saved and left" in error
-    again = place.run(place.argv("launch", "asked", "--resume", "auto", sets=slow), "asked")
+    assert process.returncode == ended["code"] == 75, error
+    assert "asked to save and leave" in error and "preempted: 2 ranks saved and left" in error
+    whole = {**flat, "train.steps": ended["step"] + 3}
+    again = place.run(place.argv("launch", "asked", "--resume", "auto", sets=whole), "asked")
     assert again.code == 0, again.err
-    assert curve(again) == curve(local)
+    in_one_piece = place.run(place.argv("launch", "in_one_piece", sets=whole), "in_one_piece")
+    assert in_one_piece.code == 0, in_one_piece.err
+    assert curve(again) == curve(in_one_piece) and len(curve(again)) == ended["step"] + 3
 
 
-def test_started_again_from_the_newest_checkpoint(place: Place, local: Run) -> None:
-    sets = {**TWO, "checkpoint.every": 1, "launch.max_restarts": 1}
-    process = place.start(place.argv("launch", "again", sets=sets))
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)], ids=["Ctrl-C", "twice"])
+def test_torchruns_ranks_are_ended_at_once(numbers: tuple[signal.Signals, ...], place: Place) -> None:
+    """By Ctrl-C, and by a second signal while they are to save, which they cannot: one of them stands still."""
+    name = f"ended-{len(numbers)}"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what runs in the background
     try:
-        wait_until(lambda: any((place.folder / "again" / "checkpoints").glob("step_*")), process)
-        ranks_of(process)[1].send_signal(signal.SIGKILL)
+        process = place.start(place.argv("launch", name, "--via", "torchrun", sets=LONG))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        wait_until(lambda: len(rows(place.folder / name / "metrics.jsonl")) >= 1, process)
+        below = psutil.Process(process.pid).children(recursive=True)
+        next(p for p in below if p.environ().get("RANK") == "1").send_signal(signal.SIGSTOP)
+        said = ""
+        for number in numbers[:-1]:
+            process.send_signal(number)
+            while "asked to save and leave" not in said:
+                assert process.stderr is not None
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+        process.send_signal(numbers[-1])
+        _, error = finish(process)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + numbers[-1], said + error
+    assert f"{numbers[-1].name} received: ending 2 ranks" in error
+    gone, alive = psutil.wait_procs(below, timeout=20)
+    assert len(gone) >= 3 and not alive, [p.cmdline() for p in alive]
+
+
+STARTED_AGAIN = {**TWO, "train.steps": 120, "checkpoint.every": 1}
+"""Enough steps that a rank can be killed between two of them; the newest checkpoint is never far."""
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> Run:
+    """The same run, never interrupted."""
+    run = place.run(place.argv("launch", "whole", sets=STARTED_AGAIN), "whole")
+    assert run.code == 0, run.err
+    return run
+
+
+@pytest.mark.parametrize("via", ["local", "torchrun", "mpi"])
+def test_started_again_from_the_newest_checkpoint(via: str, place: Place, whole: Run) -> None:
+    """Nobody has said --resume; every step is there once, and is what it would have been."""
+    sets = {**STARTED_AGAIN, "launch.max_restarts": 1}
+    process = place.start(place.argv("launch", f"again_{via}", "--via", via, sets=sets))
+    run_dir = place.folder / f"again_{via}"
+    try:
+        wait_until(lambda: any((run_dir / "checkpoints").glob("step_*")), process)
+        worker_of(process, 1).send_signal(signal.SIGKILL)
         out, error = finish(process)
     finally:
         process.kill()
     assert process.returncode == 0, error
-    assert "died: killed by SIGKILL" in error and "starting again, 1 of 1, from step_" in error
-    assert curve(Run(0, out, error, place.folder / "again")) == curve(local)
+    assert "starting again, 1 of 1, from step_" in error
+    assert via != "local" or "died: killed by SIGKILL" in error
+    assert len(curve(whole)) == 120 and curve(Run(0, out, error, run_dir)) == curve(whole)
+    heads = [row["attempt"] for row in started(run_dir / "events.rank0.jsonl")]
+    assert heads == [0, 1] and not (run_dir / "launcher.lock").exists()
 
 
 def test_other_layout_is_refused_before_anything_is_changed(place: Place, local: Run) -> None:

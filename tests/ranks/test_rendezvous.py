@@ -46,7 +46,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests may themselves run under a launcher."""
     elastic = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
     interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    for name in (*FULL, *LOCAL, *elastic, *interfaces, rendezvous.STORE_FD):
+    for name in (*FULL, *LOCAL, *elastic, *interfaces, rendezvous.STORE_FD, rendezvous.ATTEMPT):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -79,6 +79,11 @@ class TestRankEnv:
         assert (env.master_addr, env.master_port, env.attempt) == ("10.0.0.7", 29500, 4)
         assert not env.one_node
         assert 1.0 <= env.left_s() <= 5.0
+
+    def test_the_launchers_count_comes_before_torchruns(self) -> None:
+        """A launcher that starts torchrun once more: torchrun tells its ranks that this is their first start."""
+        env = rank_env(5.0, {**FULL, **LOCAL, "TORCHELASTIC_RESTART_COUNT": "0", "DIST_GPT_ATTEMPT": "2"})
+        assert env.attempt == 2
 
     def test_time_left_is_never_none(self) -> None:
         """A timeout of 0 would mean "for ever" to some of torch's calls."""

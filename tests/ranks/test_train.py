@@ -182,7 +182,8 @@ class TestExistingRunDirectory:
         assert again.code == 2
         assert again.err == (
             f"dist-gpt: run_dir: {alone.run_dir} exists already and is never written over; choose another, "
-            f"for example --set run_dir={alone.run_dir}-2, or remove it\n"
+            f"for example --set run_dir={alone.run_dir}-2, or remove it; --resume auto goes on with the run "
+            "in it\n"
         )
         assert again.out == "" and tree(alone.run_dir) == before
 

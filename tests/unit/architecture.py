@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAYERS = (
+    ("rundir",),
     ("config",),
     ("layout", "params"),
     ("schedule",),
@@ -26,7 +27,7 @@ LAYERS = (
     ("train", "meeting", "pulse"),
     ("verify", "dryrun", "sample"),
 )
-PURE = {"config", "layout", "params", "schedule", "plan", "events"}
+PURE = {"rundir", "config", "layout", "params", "schedule", "plan", "events"}
 TORCH_FREE = PURE | {"report", "stop", "pulse", "launch", "cli", "__main__", "dist_gpt"}
 DISTRIBUTED_ELSEWHERE = {"dist_gpt/optim/deepspeed.py"}  # DeepSpeed's engine communicates by itself
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
@@ -39,11 +40,11 @@ def allowed_imports() -> dict[str, set[str]]:
     for layer in LAYERS:
         below |= set(layer)
         # The records of events.py are counts that the plan declares and everything with torch makes.
-        events = {"events"} if layer[0] not in ("config", "layout", "schedule") else set()
+        events = {"events"} if layer[0] not in ("rundir", "config", "layout", "schedule") else set()
         allowed |= {room: (below - {room}) | events for room in layer}
     allowed["events"] = set()
     allowed["report"] = {"config", "layout", "schedule", "plan", "events"}
-    allowed["launch"] = allowed["report"] | {"report"}
+    allowed["launch"] = allowed["report"] | {"report", "rundir"}
     allowed["cli"] = set(PURE)
     allowed["__main__"] = {"cli"}
     for room in set(allowed) - {"events"}:

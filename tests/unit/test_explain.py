@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from dist_gpt.layout import Layout
-from launch.explain import Explanation, RankState, ended_well, explain, where_it_was
+from launch.explain import Explanation, RankState, explain, where_it_was
 from launch.waiting import Channel, Waiting
 
 LAYOUT = Layout(pp=2, dp=2, cp=1, tp=2)
@@ -31,9 +33,8 @@ def position(
     rank: int, axis: str, seq: int, state: str = "waiting", op: str = "all_reduce", way: str = "", full: int = 10
 ) -> dict[str, Any]:
     """Everybody issued `full` calls on all groups, but `seq` on this one."""
-    keys = channels(rank)
-    channel = next(i for i, key in enumerate(keys) if key[0] == axis and key[2] == way)
-    counts = [full] * len(keys)
+    channel = AXES.index(axis) if axis in AXES else len(AXES) + (way == "b")
+    counts = [full] * (len(AXES) + 2)
     counts[channel] = seq
     return {"step": 7, "phase": "train", "action": "forward block 1", "axis": axis, "op": op, "seq": seq,
             "channel": channel, "state": state, "counts": counts, "calls": sum(counts)}  # fmt: skip
@@ -95,9 +96,7 @@ def hung_on(victim: int, state: str = "computing") -> Table:
 def test_nothing_wrong() -> None:
     assert Table().explain() is None
     assert explain([RankState(0), RankState(1)], NOW, name) is None
-    table = Table().set(*range(8), bye=0, closed=NOW - 1.0)
-    assert table.explain() is None
-    assert ended_well(table.states()) and not ended_well(Table().states())
+    assert Table().set(*range(8), bye=0, closed=NOW - 1.0).explain() is None
 
 
 @pytest.mark.parametrize("victim", range(8))
@@ -238,6 +237,46 @@ def test_many_waiters_are_counted() -> None:
         states.append(RankState(rank, {"host": "h", "pid": 1}, (), 0.0, NOW, here, None, NOW - 400, keys))
     found = explain(states, NOW, lambda rank: f"rank {rank}")
     assert found is not None and found.culprits == [9] and "; 55 more" in found.text
+
+
+BIG = Layout(pp=8, dp=32, cp=1, tp=8)
+
+
+def crowd(trouble: str) -> list[RankState]:
+    """2048 ranks, as the watch tells of them: those of a group share its list. `trouble`: "", "died", "stuck",
+    "circle" (half of them wait in the world's call, half in the dp groups', for each other)."""
+    lists: dict[tuple[int, ...], tuple[int, ...]] = {}
+    victim, states = 700, []
+    for rank in range(BIG.world):
+        keys = tuple((axis, lists.setdefault(ranks, ranks), way) for axis, ranks, way in channels(rank, BIG))
+        here = position(rank, "world", 11) if trouble else position(rank, "tp", 10, "computing")
+        if trouble == "circle" and BIG.coords(rank).dp % 2:
+            here = position(rank, "dp", 11)
+        if trouble and rank == victim:
+            here = position(rank, "tp", 10, "computing") if trouble != "circle" else here
+        hello = {"host": f"node{rank // 8}", "pid": rank}
+        closed = NOW - 0.5 if trouble == "died" and rank == victim else None
+        moved = NOW - (400.0 if trouble in ("stuck", "circle") else 0.3)
+        states.append(RankState(rank, hello, (), 1.0, NOW - 0.1, here, None, moved, keys, closed=closed))
+    return states
+
+
+@pytest.mark.parametrize(("trouble", "culprits"), [("died", [700]), ("stuck", [700]), ("circle", range(2048))])
+def test_thousands_of_ranks_are_explained_in_time(trouble: str, culprits: Sequence[int]) -> None:
+    states = crowd(trouble)
+    begun = time.process_time()
+    found = explain(states, NOW, lambda rank: f"rank {rank}")
+    took = time.process_time() - begun
+    assert found is not None and found.culprits == [*culprits] and took < 1.0, (found, took)
+
+
+def test_nothing_is_worked_out_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked five times a second."""
+    monkeypatch.setattr("launch.explain.Waiting", None)
+    states = crowd("")
+    begun = time.process_time()
+    assert explain(states, NOW, lambda rank: f"rank {rank}") is None
+    assert time.process_time() - begun < 0.05
 
 
 def test_where_it_was() -> None:

@@ -22,7 +22,6 @@ from dist_gpt.layout import Layout
 from launch import env, run
 from launch.local import launch_local
 from launch.spec import JobSpec, train_argv
-from launch.tee import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 60.0  # a rank that is meant to be ended sleeps this long
@@ -291,6 +290,23 @@ class TestRunDirectory:
         assert spec.env["CUDA_VISIBLE_DEVICES"] == "", "the user was told CPU"
         assert "CUDA_VISIBLE_DEVICES" not in run.job_of(config, tmp_path, env.choose_device(8, 8)).env
 
+    @pytest.mark.parametrize(("inherited", "given", "gloo", "nccl"), [
+        ({}, {}, "hsn0", "hsn0"),
+        ({"NCCL_SOCKET_IFNAME": "hsn"}, {}, "hsn0", None),  # as slurm/*.sbatch export it: all cards of the node
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, {"NCCL_SOCKET_IFNAME": "hsn1"}, None, "hsn1"),
+    ])  # fmt: skip
+    def test_the_interface_is_for_what_nothing_else_is_said_of(
+        self, inherited: dict[str, str], given: dict[str, str], gloo: str | None, nccl: str | None,
+        overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in inherited.items():
+            monkeypatch.setenv(name, value)
+        sets = [*overrides, "launch.interface=hsn0", f"launch.env={json.dumps(given)}"]
+        found = run.job_of(load("demo", sets), tmp_path / "r", env.choose_device(8, 8)).env
+        assert (found.get("GLOO_SOCKET_IFNAME"), found.get("NCCL_SOCKET_IFNAME")) == (gloo, nccl)
+
     def test_a_verdict_never_spoils_a_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(folder: Path) -> None:
             raise ZeroDivisionError("of all things")
@@ -347,19 +363,6 @@ class TestGpus:
         assert (config.world_size, device.kind) == (4, "cuda")
         config, _ = run.load_for_launch("demo", [*sets, "launch.ranks_per_node=4"])
         assert config.world_size == 4
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (b"text", b"text"),
-        (b"\x1b[31mred\x1b[0m", b"red"),
-        (b"bar 1\r\x1b[2Kbar 2\r\x1b[2Kstep 2", b"step 2"),
-        (b"windows\r", b"windows"),
-    ],
-)
-def test_logs_hold_no_control_codes(line: bytes, expected: bytes) -> None:
-    assert plain(line) == expected
 
 
 def test_a_killed_ranks_progress_bar_is_taken_away(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

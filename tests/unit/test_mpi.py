@@ -92,10 +92,11 @@ def test_an_mpirun_that_does_not_answer(tmp_path: Path) -> None:
 def test_what_other_nodes_are_given(tmp_path: Path) -> None:
     (tmp_path / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
     (tmp_path / "mpirun").chmod(0o755)
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_GPT_X": "1", "SECRET": "s"}
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_GPT_X": "1", "SECRET": "s",
+               "NCCL_SOCKET_IFNAME": "hsn"}  # fmt: skip
     argv = command(spec(), ("node1", "node2"), ("NCCL_DEBUG",), environ)
     given = {argv[i + 1] for i, word in enumerate(argv) if word == "-x"}
-    assert {"PATH", "DIST_GPT_X", "DIST_GPT_WATCH", "DIST_GPT_WATCH_TOKEN", "NCCL_DEBUG"} <= given
+    assert {"PATH", "DIST_GPT_X", "DIST_GPT_WATCH", "DIST_GPT_WATCH_TOKEN", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME"} <= given
     assert "SECRET" not in given
     assert not any("=" in name and name.startswith("DIST_GPT_WATCH") for name in given)  # the token: not in `ps`
 

@@ -253,6 +253,15 @@ class TestSupervisor:
         assert said.startswith("preflight error: node1 (rank 7): did not say hello")
         assert str(tmp_path / "rank7.log") in said
 
+    @pytest.mark.parametrize(("nodes", "name"), [("n[1-2]", "n2"), ("n[1-", "node 1")])
+    def test_nodes_are_named_as_slurm_does_if_it_can_be_read(
+        self, nodes: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
+        answers = {rank: answer for rank, answer in good().items() if rank < 4}
+        said = preflight.check_answers(self.spec(tmp_path), self.states(answers), [4, 5, 6, 7])
+        assert said.startswith(f"preflight error: {name} (ranks 4-7): no rank of ")
+
     def test_warnings_do_not_keep_it(self, tmp_path: Path) -> None:
         states = self.states(with_facts(lambda r, f: f["run_dir"].update(free_bytes=0)))
         assert preflight.check_answers(self.spec(tmp_path), states, []) == ""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dist_gpt.comm.ledger import Ledger
+from dist_gpt.config.errors import ConfigError
 from dist_gpt.pulse import Pulse, reach, short
 from dist_gpt.stop import Stop
 
@@ -162,7 +163,9 @@ def test_it_says_channels_beats_obeys_and_takes_its_leave() -> None:
     assert launcher.next("failed")["inside"]
     pulse.failed(ValueError("x" * 100_000))
     failed = launcher.next("failed")
-    assert not failed["inside"] and len(failed["error"]) < 10_000
+    assert not failed["inside"] and len(failed["error"]) < 10_000 and failed["code"] == 1
+    pulse.failed(ConfigError(["optim.lr: got -1"]))
+    assert launcher.next("failed")["code"] == 2  # whoever started the ranks may know only that they failed
     ledger.issue("tp", "all_reduce", 8, 0)
     pulse.failed(RuntimeError("timed out"))
     failed = launcher.next("failed")
@@ -171,6 +174,8 @@ def test_it_says_channels_beats_obeys_and_takes_its_leave() -> None:
     pulse.bye(75)
     assert launcher.next("bye") == {"code": 75}
     pulse.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", first["port"]), timeout=1.0)
     assert launcher.file.readline() == b""
     launcher.close()
 

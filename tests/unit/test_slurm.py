@@ -1,4 +1,4 @@
-"""Batch scripts and command lines, against recorded files; following a job, against recorded answers of Slurm.
+"""Batch scripts and command lines, against recorded files; inside an allocation, against recorded answers of Slurm.
 
 The recorded files are written anew only with DIST_GPT_UPDATE_GOLDEN=1.
 """
@@ -28,7 +28,7 @@ from launch import slurm, torchrun
 from launch.slurm import SlurmJob, sbatch_text, srun_argv, state_in_words
 from launch.slurm_words import ENDED, WORDS
 from launch.spec import JobSpec, train_argv
-from launch.submit import Following, cancel, final_state, follow, submit
+from tests.unit.test_submit import Slurm
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -81,8 +81,9 @@ def test_the_script_of_defaults_and_of_an_array() -> None:
 
 
 def test_command_lines_are_as_recorded() -> None:
-    golden("srun.txt", lines(srun_argv(spec(), "srun", "10.0.0.1", 23456, 16)))
-    golden("srun_torchrun.txt", lines(srun_argv(spec(), "torchrun", "10.0.0.1", 23456, 16)))
+    where: dict[str, Any] = {"nodes": ("node1", "node2"), "step": "dist-gpt-1a2b3c4d"}
+    golden("srun.txt", lines(srun_argv(spec(), "srun", "10.0.0.1", 23456, 16, **where)))
+    golden("srun_torchrun.txt", lines(srun_argv(spec(), "torchrun", "10.0.0.1", 23456, 16, **where)))
     golden("torchrun.txt", lines(torchrun.torchrun_argv(spec(), 1, "10.0.0.1", 23456)))
     golden("torchrun_one_node.txt", lines(torchrun.torchrun_argv(spec(1), 0, "127.0.0.1", 23456)))
     program = torchrun.torchrun_argv(JobSpec(("./a.out", "-m", "x"), 2, Path("logs")), 0, "127.0.0.1", 1)
@@ -94,17 +95,27 @@ def test_a_starter_dies_with_its_launcher(tmp_path: Path) -> None:
     """Killed with SIGKILL, the launcher cannot end it."""
     program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     launcher = (
-        "import subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-m', 'launch.tied', sys.executable, '-c', {program!r}])\ntime.sleep(60)"
+        "import os, subprocess, sys, time\n"
+        f"tied = [sys.executable, '-m', 'launch.tied', str(os.getpid()), sys.executable, '-c', {program!r}]\n"
+        "subprocess.Popen(tied)\ntime.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT) as parent:
         _until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
         parent.kill()
     child = int((tmp_path / "pid").read_text())
     _until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
-    argv = [sys.executable, "-m", "launch.tied", "/no/such"]
+    argv = [sys.executable, "-m", "launch.tied", str(os.getpid()), "/no/such"]
     missing = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (missing.returncode, missing.stderr) == (1, "/no/such: No such file or directory\n")
+
+
+def test_a_starter_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None:
+    """Killed before the tie was made: this process is the child of somebody else by then (here: of this test)."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    argv = [sys.executable, "-m", "launch.tied", str(gone.pid), "touch", str(tmp_path / "ran")]
+    assert subprocess.run(argv, cwd=ROOT, timeout=60, check=False).returncode == 1
+    assert not (tmp_path / "ran").exists()
 
 
 def _until(true: Callable[[], bool]) -> None:
@@ -238,128 +249,10 @@ def test_every_state_has_words() -> None:
         state_in_words("FAILED", "x")
 
 
-# --- Slurm's answers -------------------------------------------------------------------------------------------------
-
-INVALID = (1, "", "slurm_load_jobs error: Invalid job id specified")
-PENDING = "JobId=7 JobName=x\n   JobState=PENDING Reason=BeginTime\n   Requeue=1 Restarts=1 ExitCode=0:0"
-DONE = "JobId=7 JobName=x\n   JobState=COMPLETED Reason=None\n   ExitCode=0:0"
+# --- inside an allocation -------------------------------------------------------------------------------------------
 
 
-class Slurm:
-    """Answers by tool, one after the other (the last one again and again), and a clock of its own."""
-
-    def __init__(self, **answers: list[Any]) -> None:
-        self.answers, self.now = answers, 0.0
-        self.calls: list[tuple[str, ...]] = []
-        self.at: list[tuple[float, Callable[[], None]]] = []
-
-    def run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        self.calls.append(tuple(argv))
-        left = self.answers.get(argv[0], [(127, "", f"{argv[0]}: not found")])
-        answer = left.pop(0) if len(left) > 1 else left[0]
-        code, out, err = (0, answer, "") if isinstance(answer, str) else answer
-        return subprocess.CompletedProcess(list(argv), code, out, err)
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        while self.at and self.at[0][0] <= self.now:
-            self.at.pop(0)[1]()
-
-    def clock(self) -> float:
-        return self.now
-
-
-def test_submitting() -> None:
-    assert submit(Path("job.sbatch"), Slurm(sbatch=["4711;cluster\n"]).run) == "4711"
-    with pytest.raises(ConfigError, match="sbatch is not found.*--via local"):
-        submit(Path("job.sbatch"), Slurm().run)
-    refused = (1, "", "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed")
-    with pytest.raises(ConfigError, match="invalid partition specified: gpux"):
-        submit(Path("job.sbatch"), Slurm(sbatch=[refused]).run)
-    with pytest.raises(ConfigError, match="no word"):
-        submit(Path("job.sbatch"), Slurm(sbatch=["what?"]).run)
-
-
-def followed(fake: Slurm, folder: Path) -> tuple[Any, list[str], str]:
-    said: list[str] = []
-    shown: list[str] = []
-    ended = follow("7", folder / "slurm-%j.out", said.append, shown.append, folder, run=fake.run, sleep=fake.sleep,
-                   clock=fake.clock)  # fmt: skip
-    return ended, said, "".join(shown)
-
-
-def test_following_through_queue_and_requeue(tmp_path: Path) -> None:
-    log = tmp_path / "slurm-7.out"
-    fake = Slurm(
-        squeue=["PENDING|Priority|2026-11-24T12:00:00\n", "PENDING|Priority|N/A\n", "RUNNING|None|x\n",
-                "PREEMPTED|None|x\n", "PENDING|BeginTime|N/A\n", "RUNNING|None|x\n", INVALID],
-        scontrol=[PENDING, DONE],
-    )  # fmt: skip
-
-    def write(text: bytes) -> Callable[[], None]:
-        def now() -> None:
-            with open(log, "ab") as file:
-                file.write(text)
-
-        return now
-
-    fake.at = [(11.0, write("step 1 ü".encode()[:-1])), (12.0, write("ü\n".encode()[1:])), (26.0, write(b"step 2\n")),
-               (31.0, write(b"last words\n"))]  # fmt: skip
-    ended, said, shown = followed(fake, tmp_path)
-    assert shown == "step 1 ü\nstep 2\nlast words\n"
-    assert (ended.state, ended.code) == ("COMPLETED", 0)
-    text = "\n".join(said)
-    for part in ("jobs of higher priority are first; Slurm expects to start it at 2026-11-24 12:00:00",
-                 "RUNNING: running", "about two minutes", "COMPLETED: done"):  # fmt: skip
-        assert part in text
-
-
-@pytest.mark.parametrize(("scontrol", "sacct", "exit_file", "code"), [
-    ("JobState=FAILED Reason=x ExitCode=2:0", "", None, 2),
-    ("JobState=FAILED Reason=x ExitCode=3:0", "", None, 1),
-    ("JobState=TIMEOUT Reason=x ExitCode=0:15", "", None, 1),
-    ("JobState=TIMEOUT Reason=x ExitCode=0:15", "", {"code": 75}, 75),
-    ("JobState=TIMEOUT Reason=x ExitCode=0:15", "", {"code": 75, "job": "6"}, 1),
-    ("JobState=FAILED Reason=x ExitCode=1:0", "", {"what": 1}, 1),
-    (INVALID, "CANCELLED by 0|0:15\n", None, 1),
-    (INVALID, "COMPLETED|0:0\n", None, 0),
-])  # fmt: skip
-def test_how_it_ended(tmp_path: Path, scontrol: Any, sacct: str, exit_file: Any, code: int) -> None:
-    if exit_file is not None:
-        (tmp_path / "exit.json").write_text(json.dumps(exit_file))
-    fake = Slurm(squeue=["RUNNING|None|x", ""], scontrol=[scontrol], sacct=[sacct])
-    assert followed(fake, tmp_path)[0].code == code
-
-
-def test_slurm_that_is_away(tmp_path: Path) -> None:
-    away = (1, "", "slurm_load_jobs error: Unable to contact slurm controller")
-    back = Slurm(squeue=["RUNNING|None|x", *[away] * 20, ""], scontrol=[DONE])
-    assert followed(back, tmp_path)[0].code == 0
-    with pytest.raises(ConfigError, match=r"has not said a word about job 7 for 120 s"):
-        followed(Slurm(squeue=["RUNNING|None|x", away]), tmp_path)
-    assert final_state("7", Slurm().run) is None
-
-
-def test_a_log_that_was_cut_is_shown_from_its_start(tmp_path: Path) -> None:
-    log = tmp_path / "x.out"
-    shown: list[str] = []
-    log.write_text("before\n")
-    one = Following("7", log, print, shown.append)
-    one.show_more()
-    log.write_text("new\n")
-    one.show_more()
-    assert shown == ["before\n", "new\n"]
-
-
-def test_cancelling() -> None:
-    fake = Slurm(scancel=[""], squeue=["RUNNING\n", "COMPLETING\n", INVALID])
-    assert cancel("7", fake.run, fake.sleep, fake.clock)
-    assert fake.calls[0] == ("scancel", "7")
-    fake = Slurm(scancel=[""], squeue=["COMPLETING\n"])
-    assert not cancel("7", fake.run, fake.sleep, fake.clock)
-
-
-def test_inside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_an_allocation() -> None:
     assert slurm.hosts({"SLURM_JOB_NODELIST": "n[1-2]"}) == ["n1", "n2"]
     with pytest.raises(ConfigError, match="no Slurm allocation"):
         slurm.hosts({})
@@ -367,9 +260,13 @@ def test_inside_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not slurm.is_warning(signal.SIGTERM)
     assert slurm.requeue("7", Slurm(scontrol=[""]).run) == "done"
     assert "Access denied" in slurm.requeue("7", Slurm(scontrol=[(1, "", "Access denied\n")]).run)
-    monkeypatch.setenv("SLURM_STEP_ID", "1")
-    fake = Slurm(squeue=["7.batch\n7.0\n7.1\n7.2\n", "7.batch\n7.1\n"], scancel=[""])
-    slurm.end_steps("7", fake.run, fake.sleep)
+
+
+def test_only_our_steps_are_ended() -> None:
+    """The user's own, beside ours in an allocation, go on."""
+    listed = "7.batch|x.sh\n7.extern|extern\n7.0|dist-gpt-1a\n7.1|bash\n7.2|dist-gpt-1a\n7.3|dist-gpt-2b\n"
+    fake = Slurm(squeue=[listed, "7.batch|x.sh\n7.1|bash\n"], scancel=[""])
+    slurm.end_steps("7", lambda number, name: name == "dist-gpt-1a", fake.run, fake.sleep)
     assert [call for call in fake.calls if call[0] == "scancel"] == [("scancel", "--signal=KILL", "7.0", "7.2")]
 
 

@@ -1,0 +1,234 @@
+"""The supervisor over programs that start ranks as srun and torchrun do; ranks are small programs without torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import supervise as module
+from launch.command import CommandRanks
+from launch.mpi import OURS
+from launch.spec import JobSpec
+from launch.supervise import Supervisor, hello_patience, say, supervise
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTER = """
+    import os, signal, subprocess, sys, time
+    kind, world, *command = sys.argv[1:]
+    places = ({"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} for r in range(int(world)))
+    ranks = [subprocess.Popen(command, env={**os.environ, **place}) for place in places]
+    while any(rank.poll() is None for rank in ranks):  # srun waits for all; torchrun ends the others
+        if kind == "torchrun" and any(rank.poll() for rank in ranks):
+            [rank.terminate() for rank in ranks]
+        time.sleep(0.01)
+    sys.exit(max(abs(rank.returncode) for rank in ranks))
+"""
+RANK = """
+    import json, os, signal, socket, sys, time
+    from pathlib import Path
+    rank, here = int(os.environ["RANK"]), Path(__file__).parent
+    def said(name):
+        (here / name).touch()
+    def wait_for(name):
+        while not (here / name).exists():
+            time.sleep(0.005)
+    class Pulse:
+        def __init__(self):
+            self.line = socket.socket(fileno=int(os.environ.pop("DIST_GPT_WATCH_FD")))
+        def say(self, **message):
+            self.line.sendall(json.dumps(message).encode() + b"\\n")
+        def beat(self):
+            self.say(beat={"step": 1, "phase": "train", "state": "computing", "counts": [], "calls": 0})
+        def told(self):
+            return json.loads(self.line.makefile("rb", buffering=0).readline())
+"""
+
+
+def job(folder: Path, body: str, ranks: int = 2, **more: Any) -> JobSpec:
+    file = folder / "rank_program.py"
+    file.write_text(textwrap.dedent(RANK) + textwrap.dedent(body))
+    (folder / "logs").mkdir(exist_ok=True)
+    values = {"saves": True, "watched": True, "timeout_s": 30.0, **more}
+    return JobSpec((sys.executable, "-m", "launch.worker", str(file)), ranks, folder / "logs", **values)
+
+
+def starter(spec: JobSpec, kind: str = "srun") -> CommandRanks:
+    argv = [sys.executable, "-c", textwrap.dedent(STARTER), kind, str(spec.ranks), *spec.argv]
+    return CommandRanks(argv, {"PYTHONPATH": str(ROOT)}, spec.log_dir / f"{kind}.log")
+
+
+def run(spec: JobSpec, kind: str = "srun") -> int:
+    return supervise(spec, starter(spec, kind), "127.0.0.1")
+
+
+@pytest.mark.parametrize("kind", ["srun", "torchrun"])
+@pytest.mark.parametrize(("end", "code", "words"), [
+    ("raise ImportError('no module x')", 1, "left with exit code 1: ImportError: no module x"),
+    ("sys.exit('dist-gpt: no such option')", 1, "left with exit code 1: dist-gpt: no such option"),
+    ("sys.exit(2)", 2, "left with exit code 2"),
+    ("sys.exit(7)", 1, "left with exit code 7"),
+])  # fmt: skip
+def test_a_failure_before_the_pulse_is_the_first_one(
+    kind: str, end: str, code: int, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1's; under torchrun rank 0 is killed for it, and its connection closes without a word."""
+    body = f"""
+        if rank == 1:
+            wait_for("there")
+            print("the culprit's own words", flush=True)
+            {end}
+        said("there")
+        time.sleep(60 if {kind == "torchrun"} else 0.1)
+    """
+    assert run(job(tmp_path, body), kind) == code
+    error = capfd.readouterr().err
+    assert re.match(rf"rank 1 on \S+, pid \d+, failed: {re.escape(words)}\n", error), error
+    assert "  | the culprit's own words\n" in error and "rank 0 on" not in error
+    ended = json.loads((tmp_path / "exit.json").read_text())
+    assert ended["code"] == code and words in ended["why"]
+
+
+def test_its_last_words_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+        record = {"time": time.time(), "error": "ConfigError: launch.nodes is odd"}
+        Path(os.environ["DIST_GPT_ERROR_FILE"]).write_text(json.dumps(record))
+        sys.exit(2)
+    """
+    assert run(job(tmp_path, body, ranks=1)) == 2
+    assert "failed: left with exit code 2 (ConfigError: launch.nodes is odd)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["the accounting differs", None])
+def test_when_all_take_their_leave_nothing_is_started_again(
+    why: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The next attempt would resume after the last step, train nothing, and say 0. A bad end has a word, too."""
+    body = f"""
+        with open(here / "starts", "a") as file:
+            file.write(str(rank))
+        if {why!r} and rank == 0:
+            (here / "exit.json").write_text(json.dumps({{"code": 1, "why": {why!r}}}))
+        Pulse().say(bye={{"code": 1}})
+        sys.exit(1)
+    """
+    assert run(job(tmp_path, body, max_restarts=3)) == 1
+    assert sorted((tmp_path / "starts").read_text()) == ["0", "1"]
+    assert f"the ranks left with exit code 1: {why or 'none of them said why'}\n" in capfd.readouterr().err
+
+
+def test_a_rank_that_dies_is_started_again(tmp_path: Path) -> None:
+    body = """
+        pulse = Pulse()
+        if not (here / "again").exists():
+            if rank == 0:
+                said("again")
+                os.kill(os.getpid(), signal.SIGKILL)
+            wait_for("never")
+        pulse.say(bye={"code": 0})
+    """
+    assert run(job(tmp_path, body, max_restarts=1), "torchrun") == 0
+
+
+def test_a_rank_that_comes_on_again_at_the_last_moment_leaves_no_zero(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is ended for its silence, and must not be called done."""
+    monkeypatch.setattr(module, "GRACE_S", 1.5)
+    body = """
+        pulse = Pulse()
+        pulse.beat()
+        time.sleep(1.5)
+        pulse.beat()
+        while pulse.told()["do"] != "leave":
+            time.sleep(0.1)
+            pulse.beat()
+    """
+    assert run(job(tmp_path, body, ranks=1, silence_s=1.0)) == 1
+    assert "is stopped: no heartbeat" in capfd.readouterr().err
+
+
+ASKED = """
+    import sys
+    from pathlib import Path
+    from tests.unit.test_supervise import job, run
+    body = '''
+        pulse = Pulse()
+        pulse.beat()
+        said(f"beats.{rank}")
+        while pulse.told()["do"] != "stop":
+            pass
+        said(f"saved.{rank}")
+        pulse.say(bye={"code": 75})
+        sys.exit(75)
+    '''
+    sys.exit(run(job(Path(sys.argv[1]), body, timeout_s=60.0)))
+"""
+
+
+def test_a_launcher_whose_terminal_is_gone_has_its_ranks_save(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(ASKED), str(tmp_path)], cwd=ROOT,
+                               stdout=write, stderr=write)  # fmt: skip
+    os.close(write)
+    try:
+        until(lambda: all((tmp_path / f"beats.{rank}").exists() for rank in range(2)))
+        os.close(read)  # whoever read it: what is written from now on fails with EPIPE
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+    finally:
+        process.kill()
+        process.wait()
+    assert all((tmp_path / f"saved.{rank}").exists() for rank in range(2))
+
+
+def test_saying_something_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Gone(), closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        say("word")
+
+
+@pytest.mark.parametrize(("ranks", "timeout_s", "expected"), [(8, 300.0, 25.4), (2048, 300.0, 127.4), (8, 10.0, 10.0)])
+def test_many_ranks_have_longer_to_come(ranks: int, timeout_s: float, expected: float, tmp_path: Path) -> None:
+    assert hello_patience(JobSpec(("x",), ranks, tmp_path, timeout_s=timeout_s)) == pytest.approx(expected)
+
+
+def test_mpirun_hands_on_all_that_the_supervisor_sets(tmp_path: Path) -> None:
+    """Open MPI passes to other nodes what it is told to, and nothing else."""
+    seen: dict[str, str] = {}
+
+    class Noting(CommandRanks):
+        def start(self, env: Any) -> None:
+            seen.update(env)
+            super().start(env)
+
+    spec = job(tmp_path, "Pulse().say(bye={'code': 0})", ranks=1, env={"DIST_GPT_RUN_DIR": str(tmp_path)})
+    argv = [sys.executable, "-c", textwrap.dedent(STARTER), "srun", "1", *spec.argv]
+    ranks = Noting(argv, {"PYTHONPATH": str(ROOT)}, spec.log_dir / "srun.log")
+    assert Supervisor(spec, ranks, "127.0.0.1").run() == 0
+    assert {"DIST_GPT_WATCH", "DIST_GPT_CONFIG_HASH"} <= set(seen) <= set(OURS)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
