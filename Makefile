@@ -10,10 +10,10 @@ PYTEST_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-browser test-cluster lint bench clean
+.PHONY: help install demo test test-all test-browser test-cluster lint bench bench-sharding clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP) ## own .venv with the core and all extras; again only when pyproject or constraints changed
 
@@ -55,6 +55,9 @@ test-cluster: install ## real Slurm on virtual nodes; needs root (skipped withou
 
 bench: install ## what the README compares, measured here
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-sharding: install ## ZeRO: ours, DeepSpeed and fully_shard in turn, with bytes and memory (an hour on 2 cores)
+	$(BIN)/python -m benchmarks sharding $(ARGS)
 
 clean: ## remove caches; run directories and the environment stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -26,6 +26,8 @@ NAMES = {
     "ledger": "ledger",
     "report-scale": "report_scale",
     "launcher": "launcher",
+    "sharding": "sharding",
+    "precision": "precision",
 }
 """Name -> module with `run(settings, say)`, quick ones first."""
 
@@ -43,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         value = getattr(default, name.replace("-", "_"))
         p.add_argument(f"--{name}", type=_positive, default=value, help=f"(default {value})")
     p.add_argument("--micro-batches", type=_positive, help="per step, over all data ranks (one-process 2, layouts 8)")
-    p.add_argument("--only", action="append", default=[], metavar="AXIS", help="layouts: tp, pp or dp; repeatable")
+    p.add_argument(
+        "--only", action="append", default=[], metavar="AXIS", help="layouts, sharding: some of their cases; repeatable"
+    )
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key; repeatable")
     p.add_argument("--stamp", default=None, help="date in the results (default now)")
     p.add_argument("--json", action="store_true", help="one JSON document on stdout instead of tables")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,6 +88,51 @@ def measure(
         error = max(error, relative_error(sample[True].loss, sample[False].loss))
         say(pair, times[True][-1], times[False][-1])
     return Pairs(tuple(times[True]), tuple(times[False]), steps, error)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds per step of every contender, round by round, and the largest relative difference of a compared loss from
+    the first contender's."""
+
+    seconds: dict[str, tuple[float, ...]]
+    steps: int
+    loss_error: float
+
+    def ratios(self, ours: str, other: str) -> tuple[float, ...]:
+        """Speed of `ours` over `other`'s, round by round."""
+        return tuple(b / a for a, b in zip(self.seconds[ours], self.seconds[other], strict=True))
+
+
+def measure_rounds(
+    sides: Mapping[str, Side],
+    pairs: int,
+    warm_up: int,
+    compared: Collection[str],
+    say: Callable[[int, dict[str, float]], None] = lambda *_: None,
+) -> Rounds:
+    """As `measure` with more than two: in each of `pairs` rounds everybody takes its turn, in an order that turns round
+    from round to round. The losses of `compared` must agree with the first side's."""
+    if pairs < 1 or warm_up < 1:
+        raise ValueError(f"pairs is {pairs} and warm_up is {warm_up}; each must be at least 1")
+    names, error = list(sides), 0.0
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def turn(order: Sequence[str], steps: int) -> dict[str, Sample]:
+        nonlocal error
+        found = {name: sides[name].run(steps) for name in order}
+        for name in compared:
+            error = max(error, relative_error(found[name].loss, found[names[0]].loss))
+        return found
+
+    for _ in range(warm_up):
+        warm = turn(names, 1)
+    steps = steps_per_sample(min(sample.seconds for sample in warm.values()))
+    for pair in range(pairs):
+        for name, sample in turn(names if pair % 2 == 0 else names[::-1], steps).items():
+            times[name].append(sample.seconds / steps)
+        say(pair + 1, {name: found[-1] for name, found in times.items()})
+    return Rounds({name: tuple(found) for name, found in times.items()}, steps, error)
 
 
 def relative_error(got: float, want: float) -> float:

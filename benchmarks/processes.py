@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +30,7 @@ TIMEOUT_S = 900.0
 CLOSE_S = 5.0
 SETTLE_S = 0.02
 """Between two measurements: OpenMP's threads spin for some milliseconds before they sleep."""
+OF_PEERS = {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"}
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_FD)
 
 
@@ -90,15 +92,26 @@ class Worker:
 class Team:
     """The processes that train one model together: `python -m benchmarks.workers`, one per rank, or one plain."""
 
-    def __init__(self, side: str, config: Config, threads: int, same_weights: bool = True) -> None:
+    def __init__(
+        self,
+        side: str,
+        config: Config,
+        threads: int,
+        same_weights: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.workers: list[Worker] = []
-        ranks = config.world_size if side == "ours" else 1
+        self.cpu_s, self.steps = 0.0, 0  # processor time of the mean rank, all its threads, and the steps it went into
+        ranks = config.world_size if side != "plain" else 1
         order = {
             "side": side, "threads": threads, "same_weights": same_weights, "config": config.model_dump(mode="json"),
+            "options": dict(options or {}),
         }  # fmt: skip
         try:
             self._start(side, ranks, threads)
-            self.memory_at_start = [answer["rss_bytes"] for answer in self._ask_all(order)]
+            answers = self._ask_all(order)
+            self.memory_at_start = [answer["rss_bytes"] for answer in answers]
+            self.memory_imported = [answer["imported_bytes"] for answer in answers]
         except BaseException:
             self.close()
             raise
@@ -106,7 +119,7 @@ class Team:
     def _start(self, side: str, ranks: int, threads: int) -> None:
         with socket.create_server((HOST, 0)) as server:  # held until rank 0 serves the store on it
             for rank in range(ranks):
-                environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+                environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **OF_PEERS}
                 inherited = []
                 if ranks > 1:
                     environment |= {
@@ -129,8 +142,24 @@ class Team:
         """`steps` steps, from the first rank's start to the last one's end (one clock serves the machine)."""
         time.sleep(SETTLE_S)
         answers = self._ask_all({"do": "steps", "steps": steps, "mode": mode})
+        self.cpu_s, self.steps = self.cpu_s + fmean(a["cpu_s"] for a in answers), self.steps + steps
         seconds = max(a["ended"] for a in answers) - min(a["started"] for a in answers)
-        return Sample(seconds, answers[0]["loss"])
+        return Sample(seconds, fmean(a["loss"] for a in answers))  # ours is the mean of all ranks already
+
+    def build(self, config: Config, options: Mapping[str, Any]) -> None:
+        """Another model in the same processes, from its first step."""
+        self._ask_all({"do": "build", "config": config.model_dump(mode="json"), "options": dict(options)})
+
+    def step_memory(self, steps: int) -> list[int]:
+        """Per process, the largest resident size during `steps` steps less what it was after the imports."""
+        self._ask_all({"do": "forget"})
+        self.run(steps)
+        peaks = [answer["peak_bytes"] for answer in self._ask_all({"do": "memory"})]
+        return [peak - before for peak, before in zip(peaks, self.memory_imported, strict=True)]
+
+    def sent_bytes(self) -> list[dict[str, float]]:
+        """Per process, what left it in one step, by operation, as it counts them itself."""
+        return [answer["sent_bytes"] for answer in self._ask_all({"do": "traffic"})]
 
     def peak_bytes(self) -> list[int]:
         """Per process, the largest resident size so far less what it was after `import torch`."""

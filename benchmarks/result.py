@@ -48,6 +48,10 @@ class Result:
     settings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
+    grid: list[tuple[str, ...]] = field(default_factory=list)
+    """What the table shows above the rows, where they are many sided: cells, the first line being the head."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences below it."""
 
     @property
     def met(self) -> bool:
@@ -58,7 +62,7 @@ class Result:
         rows = [{**asdict(row), "met": row.met} for row in self.rows]
         return {
             "name": self.name, "stamp": stamp, "what": self.what, "met": self.met, "machine": machine(),
-            "settings": self.settings, "rows": rows, "raw": self.raw,
+            "settings": self.settings, "rows": rows, "raw": self.raw, "grid": self.grid, "notes": self.notes,
         }  # fmt: skip
 
 
@@ -73,11 +77,26 @@ def table(result: Result) -> str:
     """The rows in aligned columns under the benchmark's sentence."""
     rows = [("", "value", "", "target", ""), *(row.cells() for row in result.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [f"{result.name}: {result.what}"]
+    lines = [f"{result.name}: {result.what}", *_grid(result.grid), *(f"  {note}" for note in result.notes)]
     for what, value, unit, target, met in rows:
         cells = (what.ljust(widths[0]), value.rjust(widths[1]), unit.ljust(widths[2]), target.ljust(widths[3]), met)
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _grid(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Aligned columns: words left, numbers right."""
+    if not cells:
+        return []
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        shown = [
+            cell.rjust(width) if cell[:1].isdigit() or cell[:1] in "-+" else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append(("  " + "  ".join(shown)).rstrip())
+    return lines
 
 
 def machine() -> dict[str, Any]:

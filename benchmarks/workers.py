@@ -1,22 +1,29 @@
-"""A worker process: trains one rank of ours, or the plain GPT, when a line on standard input asks for it.
+"""A worker process: trains one rank of ours, or of somebody else's, when a line on standard input asks for it.
 
-    {"side": "ours" | "plain", "threads": n, "same_weights": bool, "config": {...}}    -> {"rss_bytes": n}
-    {"do": "steps", "steps": k, "mode": "on" | "off" | "window"}                       -> {"started", "ended", "loss"}
-    {"do": "memory"}                                                                   -> {"peak_bytes": n}
+    {"side": "ours" | "plain" | "share" | "fsdp" | "deepspeed", "threads": n, "same_weights": bool, "config": {...},
+     "options": {...}}                                        -> {"rss_bytes", "imported_bytes"}
+    {"do": "build", "config": {...}, "options": {...}}        -> {}: another model, from its first step
+    {"do": "steps", "steps": k, "mode": "on" | "off" | "window"}    -> {"started", "ended", "loss", "cpu_s"}
+    {"do": "memory"}                                          -> {"peak_bytes": n}
+    {"do": "forget"}                                          -> {}: the peak counts from now
+    {"do": "traffic"}                                         -> {"sent_bytes": {op: n}}: one step, its bytes counted
 
 `rss_bytes` is the resident size right after `import torch`, before anything of ours: whatever a side imports, counts
-as its memory. Each side is imported only in its own process.
+as its memory; `imported_bytes` the one after the imports. Each side is imported only in its own process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +34,29 @@ import torch
 TIMEOUT_S = 600.0
 Step = Callable[[int, np.ndarray, str], float]
 """(step, token ids (global_batch, seq_len + 1), what is recorded) -> loss, a number on the host."""
+Count = Callable[[Callable[[], object]], dict[str, float]]
+"""(something to do) -> bytes that left this rank meanwhile, by operation."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that is ready to step. `close` lets go of it, and of nothing that a next one in this process needs."""
+
+    step: Step
+    count: Count
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the parent wants: a resolved configuration, and what a side may be told besides."""
+
+    tree: dict[str, Any]
+    same_weights: bool
+    options: dict[str, Any]
+
+
+Build = Callable[[Order], Side]
 
 
 class Silent:
@@ -61,24 +91,36 @@ def token_ids(config: dict[str, Any], step: int) -> np.ndarray:
     return generator.integers(0, config["model"]["vocab_size"], size=shape, dtype=np.int64)
 
 
-def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], None]]:
-    """One rank, as the trainer makes it."""
-    from dist_gpt.comm.mesh import GlooBackends
+def ours() -> tuple[Build, Callable[[], None]]:
+    """One rank, as the trainer makes it; and how it leaves."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
-    from dist_gpt.comm.tape import HostTimer, Tape
-    from dist_gpt.config.schema import Config
-    from dist_gpt.events import EventFile
     from dist_gpt.heap import keep_freed_memory
-    from dist_gpt.rank import Rank
 
     keep_freed_memory()
     env = rank_env(TIMEOUT_S)
-    config = Config.model_validate_json(json.dumps(tree))
     store = connect_store(env)
-    rank = Rank(config, env.rank, GlooBackends(store, "127.0.0.1", TIMEOUT_S), torch.device("cpu"))
-    rank.initialise()
 
-    ledger, silent, events = rank.mesh.ledger, Silent(), EventFile(Path(os.devnull), env.rank, {}, 0)
+    def leave() -> None:
+        store.set(f"left/{env.rank}", "")
+        if env.rank == 0:  # it hosts the store: it leaves last
+            store.wait([f"left/{other}" for other in range(env.world)])
+
+    return partial(_our_rank, env.rank, store, iter(range(1 << 30))), leave
+
+
+def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
+    """Rank `number` of the layout that `order` asks for; every one built has its own part of the store."""
+    from dist_gpt.comm.mesh import GlooBackends
+    from dist_gpt.comm.tape import HostTimer, Tape
+    from dist_gpt.config.schema import Config
+    from dist_gpt.events import TRAIN, EventFile
+    from dist_gpt.rank import Rank
+
+    config = Config.model_validate_json(json.dumps(order.tree))
+    part = torch.distributed.PrefixStore(f"built{next(built)}", store)
+    rank = Rank(config, number, GlooBackends(part, "127.0.0.1", TIMEOUT_S), torch.device("cpu"))
+    rank.initialise()
+    ledger, silent, events = rank.mesh.ledger, Silent(), EventFile(Path(os.devnull), number, {}, 0)
     tape = Tape(HostTimer(), events.base_ns)
 
     def step(number: int, ids: np.ndarray, mode: str) -> float:
@@ -94,23 +136,33 @@ def ours(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], N
             events.rows(tape.rows(number))
         return float(loss)
 
-    def close() -> None:
-        rank.close()
-        store.set(f"left/{env.rank}", "")
-        if env.rank == 0:  # it hosts the store: it leaves last
-            store.wait([f"left/{other}" for other in range(env.world)])
+    def wire() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for (_, op), tally in ledger.counts(TRAIN).tallies.items():
+            found[op] = found.get(op, 0.0) + tally.wire_bytes
+        return found
 
-    return step, close
+    def count(run: Callable[[], object]) -> dict[str, float]:
+        before = wire()
+        run()
+        return {op: sent - before.get(op, 0.0) for op, sent in wire().items()}
+
+    return Side(step, count, rank.close)
 
 
-def plain(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], None]]:
+def plain() -> tuple[Build, Callable[[], None]]:
     """The independent plain-PyTorch GPT; `same_weights` gives it our first weights, so that losses can be compared."""
+    return _plain, lambda: None
+
+
+def _plain(order: Order) -> Side:
     from tests.reference.plain_gpt import PlainConfig, PlainGPT, make_optimizer, train_step
 
+    tree = order.tree
     optim, train = SimpleNamespace(**tree["optim"]), SimpleNamespace(**tree["train"])
     model = PlainGPT(PlainConfig.of(SimpleNamespace(**tree["model"])))
     model.to({"fp32": torch.float32, "fp64": torch.float64}[train.dtype])
-    if same_weights:
+    if order.same_weights:
         copy_our_weights(tree, model.named_weights())
     betas = (optim.betas[0], optim.betas[1])
     optimizer = make_optimizer(
@@ -124,7 +176,13 @@ def plain(tree: dict[str, Any], same_weights: bool) -> tuple[Step, Callable[[], 
         norm.item()  # the trainer reads it too
         return loss.item()
 
-    return step, lambda: None
+    return Side(step, nothing_sent)
+
+
+def nothing_sent(run: Callable[[], object]) -> dict[str, float]:
+    """The count of who is alone."""
+    run()
+    return {}
 
 
 def copy_our_weights(tree: dict[str, Any], named: dict[str, torch.Tensor]) -> None:
@@ -143,32 +201,84 @@ def timed_steps(step: Step, tree: dict[str, Any], first: int, count: int, mode: 
     """Steps first .. first + count - 1; tokens are drawn before the clock starts."""
     batches = [token_ids(tree, number) for number in range(first, first + count)]
     loss = 0.0
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for number, ids in enumerate(batches, start=first):
         loss = step(number, ids, mode)
-    return {"started": started, "ended": time.perf_counter(), "loss": loss}
+    return {"started": started, "ended": time.perf_counter(), "loss": loss, "cpu_s": time.process_time() - cpu}
+
+
+SIDES = {
+    "ours": ("dist_gpt.rank", "benchmarks.workers:ours"),
+    "plain": ("tests.reference.plain_gpt", "benchmarks.workers:plain"),
+    "share": ("tests.reference.plain_gpt", "benchmarks.peers:share"),
+    "fsdp": ("torch.distributed.fsdp", "benchmarks.peers:fully_sharded"),
+    "deepspeed": ("deepspeed", "benchmarks.peers:deepspeed"),
+}
+"""Name -> (what it has to import, who makes it)."""
+
+
+def forget_peak() -> None:
+    """`VmHWM` counts from now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Session:
+    """Answers requests, one after the other."""
+
+    def __init__(self, build: Build, order: Order) -> None:
+        self.build, self.order = build, order
+        self.side, self.done = build(order), 0
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What `request["do"]` asks for."""
+        do = request["do"]
+        if do == "build":
+            self.side.close()
+            self.order = Order(request["config"], self.order.same_weights, request["options"])
+            self.side, self.done = self.build(self.order), 0
+        elif do == "forget":
+            forget_peak()
+        elif do == "memory":
+            return {"peak_bytes": resident_bytes("VmHWM")}
+        elif do == "traffic":
+            return {"sent_bytes": self.side.count(lambda: self._steps(1, "on"))}
+        else:
+            return dict(self._steps(request["steps"], request["mode"]))
+        return {}
+
+    def _steps(self, count: int, mode: str) -> dict[str, float]:
+        first, self.done = self.done, self.done + count
+        return timed_steps(self.side.step, self.order.tree, first, count, mode)
+
+
+def own_standard_output() -> Any:
+    """Where answers go: a stray print, or one of a compiler's, must not spoil them."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = sys.stderr
+    return answers
 
 
 def main() -> None:
     """Answer until standard input ends."""
     at_start = resident_bytes()
-    answers, sys.stdout = sys.stdout, sys.stderr  # a stray print must not spoil the answers
+    answers = own_standard_output()
     order = json.loads(sys.stdin.readline() or "null")
     if order is None:
         return
     torch.set_num_threads(order["threads"])
-    tree, done = order["config"], 0
+    imports, maker = SIDES[order["side"]]
+    module, _, name = maker.partition(":")
     try:
-        step, close = {"ours": ours, "plain": plain}[order["side"]](tree, order["same_weights"])
-        print(json.dumps({"rss_bytes": at_start}), file=answers, flush=True)
+        importlib.import_module(imports)
+        build, leave = getattr(importlib.import_module(module), name)()
+        imported = resident_bytes()
+        session = Session(build, Order(order["config"], order["same_weights"], order.get("options", {})))
+        print(json.dumps({"rss_bytes": at_start, "imported_bytes": imported}), file=answers, flush=True)
         for line in sys.stdin:
-            request = json.loads(line)
-            answer: dict[str, Any] = {"peak_bytes": resident_bytes("VmHWM")}
-            if request["do"] == "steps":
-                answer = dict(timed_steps(step, tree, done, request["steps"], request["mode"]))
-                done += request["steps"]
-            print(json.dumps(answer), file=answers, flush=True)
-        close()
+            print(json.dumps(session.answer(json.loads(line))), file=answers, flush=True)
+        session.side.close()
+        leave()
     except Exception:
         print(json.dumps({"error": traceback.format_exc()}), file=answers, flush=True)
         raise SystemExit(1) from None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,23 @@ GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="World siz
 RankOption = Annotated[int, typer.Option("--rank", min=0, help="Whose counts and bytes.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from dist_gpt import __version__
+
+        print(f"dist-gpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Plan, run and report distributed GPT training."""
+
+
 @app.command()
 def launch(
     config: ConfigArg,
@@ -62,23 +80,24 @@ def launch(
     """
     from dist_gpt.checkpoint.resume import AUTO, resolve
     from dist_gpt.rundir import Resume
-    from dist_gpt.track import require_wandb
     from launch import lock, run, ways
 
-    sets = list(overrides or [])
-    sets += [f"launch.nodes={nodes}"] if nodes else []
-    sets += [f"launch.ranks_per_node={ranks_per_node}"] if ranks_per_node else []
+    counts = {"launch.nodes": nodes, "launch.ranks_per_node": ranks_per_node}
+    sets = [*(overrides or []), *(f"{key}={count}" for key, count in counts.items() if count)]
     loaded, device = run.load_for_launch(config, sets, via)
     way = ways.way_of(via, loaded, detach, check)
-    require_wandb(loaded.log.wandb.mode)
+    _require_extras(loaded)
     if resume and not (check or dry_run):
         lock.look(Path(str(loaded.run_dir)))
+    if resume == AUTO and not check:
+        _leave_if_finished(loaded, as_json)
     asked = resolve(resume, Path(str(loaded.run_dir)), loaded)
     if check:
         loaded = run.for_check(loaded)
         asked = Resume(run.made_by_head(loaded))
     run_dir = Path(str(loaded.run_dir)) if asked.goes_on else run.refuse_existing(loaded)
-    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json, resume=AUTO if resume else None)
+    again = AUTO if resume and run.has_begun(run_dir, asked) else None
+    job = run.job_of(loaded, run_dir, device, live_on_stderr=as_json, resume=again)
     if check:
         job = run.check_of(job, run_dir / "config.yaml")
     if dry_run:
@@ -86,7 +105,7 @@ def launch(
         _print(document, as_json, run.job_text(document))
         return
     told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and sums up; its log was shown
-    with contextlib.ExitStack() as held:
+    with _removed_if_not_started(run_dir), contextlib.ExitStack() as held:
         with _progress(as_json):
             print(f"{loaded.name}: {loaded.world_size} ranks on {way.sentence}. {device.sentence}", flush=True)
             hold = None if told else lambda folder: held.enter_context(lock.hold(folder))
@@ -97,9 +116,35 @@ def launch(
             _print({"exit_code": code, "run_dir": str(run_dir)}, as_json, run.checked(run_dir, code))
         raise typer.Exit(code)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
-    text = f"{run.summary_text(document)}\n" if code == 0 and document["steps"] and not told else ""
-    _print(document, as_json, f"{text}run_dir: {run_dir}")
+    if as_json or code or detach or not told:  # else the job's own launcher has said it, and was shown here
+        _print(document, as_json, run.last_lines(document, with_summary=code == 0 and not told))
     raise typer.Exit(code)
+
+
+def _leave_if_finished(config: Config, as_json: bool) -> None:
+    """Where `--resume auto` would train nothing, say so and leave; nothing is changed. Raises ConfigError."""
+    from dist_gpt.checkpoint.resume import finished
+    from launch import run
+
+    run_dir = Path(str(config.run_dir))
+    if (done := finished(run_dir, config)) is not None:
+        document, text = run.finished(run_dir, done.step, done.code, done.why)
+        _print(document, as_json, text)
+        raise typer.Exit(done.code)
+
+
+@contextlib.contextmanager
+def _removed_if_not_started(run_dir: Path) -> Iterator[None]:
+    """Where nothing was started inside, a run directory that was made there goes."""
+    from launch.starter import NotStartedError
+
+    there = os.path.lexists(run_dir)
+    try:
+        yield
+    except NotStartedError:
+        if not there:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
 
 
 @app.command()
@@ -128,9 +173,7 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     with _progress(as_json):
         if first and "DIST_GPT_RUN_DIR" not in os.environ:  # no launcher made it; others write after the roll call
-            from dist_gpt.track import require_wandb
-
-            require_wandb(loaded.log.wandb.mode)
+            _require_extras(loaded)
             _make_run_dir(loaded, _asked(loaded, resume))
         from dist_gpt.train import main as train_main
 
@@ -146,6 +189,15 @@ def train(
     raise typer.Exit(code)
 
 
+def _require_extras(config: Config) -> None:
+    """Raise ConfigError where an optional package is missing that `config` needs, before anything is started."""
+    from dist_gpt.config.deepspeed import require_deepspeed
+    from dist_gpt.track import require_wandb
+
+    require_wandb(config.log.wandb.mode)
+    require_deepspeed(config.optim.engine)
+
+
 def _asked(config: Config, resume: str | None) -> Resume:
     """What --resume means where no launcher has looked; torchrun may have started the ranks again. Raises ConfigError,
     before anything is changed in the run directory."""
@@ -154,10 +206,10 @@ def _asked(config: Config, resume: str | None) -> Resume:
 
     run_dir = Path(str(config.run_dir))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    asked = resolve(resume, run_dir, config, again=restarts.isdecimal() and int(restarts) > 0)
-    if asked.goes_on:
+    again = restarts.isdecimal() and int(restarts) > 0
+    if resume is not None or again:
         lock.look(run_dir)
-    return asked
+    return resolve(resume, run_dir, config, again)
 
 
 @app.command()

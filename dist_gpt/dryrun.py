@@ -7,6 +7,8 @@ keep from step to step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dist_gpt.comm.mesh import FakeBackends
+from dist_gpt.config.deepspeed import require_native
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN
 from dist_gpt.parallel.saved import SavedBytes
@@ -24,19 +27,23 @@ from dist_gpt.rank import Rank
 
 def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:
     """What rank `rank` does in one training step, counted: the keys of `plan` for that rank."""
-    replica = Rank(config, rank, FakeBackends(), torch.device("meta"))
+    require_native(config, "a dry run counts the steps")
+    gloo = config.launch.backend != "nccl"  # where it is left open, the one that needs more
+    replica = Rank(config, rank, FakeBackends(as_gloo=gloo), torch.device("meta"))
     ids = np.zeros((config.train.micro_batch, config.model.seq_len + 1), dtype=np.int64)
     saved = SavedBytes([b.parameters for b in replica.buffers.buckets] + [b.gradients for b in replica.buffers.buckets])
     replica.executor.after_step, replica.sink.hold = saved.mark, saved.hold
     flops = FlopCounter()
+    replica.sink.again = flops.again
     with flops, saved.counting():
         replica.train_step(0, lambda first, count: ids[:count])
     return {
         "rank": rank,
         "parameters": _parameters(replica),
-        "model_flops": flops.total,
+        "model_flops": flops.total - flops.repeated,
+        "recompute_flops": flops.repeated,
         "comm": replica.mesh.ledger.counts(TRAIN).as_dict(),
-        "memory_bytes": parts(replica, saved.peak, replica.plan.scatter_bytes),
+        "memory_bytes": parts(replica, saved.peak, replica.mesh.shard.peak_scratch_bytes),
         "schedule": {
             "name": config.parallel.schedule,
             "order": [str(step) for step in replica.plan.steps],
@@ -51,7 +58,14 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = self.repeated = 0
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, a forward runs once more."""
+        before = self.total
+        yield
+        self.repeated += self.total - before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

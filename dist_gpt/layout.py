@@ -1,8 +1,9 @@
 """Ranks on the mesh (pp, dp, cp, tp): pure arithmetic, tp fastest.
 
 An *axis* is a direction of the mesh. Besides the four base axes there are named combinations: `data`
-(dp x cp, what gradients are summed over), `model` (pp x tp, everything of one replica), `world`, and `embed`
-(the first and the last stage, which both hold a tied embedding).
+(dp x cp, what gradients are summed over), `model` (pp x tp, everything of one replica), `world`, `embed`
+(the first and the last stage, which both hold a tied embedding), and the two that the data axis is cut into where state
+is sharded inside a node and replicated across nodes: `shard` (`Layout.shard` consecutive members) and `replica`.
 
     >>> Layout(pp=2, dp=1, cp=1, tp=2).group("tp", rank=3)
     (2, 3)
@@ -46,6 +47,8 @@ class Layout:
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    shard: int = 0
+    """Members of a data group among which state is cut; 0: all."""
 
     @property
     def world(self) -> int:
@@ -82,6 +85,10 @@ class Layout:
             if here.pp not in ends:
                 return (rank,)
             return tuple(self.rank(p, here.dp, here.cp, here.tp) for p in ends)
+        if axis in ("shard", "replica"):
+            data, size = self.group("data", rank), self.shard or self.data
+            at = data.index(rank)
+            return data[at // size * size :][:size] if axis == "shard" else data[at % size :: size]
         free = AXES[axis]
         ranges = [range(getattr(self, a)) if a in free else [getattr(here, a)] for a in BASE_AXES]
         return tuple(self.rank(*at) for at in product(*ranges))

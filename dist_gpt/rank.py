@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dist_gpt.comm.global_groups import GlobalGroups
 from dist_gpt.comm.mesh import Backends, Mesh, build_mesh
+from dist_gpt.comm.rendezvous import RankEnv, Store, make_backends
 from dist_gpt.config.schema import Config
 from dist_gpt.events import EVAL
 from dist_gpt.model.gpt import Stage
 from dist_gpt.model.init import initial_weight, local_part
 from dist_gpt.optim.adamw import Optimizer
+from dist_gpt.optim.deepspeed import DeepSpeedEngine, DeepSpeedExecutor, DeepSpeedOptimizer
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.parallel.buckets import FlatBuffers
 from dist_gpt.parallel.executor import Executor, MicroBatch
@@ -35,11 +40,13 @@ class Rank:
         self.device = device
         self.mesh: Mesh = build_mesh(layout_of(config), rank, self.plan.holders, backends)
         self.sink = GradSink()
-        self.buffers = FlatBuffers(config, self.plan.buckets, self.plan.layout.data_index(rank), self.sink, device)
+        self.buffers = FlatBuffers(self.plan, self.sink, device)
         blocks = tuple(b for _, chunk in self.plan.chunks for b in chunk)
         self.stage = Stage(config, blocks, self.mesh.tp, self.sink, self.buffers.new)
         self.executor = Executor(self.plan, self.stage, self.buffers, self.mesh, self.sink, device)
         self.optimizer = Optimizer(config, self.buffers, self.mesh)
+        if self.optimizer.scale is not None:
+            self.executor.loss_scale = self.optimizer.scale.applied
 
     @property
     def params(self) -> list[Param]:
@@ -55,7 +62,9 @@ class Rank:
         """This rank's part of `whole` becomes the value."""
         with torch.no_grad():
             part = local_part(param, whole, self.mesh.tp.size, self.mesh.tp.index)
-            self.stage.named[param.name].copy_(part)
+            flat, slot = self.buffers.place(param)
+            flat.load(slot, part)
+            self.optimizer.load(flat, slot, part)
 
     def train_step(self, step: int, samples: Samples) -> None:
         """One optimizer step on the global batch `samples` reads; the result is in `optimizer.statistics`."""
@@ -70,20 +79,31 @@ class Rank:
 
         To be called by all ranks, between reduction and clipping.
         """
-        gradients = {}
-        for flat in self.buffers.buckets:
-            whole = flat.gradients.clone()
-            if flat.shards > 1:
-                with self.mesh.ledger.aside():
-                    self.mesh.data.all_gather(whole, flat.gradient_shard.clone()).wait()
+        return self._whole([flat.gradient_shard for flat in self.buffers.buckets])
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """Copies of what this rank stores or has a shard of, by name, likewise. To be called by all ranks, between
+        steps."""
+        return self._whole([flat.parameter_shard for flat in self.buffers.buckets])
+
+    def _whole(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for flat, shard in zip(self.buffers.buckets, shards, strict=True):
+            whole = shard.new_empty(flat.bucket.padded)
+            with self.mesh.ledger.aside():
+                if flat.shards > 1:
+                    self.mesh.shard.all_gather(whole, shard.clone()).wait()
+                else:
+                    whole.copy_(shard)
             for slot in flat.bucket.slots:
-                gradients[slot.param.name] = whole[slot.start : slot.start + slot.numel].view(slot.shape)
-        return gradients
+                found[slot.param.name] = whole[slot.start : slot.start + slot.numel].view(slot.shape)
+        return found
 
     def evaluate(self, batches: Iterable[Samples]) -> Tensor:
         """Mean token loss over `batches`, a float64 scalar, equal on all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
+        self.executor.refresh()
         for samples in batches:
             loss = self.executor.evaluate(partial(self._validation_micro_batch, samples))
             loss = self._once(loss).double()
@@ -114,6 +134,58 @@ class Rank:
             targets = ids[:, 1:].clone().view(-1) if model.num_layers + 1 in blocks else None
         return MicroBatch(tokens, targets, step, first, 1.0 / (t.global_batch * model.seq_len), training)
 
+    def engine_facts(self) -> dict[str, Any] | None:
+        """What an engine that communicates by itself tells: its name, version and traffic; None where all is ours."""
+        return None
+
     def close(self) -> None:
         """Give the groups back."""
         self.mesh.close()
+
+
+class DeepSpeedRank(Rank):
+    """The same, trained by DeepSpeed (optim.engine: deepspeed). It has no buffers and no shards of ours: certificate,
+    dry run and checkpoints are the native engine's."""
+
+    executor: DeepSpeedExecutor  # type: ignore[assignment]  # both are called alike
+    optimizer: DeepSpeedOptimizer  # type: ignore[assignment]
+
+    def __init__(self, config: Config, env: RankEnv, store: Store, device: torch.device) -> None:
+        self.config = config
+        self.plan = RankPlan(config, env.rank)
+        self.device = device
+        with ExitStack() as undo:
+            backends = make_backends(store, env, device, config.launch.timeout_s)
+            self.mesh = build_mesh(layout_of(config), env.rank, self.plan.holders, backends)
+            undo.callback(self.mesh.close)
+            self.groups = GlobalGroups(store, env, device, config.launch.timeout_s)
+            undo.callback(self.groups.close)
+            self.engine = DeepSpeedEngine(config, self.plan, self.mesh, self.groups, device)
+            undo.callback(self.engine.close)
+            self._closing = undo.pop_all()
+        self.sink = self.engine.sink
+        self.executor, self.optimizer = DeepSpeedExecutor(self.engine), DeepSpeedOptimizer(self.engine)
+
+    def initialise(self) -> None:
+        """First weights, as ours; then the model is DeepSpeed's."""
+        super().initialise()
+        self.engine.start()
+
+    def set_parameter(self, param: Param, whole: Tensor) -> None:
+        """This rank's part of `whole` becomes the value; only before the model is DeepSpeed's."""
+        self.engine.load(param, local_part(param, whole, self.mesh.tp.size, self.mesh.tp.index))
+
+    def engine_facts(self) -> dict[str, Any] | None:
+        """{name, version, steps, traffic: {phase: {axis: {op: {calls, payload_bytes, wire_bytes}}}}}."""
+        return self.engine.facts()
+
+    def close(self) -> None:
+        """Give engine and groups back, each also when another fails to go."""
+        self._closing.close()
+
+
+def make_rank(config: Config, env: RankEnv, store: Store, device: torch.device) -> Rank:
+    """The rank of `env`, by the engine of the configuration."""
+    if config.optim.engine == "deepspeed":
+        return DeepSpeedRank(config, env, store, device)
+    return Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)

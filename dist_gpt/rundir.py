@@ -2,15 +2,19 @@
 
 RUN_DIR/checkpoints/step_00000010/     there only when all of it was written
 RUN_DIR/resume_from                    one line: the checkpoint or run directory that this run goes on from
+RUN_DIR/exit.json                      how the last attempt ended; none while ranks run
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CHECKPOINTS = "checkpoints"
 RESUME_FROM = "resume_from"
@@ -69,3 +73,17 @@ def branch_of(run_dir: Path) -> Path | None:
     except FileNotFoundError:
         return None
     return Path(text) if text else None
+
+
+def ended(run_dir: Path) -> dict[str, Any]:
+    """What RUN_DIR/exit.json says; empty where there is none, or none that can be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((run_dir / "exit.json").read_text()))
+    return {}
+
+
+def has_trained(run_dir: Path) -> bool:
+    """Whether a step of training is written down in metrics.jsonl."""
+    with suppress(OSError), open(run_dir / "metrics.jsonl", "rb") as lines:
+        return any(b'"loss"' in line for line in lines)
+    return False

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dist_gpt import oom
 from dist_gpt.checkpoint.resume import AUTO
 from dist_gpt.checkpoint.state import restore, tensors_of
 from dist_gpt.checkpoint.store import Checkpoints
@@ -21,7 +22,6 @@ from dist_gpt.comm.rendezvous import (
     Store,
     choose_device,
     connect_store,
-    make_backends,
     rank_env,
 )  # fmt: skip
 from dist_gpt.config.errors import ConfigError
@@ -35,11 +35,9 @@ from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
 from dist_gpt.profile.recorder import Recorder, attempts_in
 from dist_gpt.pulse import Pulse
-from dist_gpt.rank import Rank
+from dist_gpt.rank import Rank, make_rank
 from dist_gpt.stop import PREEMPTED, Stop
 from dist_gpt.track import ExitRecord, Tracker, record_failure
-
-MAX_SKIPPED = 10
 
 
 class Trainer:
@@ -91,8 +89,13 @@ class Trainer:
         """A checkpoint, all ranks together."""
         if self.checkpoints is None:
             return
+        if self.config.optim.engine == "deepspeed":
+            raise RuntimeError(
+                f"asked to stop after step {step}, and optim.engine: deepspeed saves no checkpoints: what was trained "
+                "is lost. Set optim.engine: native for runs that may be interrupted"
+            )
         self.tracker.sync()
-        tensors = tensors_of(self.rank.stage.named, self.rank.optimizer)
+        tensors = tensors_of(self.rank.buffers.tensors(), self.rank.optimizer)
         saved = self.checkpoints.save(step, tensors, {"skipped": self.skipped})
         self.recorder.saved(step, saved.seconds)
         if self.rank.mesh.rank == 0:
@@ -101,7 +104,7 @@ class Trainer:
             self.tracker.message(f"saved {saved.path} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s)")
 
     def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
-        """Log one step; give up after MAX_SKIPPED steps in a row without finite loss and gradients."""
+        """Log one step; give up after train.max_skipped steps in a row without finite loss and gradients."""
         tokens = self.config.train.global_batch * self.config.model.seq_len
         self.tracker.step(
             {
@@ -114,10 +117,18 @@ class Trainer:
             }
         )
         self.skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else self.skipped + 1
-        if self.skipped == MAX_SKIPPED:
+        if self.skipped == self.config.train.max_skipped:
+            scale, remedy = self.rank.optimizer.scale, "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
+            if scale is not None:
+                now, first = scale.value.item(), self.config.train.loss_scale
+                fp16 = f"The loss's scale in fp16 came down to {now:g} from train.loss_scale {first:g}"
+                if now > 1:
+                    remedy = f"{fp16}, and may have to come down further: lower it, or raise train.max_skipped"
+                else:
+                    remedy = f"{fp16}: the gradients themselves overflow. {remedy}, or train in bf16"
             raise RuntimeError(
-                f"{MAX_SKIPPED} steps in a row, up to step {step}, had a loss ({loss}) or gradient norm ({norm}) that "
-                "is not finite; they changed no weight. Lower optim.lr, lengthen optim.warmup or lower optim.clip"
+                f"{self.skipped} steps in a row, up to step {step}, had a loss ({loss}) or gradient norm ({norm}) that "
+                f"is not finite; they changed no weight (train.max_skipped). {remedy}"
             )
 
     def validate(self, step: int) -> None:
@@ -139,6 +150,7 @@ class Trainer:
         train.merge(count_comm(plan, plan.steps), self.trained)
         batches = self.evaluations * config.train.eval_batches
         evaluation.merge(count_comm(plan, plan.eval_steps), batches)
+        evaluation.merge(count_comm(plan, plan.refresh_steps), self.evaluations)
         evaluation.merge(_count_calls(plan.eval_calls(), plan.layout.world), batches)
         unwritten = self.rank.sink.unwritten() if self.trained else []
         return [
@@ -208,7 +220,7 @@ def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
         rank.initialise()
         none_yet = f"no checkpoint in {checkpoints.folder} yet: training begins at the start"
         return Start() if resume is None else Start(after=-1, lines=(none_yet,))
-    restore(loaded.tensors, rank.stage.named, rank.optimizer)
+    restore(loaded.tensors, rank.buffers.tensors(), rank.optimizer)
     line = f"resumed at step {loaded.step} from {loaded.path}"
     return Start(loaded.step, loaded.trainer.get("skipped", 0), loaded.step, (*loaded.notes, line))
 
@@ -234,8 +246,13 @@ def main(config: Config, resume: str | None = None) -> int:
             store = connect_store(env)  # it goes after all parts, with this function's frame
             return attempt.ends(_train(config, AUTO if env.attempt else resume, store, env, attempt, parts))
         except BaseException as error:
-            attempt.fails(error)
-            raise
+            if not oom.is_out_of_memory(error):
+                attempt.fails(error)
+                raise
+            device = choose_device(env, config.launch.backend)
+            explained = oom.explain(config, env.rank, error, oom.device_bytes(device))
+            attempt.fails(explained)
+            raise explained from error
 
 
 def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, parts: ExitStack) -> int:
@@ -246,7 +263,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     data, env = meet(config, store, env)
     parts.enter_context(attempt.stop.listen())  # before, there is nothing to save: signals end the process
     baseline = Heap().bytes_in_use()
-    rank = Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
+    rank = make_rank(config, env, store, device)
     parts.callback(rank.close)
     attempt.begins(rank)
     checkpoints = Checkpoints(config, run_dir, data.digest, store, env)
@@ -267,7 +284,25 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     recorder.clock(read_clock(store, env, "end"))
     differences = trainer.accounting()
     recorder.finish(differences)
+    for line in engine_lines(rank) if env.rank == 0 else ():
+        tracker.message(line)
     return settle(store, env, differences, tracker) or (0 if finished else PREEMPTED)
+
+
+def engine_lines(rank: Rank) -> list[str]:
+    """What an engine that communicates by itself moved, for people; rank 0's, of a training step."""
+    facts = rank.engine_facts()
+    if facts is None:
+        return []
+    rows = [
+        f"{facts['name']} {facts['version']} moves its own messages, outside of what is accounted for; rank "
+        f"{rank.mesh.rank} in a step:"
+    ]
+    steps = max(1, facts["steps"])
+    for axis, ops in facts["traffic"].get(TRAIN, {}).items():
+        for op, row in ops.items():
+            rows.append(f"  {axis} {op}: {row['calls'] / steps:g} calls, {row['payload_bytes'] / steps / 1e6:.3f} MB")
+    return rows
 
 
 def greeting(env: RankEnv, rank: Rank) -> str:

@@ -29,7 +29,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.dryrun import dryrun_document
 from dist_gpt.events import TRAIN, Counts
 from dist_gpt.model.init import local_part
-from dist_gpt.plan.count import count_comm, count_flops, count_memory
+from dist_gpt.plan.count import count_comm, count_flops, count_memory, count_recomputed
 from dist_gpt.rank import Rank, Samples
 
 STEPS = 2
@@ -75,7 +75,7 @@ def run_steps(replica: Rank, config: Config) -> Trace:
         trace.norms.append(norm)
     replica.optimizer.before_clip = None
     trace.losses.append(replica.evaluate([verify_samples(config, STEPS)]).item())
-    trace.weights = {name: p.detach().clone() for name, p in replica.stage.named.items()}
+    trace.weights = replica.whole_parameters()
     return trace
 
 
@@ -84,7 +84,11 @@ def reference_config(config: Config) -> Config:
     alone = {"dp": 1, "tp": 1, "pp": 1, "cp": 1, "virtual_stages": 1, "schedule": "1f1b"}
     parallel = config.parallel.model_copy(update={**alone, "sequence_parallel": False, "layers": "balanced"})
     return config.model_copy(
-        update={"parallel": parallel, "optim": config.optim.model_copy(update={"sharding": "none"})}
+        update={
+            "parallel": parallel,
+            "optim": config.optim.model_copy(update={"sharding": "none", "shard_group": "data"}),
+            "train": config.train.model_copy(update={"recompute": "none"}),
+        }
     )
 
 
@@ -160,6 +164,7 @@ def _account(verdict: Verdict, replica: Rank) -> None:
     planned = {
         "comm": count_comm(plan, plan.steps).as_dict(),
         "model_flops": count_flops(plan, plan.steps),
+        "recompute_flops": count_recomputed(plan, plan.steps),
         "memory_bytes": count_memory(plan, plan.steps),
     }
     for key, value in planned.items():

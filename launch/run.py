@@ -18,8 +18,9 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import dump, find, load
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
-from dist_gpt.rundir import RESUME_FROM, Resume, set_aside
+from dist_gpt.rundir import CHECKPOINTS, RESUME_FROM, Resume, branch_of, set_aside
 from dist_gpt.rundir import replace as replace_file
+from launch import slurm
 from launch.env import Device, choose_device, count_gpus
 from launch.spec import RUN_DIR, JobSpec, train_argv
 
@@ -32,7 +33,7 @@ def load_for_launch(path_or_preset: str, overrides: Sequence[str], via: str = "l
     Where neither parallel.dp nor launch.ranks_per_node says how many ranks there are, the GPUs of this machine do:
     as many of them as the other axes can use. Raises ConfigError.
     """
-    config = load(path_or_preset, overrides)
+    config = _load_on_nodes(path_or_preset, overrides, via)
     if via != "local" and (config.launch.nodes > 1 or via == "slurm"):
         return config, Device("", "Every rank looks for its own GPU")
     gpus = count_gpus()
@@ -46,15 +47,39 @@ def load_for_launch(path_or_preset: str, overrides: Sequence[str], via: str = "l
     return config, choose_device(config.world_size // nodes, gpus, config.launch.backend)
 
 
+def _load_on_nodes(path_or_preset: str, overrides: Sequence[str], via: str) -> Config:
+    """The configuration, on all nodes of the allocation that this process is in where nobody has said how many."""
+    hosts = slurm.hosts() if via != "local" and slurm.in_allocation() else []
+    if len(hosts) < 2 or _given(path_or_preset, overrides, "launch", "nodes") is not None:
+        return load(path_or_preset, overrides)
+    try:
+        return load(path_or_preset, [*overrides, f"launch.nodes={len(hosts)}"])
+    except ConfigError:
+        config = load(path_or_preset, overrides)  # what is wrong with it on any number of nodes
+        if config.launch.ranks_per_node == config.world_size:
+            return config
+        fits = [n for n in range(1, len(hosts)) if config.world_size % n == 0]
+        raise ConfigError([
+            f"your allocation has {len(hosts)} nodes ({', '.join(hosts[:8])}), and {config.world_size} ranks cannot be "
+            f"spread evenly over them; say how many shall be used: --nodes {' or '.join(map(str, fits))}"
+        ]) from None  # fmt: skip
+
+
+def _given(path_or_preset: str, overrides: Sequence[str], section: str, key: str) -> Any:
+    """What the file, or else an override, says of a key; None where nobody does (loading fills it in)."""
+    tree, _ = yaml_io.read(find(path_or_preset))
+    inner = tree.get(section) if isinstance(tree, dict) else None
+    value = inner.get(key) if isinstance(inner, dict) else None
+    for text in overrides:
+        name, _, said = text.partition("=")
+        if name.strip() == f"{section}.{key}":
+            value, _ = yaml_io.parse(said, f"--set {section}.{key}")
+    return value
+
+
 def _dp_is_auto(path_or_preset: str, overrides: Sequence[str]) -> bool:
     """Whether parallel.dp was left to the launcher (loading has replaced "auto" by a number)."""
-    tree, _ = yaml_io.read(find(path_or_preset))
-    dp = ((tree or {}).get("parallel") or {}).get("dp", "auto")
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key.strip() == "parallel.dp":
-            dp, _ = yaml_io.parse(value, "--set parallel.dp")
-    return bool(dp == "auto")
+    return _given(path_or_preset, overrides, "parallel", "dp") in (None, "auto")
 
 
 def refuse_existing(config: Config) -> Path:
@@ -134,6 +159,20 @@ def job_of(
         max_restarts=launch.max_restarts,
         preflight=launch.preflight,
     )
+
+
+def has_begun(run_dir: Path, asked: Resume) -> bool:
+    """Whether there is something to go on from, or to be cut back."""
+    past = (run_dir / CHECKPOINTS).exists() or (run_dir / "metrics.jsonl").exists()
+    return past or asked.branch is not None or branch_of(run_dir) is not None
+
+
+def finished(run_dir: Path, step: int, code: int, why: str) -> tuple[dict[str, Any], str]:
+    """What is said where nothing is left to train: nothing was started or changed."""
+    document = {"run_dir": str(run_dir), "exit_code": code, **summary(run_dir), "verdict": verdict(run_dir)}
+    text = f"finished already at step {step}, nothing is started"
+    text += f"; its last attempt left with exit code {code}: {why}" if code else ""
+    return document, f"{text}\nrun_dir: {run_dir}"
 
 
 def check_of(spec: JobSpec, config_path: Path) -> JobSpec:
@@ -217,6 +256,12 @@ def verdict(run_dir: Path) -> str:
         return str(read_document(run_dir)["verdict"]["line"])
     except Exception as error:
         return f"none ({type(error).__name__}: {error})"
+
+
+def last_lines(document: dict[str, Any], with_summary: bool) -> str:
+    """What is printed at the end of a run."""
+    text = f"{summary_text(document)}\n" if with_summary and document["steps"] else ""
+    return f"{text}run_dir: {document['run_dir']}"
 
 
 def summary_text(document: dict[str, Any]) -> str:

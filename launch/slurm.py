@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from dist_gpt.config.errors import ConfigError
-from dist_gpt.config.problems import SLURM_OPTION, SLURM_OURS, VARIABLE, has_control
+from dist_gpt.config.launch_problems import SLURM_OPTION, SLURM_OURS, VARIABLE, has_control
 from dist_gpt.config.schema import Config, SlurmConfig
 from launch.nodelist import expand
 from launch.ports import port_of
@@ -88,12 +88,18 @@ def sbatch_text(job: SlurmJob) -> str:
     if job.modules:
         lines.append("type module >/dev/null 2>&1 || . /etc/profile  # a batch shell is no login shell")
     lines += [f"module load {_quoted('launch.modules', module)}" for module in job.modules]
-    lines.append("set -u  # only now: module's own scripts use variables that are not set")
+    if job.modules:
+        lines.append("# Only now: module's own scripts use variables that are not set.")
+    lines.append("set -u")
     for name, value in job.env.items():
         if not re.fullmatch(VARIABLE, name):
             raise ConfigError([f"launch.env: {name!r} is no name of a variable"])
         lines.append(f"export {name}={_quoted(f'launch.env.{name}', value, lines_too=True)}")
     lines.append("export PYTHONUNBUFFERED=1")
+    if job.slurm.starter == "srun" and job.slurm.gpus_per_node and "SLURM_GPU_BIND" not in job.env:
+        # Every rank sees all GPUs of its node and takes the one of its local rank, also where Slurm would bind one to
+        # each task: NCCL could not use the links between them then.
+        lines.append("export SLURM_GPU_BIND=none")
     cpus = _cpus_per_task(job)
     if cpus is not None:
         # Since 22.05 srun does not take --cpus-per-task over from sbatch: without this a rank would get one core.
@@ -187,6 +193,11 @@ def srun_argv(
     return (*argv, *(node_argv(spec, address, port) if via == "torchrun" else spec.argv))
 
 
+def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is in a Slurm allocation of its own (a batch script or salloc), not in one of its tasks."""
+    return "SLURM_JOB_ID" in environ and "SLURM_JOB_NODELIST" in environ
+
+
 def hosts(environ: Mapping[str, str] = os.environ) -> list[str]:
     """The allocation's nodes, in Slurm's order. ConfigError outside of one."""
     text = environ.get("SLURM_JOB_NODELIST", "")
@@ -262,10 +273,10 @@ def is_warning(number: int) -> bool:
 
 
 def requeue(job_id: str, run: Run = run_tool) -> str:
-    """Send the job back to the queue; what came of it, in words."""
+    """Send the job back to the queue; what Slurm said where it refuses, and what to do then."""
     answer = run(("scontrol", "requeue", job_id))
     if answer.returncode == 0:
-        return "done"
+        return ""
     said = " ".join(answer.stderr.split())
     return f"refused ({said}); go on with: scontrol requeue {job_id}, or dist-gpt launch ... --resume auto"
 

@@ -63,8 +63,10 @@ def state_in_words(state: str, exit_code: str = "0:0") -> str:
     code, number = code_of(exit_code)
     if base in ENDED - {"COMPLETED"} and number:
         words += f" (ended by {_signal_name(number)})"
+    elif base == "FAILED" and code == 75:
+        return "it was asked to stop, saved and left (exit code 75, which Slurm calls FAILED)"
     elif base == "FAILED":
-        meaning = {1: "the run failed", 2: "bad input", 75: "it saved and left"}.get(code)
+        meaning = {1: "the run failed", 2: "bad input"}.get(code)
         words += f" with exit code {code}" + (f" ({meaning})" if meaning else "")
     return f"{base or 'no state'}: {words}"
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
 
+from dist_gpt.config.errors import ConfigError
+
+
+class NotStartedError(ConfigError):
+    """Nothing was submitted or started, for sure: what was made for it may be removed."""
+
 
 @dataclass(frozen=True)
 class Failure:

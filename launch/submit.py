@@ -19,6 +19,7 @@ from pathlib import Path
 from dist_gpt.config.errors import ConfigError
 from launch.slurm import Run, run_tool
 from launch.slurm_words import ENDED, base_state, code_of, state_in_words
+from launch.starter import NotStartedError
 from launch.supervise import say
 
 LOG_S, QUEUE_S = 0.5, 5.0
@@ -28,6 +29,7 @@ LAST_WORDS_S = 2.0
 LOST_S = 120.0
 """Slurm not answering for longer than this ends the following, not the job."""
 CANCEL_S = 60.0
+TIMED_OUT = 124  # as launch.slurm.run_tool has it: the job may have been submitted
 SPOKE = {"COMPLETED", "FAILED"}
 """The run ended by itself, and may have left its own code."""
 PERHAPS_REQUEUED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL"}
@@ -43,6 +45,8 @@ REASONS = {
     "AssocMaxJobsLimit": "you have as many jobs running as your account allows",
     "PartitionTimeLimit": "launch.slurm.time is more than the partition allows: it will never start",
     "PartitionNodeLimit": "launch.nodes is more than the partition allows: it will never start",
+    "PartitionConfig": "the partition does not take it (its limits, accounts or QOS): it will never start; sinfo -s "
+    "lists the partitions",
     "PartitionDown": "the partition is down",
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "JobHeldUser": "you hold it: scontrol release",
@@ -64,17 +68,27 @@ def submit(script: Path, run: Run = run_tool) -> str:
     """Hand `script` to sbatch; the job's number. ConfigError says what Slurm said where it refuses."""
     answer = run(("sbatch", "--parsable", str(script)))
     if answer.returncode == 127:
-        raise ConfigError([
-            "sbatch is not found: this machine has no Slurm; log in to the cluster's login node (perhaps `module load "
-            f"slurm`), copy {script} there and submit it, or start here with --via local"
+        raise NotStartedError([
+            "sbatch is not found: this machine has no Slurm; start on the cluster's login node (perhaps after `module "
+            "load slurm`), or here with --via local (--dry-run shows the batch script)"
         ])  # fmt: skip
     job = answer.stdout.strip().splitlines()[-1].split(";")[0] if answer.stdout.strip() else ""
     if answer.returncode == 0 and re.fullmatch(r"[0-9]+", job):
         return job
-    said = "\n".join(
-        line.removeprefix("sbatch: ").removeprefix("error: ") for line in answer.stderr.splitlines() if line
-    )
-    raise ConfigError([f"Slurm refuses {script}: {said or f'exit code {answer.returncode}, and no word'}"])
+    if answer.returncode in (0, TIMED_OUT):
+        raise ConfigError([f"sbatch gave no job's number for {script} ({answer.stderr.strip() or 'and no word'}); "
+                           "look whether it was submitted: squeue --me"])  # fmt: skip
+    raise NotStartedError([f"Slurm refuses the job: {_refusal(answer.stderr) or f'exit code {answer.returncode}'}"])
+
+
+def _refusal(stderr: str) -> str:
+    """What sbatch said, once, and how to find a partition."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line]
+    first = [line for line in lines if not line.startswith("Batch job submission failed")]
+    said = "\n".join(first or lines)
+    if "invalid partition" in stderr.lower():
+        said += "; sinfo -s lists the partitions (launch.slurm.partition)"
+    return said
 
 
 def cancel(
@@ -150,6 +164,7 @@ class Following:
         if state == "PENDING":
             why = REASONS.get(reason.split(",")[0].strip("()"), reason)
             words = f"waiting in the queue: {why}" if why not in ("", "None") else "waiting in the queue"
+            words += ". Ctrl-C to give up" if "never start" in why else ""
             if re.match(r"\d{4}-\d\d-\d\dT", start):
                 words += f"; Slurm expects to start it at {start.replace('T', ' ')}"
         if words != self.said:
@@ -265,9 +280,12 @@ class Guard:
             self.may_raise = False
 
 
-def run_job(script: Path, log: Path, run_dir: Path, live_on_stderr: bool = False, run: Run = run_tool) -> int:
+def run_job(
+    script: Path, log: Path, run_dir: Path, live_on_stderr: bool = False,
+    go_on: Callable[[Path, str], str] | None = None, run: Run = run_tool,
+) -> int:  # fmt: skip
     """Submit `script` and follow the job on the terminal; the run's code. Ctrl-C and SIGTERM, from before it is
-    submitted on, cancel the job and leave with 128 + signal."""
+    submitted on, cancel the job and leave with 128 + signal. `go_on` has the last words where the job had none."""
     stream = sys.stderr if live_on_stderr else sys.stdout
 
     def show(text: str) -> None:
@@ -281,8 +299,13 @@ def run_job(script: Path, log: Path, run_dir: Path, live_on_stderr: bool = False
         say(f"submitted: job {job}, script {script}")
         try:
             with guard.interrupted():
-                return follow(job, log, say, show, run_dir, run=run).code
+                ended = follow(job, log, say, show, run_dir, run=run)
+            if go_on is not None and ended.state not in SPOKE:
+                say(go_on(run_dir, "slurm"))
+            return ended.code
         except Stopped:
             say(f"cancelling job {job}")
             say(f"job {job} is gone" if cancel(job, run) else f"job {job} is still there: scancel {job}")
+            if go_on is not None:
+                say(go_on(run_dir, "slurm"))
             return 128 + (guard.number or 0)

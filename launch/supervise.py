@@ -7,6 +7,7 @@ hands on requests to stop, starts the job again where launch.max_restarts allows
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -45,6 +46,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def _meaning(name: str) -> str:
+    """What a signal means where Slurm sends it."""
+    warning = name == "SIGUSR1" and "SLURM_JOB_ID" in os.environ
+    return " (Slurm's warning: the job's time is nearly over)" if warning else ""
+
+
 def hello_patience(spec: JobSpec) -> float:
     """Seconds from the first rank's hello to the last one's: thousands of ranks do not start at once."""
     return min(HELLO_S + HELLO_EACH_S * spec.ranks, spec.timeout_s)
@@ -61,6 +68,7 @@ class Supervisor:
         self.let_go = False
         self.took_leave = False  # every rank left in an orderly way: starting again would change nothing
         self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
+        self.starter_start = 0
 
     def on_signal(self, number: int, frame: object) -> None:
         """Signal handler: only notes it (SimpleQueue.put may be called from a handler)."""
@@ -92,6 +100,7 @@ class Supervisor:
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
         shown, self.let_go, self.took_leave = None, False, False
+        self.starter_start = size(Path(self.starter.where())) if self.starter.where() else 0
         self.watch = (
             Watch(self.host, spec.ranks, silence_s=spec.silence_s, on_event=lambda: self.starter.wake.put(self))
             if spec.watched
@@ -154,10 +163,12 @@ class Supervisor:
         if not missing or not self.starter.failures():
             problems = check_answers(spec, watch.states(), missing) if spec.preflight != "off" or missing else ""
             if problems:
-                say(problems)
+                said = bool(missing) and self._show_cause(missing)
+                if not said or len(missing) < spec.ranks:
+                    say(problems)
                 if missing or spec.preflight == "strict":
-                    self._show_missing(missing)
-                    self._show_starter()
+                    if not said:
+                        self._show_starter()
                     say("refused before training started; launch.preflight: warn goes on all the same")
                     return 2
             elif spec.preflight != "off" and (doubts := warnings(spec, watch.states())):
@@ -177,10 +188,13 @@ class Supervisor:
         there = {path.name for path in self.spec.log_dir.glob("rank*.error.json")}
         return any(self.spec.error_path(rank).name in there and self._last_words(rank) for rank in missing)
 
-    def _show_missing(self, missing: list[int]) -> None:
-        """What the first of them wrote down before it left."""
+    def _show_cause(self, missing: list[int]) -> bool:
+        """What the first of them wrote down before it left, else what the starter, which has ended, said last. What
+        else they might be missing for is not guessed at then."""
         if told := next((words for rank in missing if (words := self._last_words(rank))), ""):
             say(told)
+            return True
+        return not self.starter.running() and self.starter.code() != 0 and self._show_starter()
 
     # --- while they run ------------------------------------------------------------------------------------------
 
@@ -214,8 +228,8 @@ class Supervisor:
                 return False
             self.asked_at = now
             self.watch.ask_stop()
-            say(f"{name} received: {self.spec.ranks} ranks are asked to save and leave, {self.spec.grace_s:.0f} s "
-                "at most; another signal ends them at once")  # fmt: skip
+            say(f"{name} received{_meaning(name)}: {self.spec.ranks} ranks are asked to save and leave, "
+                f"{self.spec.grace_s:.0f} s at most; another signal ends them at once")  # fmt: skip
         return len(self.stops) == 1 and now - self.asked_at < self.spec.grace_s
 
     def _pause(self, deadline: float | None = None) -> None:
@@ -333,11 +347,13 @@ class Supervisor:
         lines = tail(path, self.log_starts.get(rank, 0))
         say("\n".join([f"end of {path}:" if lines else f"{path} is empty", *(f"  | {line}" for line in lines)]))
 
-    def _show_starter(self) -> None:
+    def _show_starter(self) -> bool:
+        """The end of what the starter said in this attempt; whether it said anything."""
         where = self.starter.where()
-        lines = tail(Path(where), 0)[-8:] if where else []
+        lines = tail(Path(where), self.starter_start)[-8:] if where else []
         if lines:
             say("\n".join([f"end of {where}:", *(f"  | {line}" for line in lines)]))
+        return bool(lines)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dist_gpt.config.deepspeed import require_native
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import dump, problems
 from dist_gpt.config.schema import Config
@@ -25,6 +26,7 @@ class VerifyError(RuntimeError):
 def verify(config: Config, full: bool) -> dict[str, Any]:
     """The certificate of `config`, shrunk unless `full`. Keys as in the contract; `changed` says what differs from
     the given configuration. Raises ConfigError where it cannot be run, VerifyError where a rank fails."""
+    require_native(config, "the certificate is")
     small, notes = certificate_config(config, full, total_parameters(config))
     found = problems(small)
     if small.world_size > MAX_WORLD and full:

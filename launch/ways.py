@@ -11,23 +11,28 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
-from dist_gpt.rundir import CHECKPOINTS, committed, step_of
+from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, step_of
 from launch import mpi, slurm, submit, torchrun
 from launch.command import CommandRanks
 from launch.facts import address_towards
+from launch.files import go_on
 from launch.local import HOST, launch_local
 from launch.ports import free_port
 from launch.spec import MASTER, JobSpec
+from launch.starter import NotStartedError
 from launch.supervise import PREEMPTED, say, supervise
 
 BAD_INPUT = 2
+LEAST_STEPS = 2
+"""Of a life of a job that goes back to the queue."""
 WAYS = ("local", "torchrun", "slurm", "mpi")
 
 
@@ -45,26 +50,24 @@ class Way(Protocol):
         """Do it; the job's exit code."""
 
 
-def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is in a Slurm allocation of its own (a batch script or salloc), not in one of its tasks."""
-    return "SLURM_JOB_ID" in environ and "SLURM_JOB_NODELIST" in environ
-
-
 def way_of(via: str, config: Config, detach: bool = False, check: bool = False) -> Way:
     """The way that `--via` means here. Raises ConfigError where it cannot be gone."""
-    nodes, inside = config.launch.nodes, in_allocation()
+    nodes, inside = config.launch.nodes, slurm.in_allocation()
     if via not in WAYS:
         raise ConfigError([f"--via {via}: no such way; choose {', '.join(WAYS)}"])
     if check and detach:
         raise ConfigError(["--check --detach: a check has to be followed to its end, or nobody hears what it found; "
                            "leave out --detach"])  # fmt: skip
+    starter = via if via != "slurm" else config.launch.slurm.starter
+    if starter == "mpi" and (inside or via == "mpi" or not config.launch.modules):  # a module may bring it into the job
+        mpi.require_mpi4py()
     if via == "local":
         if nodes != 1:
             raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine: "
                                "--nodes 1, or --via slurm, torchrun or mpi"])  # fmt: skip
         return Local()
     if inside:
-        return Allocation.here(via if via != "slurm" else config.launch.slurm.starter, config)
+        return Allocation.here(starter, config)
     if via == "slurm":
         return Submitted(config, detach)
     if nodes != 1:
@@ -84,7 +87,7 @@ class Local:
         return {"commands": [list(spec.argv)] * spec.ranks}
 
     def run(self, spec: JobSpec) -> int:
-        return launch_local(spec)
+        return told_how_to_go_on(launch_local(spec), spec, "local")
 
 
 class OneHost:
@@ -103,10 +106,12 @@ class OneHost:
         return list(mpi.command(spec, hosts=(), names=tuple(spec.env)))
 
     def run(self, spec: JobSpec) -> int:
-        port = port_on(HOST, spec.name)
-        argv = self._argv(spec, port)
+        with not_started():
+            port = port_on(HOST, spec.name)
+            argv = self._argv(spec, port)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{HOST}:{port}", **torchrun.environment(spec)}
-        return supervise(spec, CommandRanks(argv, env, spec.log_dir / f"{self.via}.log"), HOST)
+        code = supervise(spec, CommandRanks(argv, env, spec.log_dir / f"{self.via}.log"), HOST)
+        return told_how_to_go_on(code, spec, self.via)
 
 
 @dataclass(frozen=True)
@@ -159,16 +164,15 @@ class Allocation:
         return own, HOST if alone else first
 
     def run(self, spec: JobSpec) -> int:
-        own, address = self.addresses(spec)
-        # From elsewhere nobody can try whether a port is free there; preflight's first rank does.
-        port = port_on(address, self.job_id) if own == address else slurm.port_of(self.job_id)
-        env = {"DIST_GPT_STARTER": self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
         step = f"dist-gpt-{secrets.token_hex(4)}"
+        with not_started():
+            own, address = self.addresses(spec)
+            # From elsewhere nobody can try whether a port is free there; preflight's first rank does.
+            port = port_on(address, self.job_id) if own == address else slurm.port_of(self.job_id)
+            argv = self._argv(spec, address, port, step)
+        env = {"DIST_GPT_STARTER": self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
         ours = self._ours(step)
-        starter = CommandRanks(
-            self._argv(spec, address, port, step), env, spec.log_dir / f"{self.via}.log",
-            lambda: slurm.end_steps(self.job_id, ours),
-        )  # fmt: skip
+        starter = CommandRanks(argv, env, spec.log_dir / f"{self.via}.log", lambda: slurm.end_steps(self.job_id, ours))
         say(f"{self.sentence}; master {address}:{port}" + (f", watched from {own}" if own != address else ""))
         before = newest_step(spec.log_dir.parent)
         return supervise(spec, starter, own, lambda code, stops: self._requeue(code, stops, spec, before))
@@ -182,18 +186,49 @@ class Allocation:
 
     def _requeue(self, code: int, stops: list[int], spec: JobSpec, before: int) -> int:
         """Back to the queue where Slurm warned before the end of the time and the next life has something to gain: the
-        ranks saved and left, or, where they did not come to that, there is a checkpoint newer than step `before`."""
+        ranks saved and left after a step or two at least, or, where they did not come to that, there is a checkpoint
+        newer than step `before`. Else it would come to the same point again and again."""
+        run_dir = spec.log_dir.parent
         warned = bool(stops) and slurm.is_warning(stops[0])
         alone = warned and all(slurm.is_warning(number) for number in stops)  # nobody asked for an end besides
-        newer = code not in (0, BAD_INPUT) and alone and newest_step(spec.log_dir.parent) > before
-        if self.requeue and ((code == PREEMPTED and warned) or newer):
-            say(f"job {self.job_id} goes back to the queue: {slurm.requeue(self.job_id)}")
-        return code
+        after = newest_step(run_dir)
+        saved = code == PREEMPTED and warned
+        if not self.requeue or not (saved or (code not in (0, BAD_INPUT) and alone)):
+            return told_how_to_go_on(code, spec, "slurm")
+        made = after - max(before, 0)
+        if made >= (LEAST_STEPS if saved else 1):
+            refused = slurm.requeue(self.job_id)
+            say(f"job {self.job_id} was not requeued: {refused}" if refused else f"job {self.job_id} is back in the "
+                "queue")  # fmt: skip
+            return code
+        say(f"job {self.job_id} does not go back to the queue: between its start and Slurm's warning it made "
+            f"{max(made, 0)} steps that are saved, and would come to the same point again; ask for more time "
+            "(launch.slurm.time, --time), which must be longer than a start, grace_s and some steps")  # fmt: skip
+        return told_how_to_go_on(code, spec, "slurm")
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint; -1 where there is none."""
-    return next((step_of(path) for path in committed(run_dir / CHECKPOINTS)), -1)
+    """The step of the newest checkpoint, or of the one that the run branches from; -1 where there is none."""
+    branch = branch_of(run_dir)
+    others = [] if branch is None else [branch, *committed(branch / CHECKPOINTS)]
+    found = [*committed(run_dir / CHECKPOINTS), *others]
+    return next((step for path in found if (step := step_of(path)) >= 0), -1)
+
+
+def told_how_to_go_on(code: int, spec: JobSpec, via: str) -> int:
+    """`code`, after the last words: what is saved, and the command that goes on from there."""
+    if code not in (0, BAD_INPUT) and spec.saves:
+        say(go_on(spec.log_dir.parent, via))
+    return code
+
+
+@contextmanager
+def not_started() -> Iterator[None]:
+    """Inside, nothing is started yet."""
+    try:
+        yield
+    except ConfigError as error:
+        raise NotStartedError(error.problems) from None
 
 
 class Submitted:
@@ -201,7 +236,8 @@ class Submitted:
 
     def __init__(self, config: Config, detach: bool) -> None:
         self.config, self.detach = config, detach
-        self.sentence = f"a Slurm job on {config.launch.nodes} nodes"
+        nodes = config.launch.nodes
+        self.sentence = f"a Slurm job on {nodes} node{'s' if nodes > 1 else ''}"
 
     def _script(self, spec: JobSpec) -> str:
         return slurm.sbatch_text(slurm.job_of(self.config, spec, Path.cwd(), sys.executable))
@@ -216,7 +252,8 @@ class Submitted:
         if self.detach:
             say(f"submitted: job {submit.submit(script)}, script {script}")
             return 0
-        return submit.run_job(script, spec.log_dir / "slurm-%j.out", spec.log_dir.parent, spec.live_on_stderr)
+        last = go_on if spec.saves else None
+        return submit.run_job(script, spec.log_dir / "slurm-%j.out", spec.log_dir.parent, spec.live_on_stderr, last)
 
 
 def port_on(host: str, seed: str) -> int:

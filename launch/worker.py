@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -98,8 +99,7 @@ def greet(environ: MutableMapping[str, str]) -> None:
             f"rank {environ.get('RANK', '0')} on {socket.gethostname()} cannot reach the launcher at {host}:{port}: "
             f"{error}. Is the network between this host and that one up, and launch.interface the right one?"
         )
-        with suppress(OSError, KeyError):  # the launcher reads it where they share a file system
-            Path(environ[ERROR_FILE]).write_text(json.dumps({"time": time.time(), "error": text}))
+        write_down(environ, text)  # the launcher reads it where they share a file system
         sys.exit(text)
     hello = {
         "token": environ.get(WATCH_TOKEN, ""),
@@ -157,6 +157,7 @@ def main(argv: list[str]) -> None:
         greet(os.environ)
     except ConfigError as error:
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
+        write_down(os.environ, str(error))
         sys.exit(BAD_INPUT)
     sys.argv = list(argv)
     code: object = 1
@@ -170,11 +171,48 @@ def main(argv: list[str]) -> None:
     except SystemExit as leaving:
         code = leaving.code
         raise
+    except KeyboardInterrupt:
+        why = "KeyboardInterrupt"
+        raise
     except BaseException as error:
         why = f"{type(error).__name__}: {error}"
-        raise
+        print(told(error), file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     finally:
         say_bye(os.environ, code, why)
+
+
+ENTRY = ("/launch/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/", "/click/", "runpy")
+"""Files whose frames lead from this process's start to the program, and say nothing about what went wrong."""
+EXPLAINED = ("ConfigError", "RendezvousError")
+"""Errors of ours whose text says what to do; where they were raised helps nobody."""
+
+
+def told(error: BaseException) -> str:
+    """An error for a rank's log: its text where that explains it, else the traceback from the program's entry on."""
+    ours = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("dist_gpt.")}
+    if ours.intersection(EXPLAINED):
+        return f"dist-gpt: {error}"
+    whole = traceback.TracebackException.from_exception(error)
+    one: traceback.TracebackException | None = whole
+    while one is not None:
+        entry = [at for at, frame in enumerate(one.stack) if any(part in frame.filename for part in ENTRY)]
+        if entry and entry[-1] + 1 < len(one.stack):
+            del one.stack[: entry[-1] + 1]
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return "".join(whole.format()).rstrip()
+
+
+def write_down(environ: MutableMapping[str, str], text: str) -> None:
+    """Leave the error where the launcher looks, as far as this process can tell which rank it was to be."""
+    path = environ.get(ERROR_FILE)
+    if path is None and LOG_DIR in environ:
+        names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+        rank = next((environ[name] for name in names if environ.get(name, "").isdecimal()), "0")
+        path = str(Path(environ[LOG_DIR]) / f"rank{rank}.error.json")
+    if path is not None:
+        with suppress(OSError), open(path, "x") as file:
+            json.dump({"time": time.time(), "error": text}, file)
 
 
 def say_bye(environ: MutableMapping[str, str], code: object, why: str = "") -> None:

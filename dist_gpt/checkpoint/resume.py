@@ -8,12 +8,24 @@ means all of it: restarts, requeued jobs and the next `--resume auto` never go b
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_gpt.checkpoint.manifest import MANIFEST, BrokenError, differences, read_manifest, refuse_cut, shared_config
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import config_hash, load
 from dist_gpt.config.schema import Config
-from dist_gpt.rundir import CHECKPOINTS, RESUME_FROM, Resume, branch_of, committed, later, step_of
+from dist_gpt.rundir import (
+    CHECKPOINTS,
+    RESUME_FROM,
+    Resume,
+    branch_of,
+    committed,
+    ended,
+    has_trained,
+    later,
+    step_of,
+)
 
 AUTO = "auto"
 
@@ -31,10 +43,73 @@ def resolve(resume: str | None, run_dir: Path, config: Config, again: bool = Fal
         path = None
     refuse_other_config(AUTO if path is None else str(path), run_dir, config)
     if path is None:
+        if not again:
+            _refuse_what_would_be_lost(run_dir, config)
         return Resume(True)
     if not _own(path, run_dir):
         return Resume(again, path)
     return Resume(True, path, tuple(later(run_dir / CHECKPOINTS, read_manifest(path).step, path)))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run with nothing left to train."""
+
+    step: int
+    code: int
+    """What its last attempt left with; 0 where it left no word."""
+    why: str
+
+
+def finished(run_dir: Path, config: Config) -> Finished | None:
+    """Whether `--resume auto` would train nothing: the newest checkpoint is of the last step, or the last attempt did
+    all of it, of the same configuration, and saved nothing. Raises ConfigError as `resolve` does."""
+    own = [path for path in committed(run_dir / CHECKPOINTS) if not _is_cut(path)]
+    branch, last = branch_of(run_dir), ended(run_dir)
+    if branch is not None and _own(branch, run_dir):
+        return None  # it went back, and ranks decide from where it goes on
+    step, code = step_of(own[0]) if own else -1, last.get("code")
+    if not own and code == 0 and isinstance(last.get("step"), int) and _same_config(run_dir, config):
+        step = last["step"]
+    if step < config.train.steps:
+        return None
+    refuse_other_config(AUTO, run_dir, config)
+    if code in (0, None) or last.get("step") != step:
+        return Finished(step, 0, "")
+    return Finished(step, int(code), str(last.get("why") or ""))
+
+
+def _is_cut(folder: Path) -> bool:
+    try:
+        refuse_cut(folder)
+    except BrokenError:
+        return True
+    return False
+
+
+def _refuse_what_would_be_lost(run_dir: Path, config: Config) -> None:
+    """Raise ConfigError where nothing was saved and beginning again would write over what is not this run's earlier
+    attempt: steps of another configuration, or a run that came to its end."""
+    branch = branch_of(run_dir)
+    if committed(run_dir / CHECKPOINTS) or (branch is not None and _own(branch, run_dir)) or not has_trained(run_dir):
+        return
+    if not _same_config(run_dir, config):
+        what = "what it has trained is of another configuration"
+    elif ended(run_dir).get("code") == 0:
+        what = "it has come to its end"
+    else:
+        return
+    raise ConfigError([
+        f"--resume auto: {run_dir} has no checkpoint to go on from, and {what}; it is never written over. Choose "
+        "another name or --set run_dir=..., or remove it (checkpoint.every makes checkpoints)"
+    ])  # fmt: skip
+
+
+def _same_config(run_dir: Path, config: Config) -> bool:
+    try:
+        return config_hash(load(str(run_dir / "config.yaml"))) == config_hash(config)
+    except ConfigError:  # not there, or of a version that this one does not read
+        return False
 
 
 def _own(path: Path, run_dir: Path) -> bool:

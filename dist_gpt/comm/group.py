@@ -197,12 +197,12 @@ class Group:
 
     def _reduce_scatter_by_all_to_all(self, out: Tensor, full: Tensor) -> Pending:
         """The true (n-1)/n bytes: everybody sends everybody its part, and each sums what it got."""
-        parts = torch.empty_like(full).view(self.size, *out.shape)
+        parts = torch.empty_like(full)
         self.scratch_bytes += parts.nbytes
         self.peak_scratch_bytes = max(self.peak_scratch_bytes, self.scratch_bytes)
 
         def finish() -> None:
-            torch.sum(parts, dim=0, out=out)
+            torch.sum(parts.view(self.size, *out.shape), dim=0, out=out)
             self.scratch_bytes -= parts.nbytes
 
         return self._issue(

@@ -44,6 +44,7 @@ class Mesh:
         self.ledger = ledger
         self.groups = groups
         self.edges = edges
+        self._alone = Group("replica", (rank,), rank, None, ledger)
 
     def __getitem__(self, axis: str) -> Group:
         return self.groups[axis]
@@ -55,6 +56,16 @@ class Mesh:
     @property
     def data(self) -> Group:
         return self.groups["data"]
+
+    @property
+    def shard(self) -> Group:
+        """The ranks among which state is cut."""
+        return self.groups["shard"] if self.layout.shard else self.groups["data"]
+
+    @property
+    def replica(self) -> Group:
+        """The ranks that hold the same shard; of size 1 where state is cut over all data ranks."""
+        return self.groups.get("replica", self._alone)
 
     @property
     def world(self) -> Group:
@@ -73,7 +84,7 @@ class Mesh:
 
 def group_sizes(layout: Layout) -> dict[str, int]:
     """Ranks per axis, as the ledger needs them."""
-    sizes = {axis: layout.size(axis) for axis in ("world", "data", "dp", "cp", "tp")}
+    sizes = {axis: layout.size(axis) for axis in ("world", "data", "dp", "cp", "tp", "shard", "replica")}
     return {**sizes, "embed": 2 if layout.pp > 1 else 1, "pp": 2}
 
 
@@ -100,7 +111,8 @@ def build_mesh(
             undo.callback(group.close)
             return group
 
-        groups = {axis: make(axis, axis, layout.group(axis, rank)) for axis in COLLECTIVE_AXES}
+        axes = COLLECTIVE_AXES + (("shard", "replica") if layout.shard else ())
+        groups = {axis: make(axis, axis, layout.group(axis, rank)) for axis in axes}
         edges = {}
         for source, destination, direction in edges_of(holders, here.pp):
             ranks = (
@@ -201,14 +213,32 @@ class NcclBackends:
 
 
 class FakeBackends:
-    """Torch's fake process group: returns at once and moves nothing. For dry runs on meta tensors."""
+    """Torch's fake process group: returns at once and moves nothing. For dry runs on meta tensors. `as_gloo`: groups
+    that reduce gradients put together what gloo lacks from other operations, as on gloo."""
+
+    def __init__(self, as_gloo: bool = False) -> None:
+        self.as_gloo = as_gloo
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
-        from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
-
         if len(ranks) == 1:
             return None
-        return FakeProcessGroup._create_internal(ranks.index(rank), len(ranks))
+        from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
+
+        group = FakeProcessGroup._create_internal(ranks.index(rank), len(ranks))
+        return _CalledGloo(group) if self.as_gloo and name in ("data", "shard") else group
+
+
+class _CalledGloo:
+    """A process group that goes by gloo's name."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def name(self) -> str:
+        return "gloo"
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._group, attribute)
 
 
 def _key(name: str, ranks: tuple[int, ...]) -> str:

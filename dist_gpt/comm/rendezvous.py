@@ -307,11 +307,11 @@ def make_backends(store: Store, env: RankEnv, device: torch.device, timeout_s: f
     if env.one_node:
         return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s)
     interfaces = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
-    host = "" if interfaces else _address_towards(env.master_addr, env.master_port)
+    host = "" if interfaces else address_towards(env.master_addr, env.master_port)
     return GlooBackends(store, host, timeout_s, interfaces, env.left_s)
 
 
-def _address_towards(host: str, port: int) -> str:
+def address_towards(host: str, port: int) -> str:
     """This machine's address on the route to `host`. Connecting a datagram socket asks the kernel and sends nothing."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]

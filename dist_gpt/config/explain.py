@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 
@@ -46,6 +46,8 @@ def unknown_key(path: tuple[str, ...]) -> tuple[str, str | None]:
 
 def expected(path: tuple[str, ...]) -> str:
     """What may stand at `path`, in words, for example "an integer >= 1"."""
+    if takes_names(path):
+        return f"names with values, for example {path[-1]}: {{NAME: VALUE}}"
     if _section_at(path):
         return f"a section with the keys {', '.join(section_keys(path) or [])}"
     root = node = _json_schema()
@@ -79,12 +81,30 @@ def explain(error: ValidationError, tree: Any) -> dict[str, tuple[str, str | Non
             found.setdefault(".".join(path), unknown_key(path))
             continue
         path = _known_prefix(location)
+        if takes_names(path) and len(location) > len(path):  # one of the names in it
+            path = location[: len(path) + 1]
+            found.setdefault(".".join(path), (_wrong_word(path, value_at(tree, path)), None))
+            continue
         value, wanted = value_at(tree, path), expected(path)
         if wanted == "text" and isinstance(value, (bool, int, float)):
             wanted = f"text; write it in quotes, '{value}'"
         given = "missing" if item["type"] == "missing" else f"got {shown(value)}"
         found.setdefault(".".join(path), (f"{'.'.join(path)}: {given}, expected {wanted}", None))
     return found
+
+
+def takes_names(path: tuple[str, ...]) -> bool:
+    """Whether names of the user's own choice, with values, stand at `path`: launch.env, launch.slurm.options."""
+    section = _section_at(path[:-1]) if path else None
+    field = section.model_fields.get(path[-1]) if section is not None else None
+    return field is not None and get_origin(field.annotation) is dict
+
+
+def _wrong_word(path: tuple[str, ...], value: Any) -> str:
+    """A value that is neither text nor a number."""
+    quoted = f"; write it in quotes, '{str(value).lower()}'" if isinstance(value, bool) else ""
+    quoted = "; nothing at all is ''" if value is None else quoted
+    return f"{'.'.join(path)}: got {shown(value)}, expected text or a number{quoted}"
 
 
 def value_at(tree: Any, path: tuple[str, ...]) -> Any:

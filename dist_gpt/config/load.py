@@ -114,6 +114,9 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str], suspects: set[str]) -
         if not equals or not all(path):
             found.append(f"--set {text}: expected KEY=VALUE, for example --set train.steps=100")
             continue
+        if explain.takes_names(path[:-1]):
+            _put(tree, path, _word(value_text))
+            continue
         if path[-1] not in (explain.section_keys(path[:-1]) or []):
             message, meant = explain.unknown_key(path)
             suspects.update({meant} if meant else ())
@@ -126,16 +129,29 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str], suspects: set[str]) -
             suspects.add(".".join(path))
             continue
         found += duplicates
-        section = tree
-        for part in path[:-1]:
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
-                break  # the file has a plain value where a section belongs: validation says so
-        else:
-            section[path[-1]] = value
+        _put(tree, path, value)
     return found
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set a value; not where the file has a plain value in the place of a section: validation says so."""
+    section = tree
+    for part in path[:-1]:
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            return
+    section[path[-1]] = value
+
+
+def _word(text: str) -> str:
+    """The value of a name in launch.env and the like: as it was typed, unless it is in YAML's quotes."""
+    try:
+        value, _ = yaml_io.parse(text, "")
+    except ConfigError:
+        return text.strip()
+    return value if isinstance(value, str) else text.strip()
 
 
 def _open_empty_sections(tree: dict[str, Any], path: tuple[str, ...] = ()) -> None:

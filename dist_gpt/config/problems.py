@@ -7,24 +7,17 @@ already known to be wrong, so that one mistake is reported once.
 from __future__ import annotations
 
 import re
-import unicodedata
 from operator import attrgetter
 from typing import Any
 
+from dist_gpt.config.deepspeed import deepspeed_problems
+from dist_gpt.config.launch_problems import launch_problems
 from dist_gpt.config.schema import Config
 
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "parallel.cp": (1,),
     "parallel.p2p_scatter": (False,),
     "parallel.schedule": ("gpipe", "1f1b", "interleaved"),
-    "optim.sharding": ("none", "zero1"),
-    "optim.engine": ("native",),
-    "optim.shard_group": ("data",),
-    "optim.reduce_dtype": (None,),
-    "optim.state_dtype": (None,),
-    "optim.offload": (False,),
-    "train.dtype": ("fp32", "fp64"),
-    "train.recompute": ("none",),
     "train.compile": (False,),
     "train.loss_chunks": (1,),
     "checkpoint.async_save": (False,),
@@ -33,41 +26,12 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
 """THE table of what the schema knows but this version has not proven: key -> values allowed now."""
 
 
-VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-"""A variable's name, for a shell."""
-SLURM_OPTION = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
-"""A long option of sbatch."""
-SLURM_TIME = r"[0-9]+|[0-9]+:[0-9]{1,2}(:[0-9]{1,2})?|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}"
-SLURM_OURS = {
-    "job-name": "name it with the key name",
-    "chdir": "submit from the folder you want",
-    "output": "the log is RUN_DIR/logs/slurm-JOB.out",
-    "error": "the log is RUN_DIR/logs/slurm-JOB.out",
-    "open-mode": "logs are appended to",
-    "requeue": "use launch.slurm.requeue",
-    "no-requeue": "use launch.slurm.requeue",
-    "signal": "use launch.grace_s",
-    "nodes": "use launch.nodes",
-    "ntasks": "use launch.nodes and launch.ranks_per_node",
-    "ntasks-per-node": "use launch.ranks_per_node",
-    "cpus-per-task": "use launch.slurm.cpus_per_rank",
-    "gpus-per-node": "use launch.slurm.gpus_per_node",
-    "partition": "use launch.slurm.partition",
-    "account": "use launch.slurm.account",
-    "qos": "use launch.slurm.qos",
-    "constraint": "use launch.slurm.constraint",
-    "time": "use launch.slurm.time",
-    "array": "write a script of your own, see slurm/array.sbatch",
-    "wait": "dist-gpt launch follows the job itself",
-    "parsable": "dist-gpt launch reads the job's number itself",
-    "test-only": "use --dry-run",
-}
-"""Options of sbatch that launch.slurm.options may not hold -> what to use instead."""
-
-
 def problems(config: Config) -> list[str]:
     """Every reason why `config`, a resolved one, cannot run. Empty: it can."""
-    checks = (_not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _profile, _launch)
+    checks = (
+        _not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _precision, _shards, _profile,
+        deepspeed_problems, launch_problems,
+    )  # fmt: skip
     return [message for check in checks for message in check(config)]
 
 
@@ -270,6 +234,54 @@ def _loop(config: Config) -> list[str]:
     return found
 
 
+def _precision(config: Config) -> list[str]:
+    """Dtypes that do not go together."""
+    o, dtype = config.optim, config.train.dtype
+    found = []
+    if o.grad_dtype == "bf16" and dtype != "bf16":
+        found.append(
+            f"optim.grad_dtype bf16 with train.dtype {dtype}: gradients are kept in bf16 only where activations are; "
+            "leave grad_dtype out, or set train.dtype: bf16"
+        )
+    if dtype == "fp64":
+        for key in ("grad_dtype", "reduce_dtype", "state_dtype"):
+            if getattr(o, key) is not None:
+                found.append(f"optim.{key} {getattr(o, key)} with train.dtype fp64, where everything is fp64; "
+                             f"leave {key} out, or set train.dtype: fp32")  # fmt: skip
+    if dtype == "fp16" and o.reduce_dtype == "bf16":
+        found.append("optim.reduce_dtype bf16 with train.dtype fp16 would round gradients twice; leave it out")
+    if o.state_dtype is not None and o.name != "adamw":
+        found.append(f"optim.state_dtype {o.state_dtype} with optim.name {o.name}: only adamw's averages can be kept "
+                     "in another dtype; leave state_dtype out, or set name: adamw")  # fmt: skip
+    if o.grad_dtype == "bf16" and o.name != "adamw":
+        found.append(f"optim.grad_dtype bf16 with optim.name {o.name}: only adamw steps from such gradients; leave "
+                     "grad_dtype out, or set name: adamw")  # fmt: skip
+    return found
+
+
+def _shards(config: Config) -> list[str]:
+    """Sharding inside nodes: whole nodes' worth of data ranks, equally many on each."""
+    o, p, nodes = config.optim, config.parallel, config.launch.nodes
+    found = []
+    if o.reshard == "step" and o.sharding != "zero3":
+        found.append(f"optim.reshard step with optim.sharding {o.sharding}: only zero3 reshards; leave it out")
+    if o.shard_group != "node":
+        return found
+    if o.sharding == "none":
+        return [*found, "optim.shard_group node with optim.sharding none shards nothing; set sharding: zero1, zero2 or "
+                "zero3, or leave shard_group out"]  # fmt: skip
+    per_node, data = config.world_size // nodes, _filled(p.dp, "parallel.dp") * p.cp
+    members, stage = per_node // p.tp, data * p.tp
+    whole = members >= data and per_node % stage == 0  # every data group is inside one node
+    if per_node % p.tp or not (whole or (0 < members < data and data % members == 0)):
+        found.append(
+            f"optim.shard_group node with launch.nodes {nodes}: a node's {per_node} ranks are neither whole stages "
+            f"(parallel.dp x parallel.tp = {stage} ranks each) nor equal parts of one, so data ranks that share state "
+            "would be on different nodes; change launch.nodes or parallel.*, or set shard_group: data"
+        )
+    return found
+
+
 def _profile(config: Config) -> list[str]:
     window, steps = config.profile.steps, config.train.steps
     found = []
@@ -289,43 +301,6 @@ def _profile(config: Config) -> list[str]:
             f"profile.torch_ranks {shown_list(outside)} are outside the world of {config.world_size} ranks; "
             f"use ranks 0 to {config.world_size - 1}"
         )
-    return found
-
-
-def has_control(text: str) -> bool:
-    """Whether there is a line break or another control character in it."""
-    return any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
-
-
-def _launch(config: Config) -> list[str]:
-    """Values that a shell, sbatch or a name of the system would not take as they are."""
-    launch, s = config.launch, config.launch.slurm
-    found = []
-    for name, value in launch.env.items():
-        if not re.fullmatch(VARIABLE, name):
-            found.append(f"launch.env: {name!r} is no name of a variable; use letters, digits and '_'")
-        if "\0" in value:
-            found.append(f"launch.env: the value of {name!r} holds a NUL character, which no variable can; take it out")
-    texts = [(f"launch.slurm.{key}", getattr(s, key)) for key in ("partition", "account", "qos", "constraint")]
-    texts += [("launch.modules", module) for module in launch.modules]
-    texts += [(f"launch.slurm.options.{option}", value) for option, value in s.options.items()]
-    for key, text in texts:
-        if text is not None and has_control(text):
-            found.append(f"{key}: {text!r} holds a line break or another control character; take it out")
-        elif not text and text is not None and ".options." not in key:
-            found.append(f"{key}: an empty text is no value; take the key out")
-    if s.time is not None and not re.fullmatch(SLURM_TIME, s.time, re.ASCII):
-        found.append(f"launch.slurm.time: {s.time!r} is no time of Slurm's; write minutes, H:MM:SS or D-H:MM:SS")
-    for option in s.options:
-        if not re.fullmatch(SLURM_OPTION, option):
-            found.append(f"launch.slurm.options: {option!r} is no long option of sbatch, for example mail-type")
-        elif option in SLURM_OURS:
-            found.append(f"launch.slurm.options: {option} is set by dist-gpt itself; {SLURM_OURS[option]}")
-    if launch.interface is not None and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", launch.interface):
-        found.append(f"launch.interface: {launch.interface!r} is no name of a network interface, for example eth0")
-    if launch.interface == "lo" and launch.nodes > 1:
-        found.append(f"launch.interface: lo is loopback, which {launch.nodes} nodes cannot meet over; take it out, or "
-                     "name the interface between the nodes")  # fmt: skip
     return found
 
 

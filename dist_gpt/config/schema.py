@@ -7,13 +7,22 @@ so that everything after loading reads plain numbers. No torch is imported here.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _as_text(value: Any) -> Any:
+    """A number as its text; whatever else is left for the type to judge (true and false are no numbers)."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Word = Annotated[str, BeforeValidator(_as_text)]
+"""Text that may look like a number."""
 
 DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -117,8 +126,12 @@ class OptimConfig(Section):
     """Who shards and steps."""
     shard_group: Literal["data", "node"] = "data"
     """Shard over all data ranks, or inside a node and replicate across nodes."""
+    reshard: Literal["pass", "step"] = "pass"
+    """zero3: free gathered parameters after each forward and backward of a block, or keep them until the update."""
+    grad_dtype: Literal["fp32", "bf16"] | None = None
+    """Dtype in which gradients are kept and accumulated; default fp32 (fp64 in fp64)."""
     reduce_dtype: Literal["fp32", "bf16"] | None = None
-    """Dtype of gradient reductions; default the gradient's."""
+    """Dtype of gradient reductions over the data axis; default the gradient's."""
     state_dtype: Literal["fp32", "bf16"] | None = None
     """Dtype of optimizer state; default the master's."""
     offload: bool = False
@@ -140,8 +153,14 @@ class TrainConfig(Section):
     """Seed of weights and dropout."""
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Dtype of parameters and activations."""
+    loss_scale: Annotated[float, Field(ge=1, le=2.0**32)] = 65536.0
+    """fp16: what a micro-batch's mean loss is multiplied by at first; halved after an overflow."""
+    loss_scale_window: Positive = 1000
+    """fp16: doubled after so many steps without an overflow."""
+    max_skipped: Positive = 10
+    """Steps in a row without finite loss and gradients, each skipped, after which the run gives up."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation."""
+    """Computed again in the backward instead of kept: nothing, attention's inner part, or whole layers."""
     compile: bool = False
     """torch.compile of what holds no collective."""
     loss_chunks: Positive = 1
@@ -219,15 +238,15 @@ class SlurmConfig(Section):
     """--qos."""
     constraint: str | None = None
     """--constraint, for example gpu."""
-    time: str | None = None
-    """--time: minutes, H:MM:SS or D-H:MM:SS (quoted: YAML reads 1:00:00 as a number)."""
+    time: Word | None = None
+    """--time: minutes, H:MM:SS or D-H:MM:SS; at least two minutes more than launch.grace_s."""
     gpus_per_node: NonNegative | None = None
     """--gpus-per-node; 0 or null: none are asked for."""
     cpus_per_rank: Positive | None = None
     """--cpus-per-task, counted per rank (srun does not inherit it from sbatch: it is passed on)."""
     requeue: bool = True
     """Go back to the queue after a warning (USR1) and a save, and go on from there."""
-    options: dict[str, str] = {}
+    options: dict[str, Word] = {}
     """Further options of sbatch, long name: value, for example {mail-type: FAIL}; an empty value for a flag."""
 
 
@@ -255,7 +274,7 @@ class LaunchConfig(Section):
     """Network interface that nodes talk over; default the one whose route leads to the first node."""
     modules: list[str] = []
     """Environment modules that a Slurm job loads before anything else."""
-    env: dict[str, str] = {}
+    env: dict[str, Word] = {}
     """Variables set for every rank."""
     slurm: SlurmConfig = SlurmConfig()
     """Only for --via slurm."""

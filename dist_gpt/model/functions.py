@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_gpt.parallel.matmul import LOW, in_float
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) x weight over the last dim: (N, H) -> (N, H). Source: arXiv:1910.07467."""
@@ -25,10 +27,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+        inverse = torch.rsqrt(_wide(x).square().mean(dim=-1, keepdim=True) + eps)  # one float32 a row at least
         ctx.save_for_backward(x, inverse)
         ctx.weight = weight
-        return (x * inverse).mul_(weight)
+        return (x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -36,8 +38,12 @@ class _RmsNorm(torch.autograd.Function):
         normal = x * inverse
         grad_normal = grads[0] * ctx.weight
         projection = (grad_normal * normal).mean(dim=-1, keepdim=True)
-        grad_x = grad_normal.sub_(normal * projection).mul_(inverse)
-        return grad_x, (grads[0] * normal).sum(0), None
+        grad_x = (grad_normal - normal * projection).mul_(inverse)
+        return grad_x.to(x.dtype), (grads[0] * normal).sum(0), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in LOW else x
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -73,7 +79,8 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, dtype: torch.dtype, 
     """cos and sin of position x theta^(-2i/K), each half repeated: (2, T, K), computed in float64."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies).repeat(1, 2)
-    return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=dtype)
+    wide = torch.float32 if dtype in LOW else dtype
+    return torch.stack((angles.cos(), angles.sin())).to(device=device, dtype=wide)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -98,6 +105,8 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     swapped = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    if x.dtype != cos.dtype:
+        return (x * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)).to(x.dtype)
     return torch.addcmul(x * cos.unsqueeze(1), swapped, sin.unsqueeze(1))
 
 
@@ -109,6 +118,8 @@ def attention_core(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, seed: 
     if q.is_meta:
         result: Tensor = _MetaAttention.apply(q, k, v)
         return result
+    if in_float(q):
+        return attention_core(q.float(), k.float(), v.float(), dropout, seed).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     if dropout == 0.0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -154,15 +165,15 @@ def log_sum_exp_dtype(dtype: torch.dtype) -> torch.dtype:
 _LOW = 0xFFFFFFFF
 
 
-def dropout(x: Tensor, rate: float, key: tuple[int, ...], first_row: int) -> Tensor:
+def dropout(x: Tensor, rate: float, key: tuple[int, ...], first_row: int, skip: bool = False) -> Tensor:
     """Inverted dropout of x (N, H), rows `first_row` .. of the global batch.
 
     The mask is a hash of `key` and the global element index: the same for every layout, for a recomputed forward and
-    after a resume. It is computed again in the backward, so nothing is kept.
+    after a resume. It is computed again in the backward, so nothing is kept. `skip`: x as it is, for its backward.
     """
     if rate == 0.0:
         return x
-    result: Tensor = _Dropout.apply(x, rate, seed_of(key), first_row)
+    result: Tensor = _Dropout.apply(x, rate, seed_of(key), first_row, skip)
     return result
 
 
@@ -173,13 +184,13 @@ def seed_of(key: tuple[int, ...]) -> int:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rate: float, seed: int, first_row: int, skip: bool) -> Tensor:
         ctx.key = (rate, seed, first_row)
-        return x * _keep(x, rate, seed, first_row)
+        return x.view_as(x) if skip else (x * _keep(x, rate, seed, first_row)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0] * _keep(grads[0], *ctx.key), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return (grads[0] * _keep(grads[0], *ctx.key)).to(grads[0].dtype), None, None, None, None
 
 
 def _keep(x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
@@ -191,7 +202,7 @@ def _keep(x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
     bits = _fmix32((index & _LOW) ^ (seed & _LOW))
     bits = _fmix32(bits ^ ((index >> 32) & _LOW) ^ (seed >> 32))
     keep = bits >= int(rate * 2**32)
-    return keep.view(rows, columns).to(x.dtype).mul_(1.0 / (1.0 - rate))
+    return keep.view(rows, columns).to(_wide(x).dtype).mul_(1.0 / (1.0 - rate))
 
 
 def _fmix32(h: Tensor) -> Tensor:

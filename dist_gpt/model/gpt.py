@@ -23,9 +23,11 @@ from torch.nn import Parameter
 
 from dist_gpt.comm.group import Group
 from dist_gpt.config.schema import Config
+from dist_gpt.model.core import CoreAgain, merge_heads
 from dist_gpt.model.functions import attention_core, dropout, rms_norm, rotary_table, rotate, seed_of, swiglu
 from dist_gpt.parallel.executor import MicroBatch
 from dist_gpt.parallel.linear import ColumnLinear, RowLinear
+from dist_gpt.parallel.matmul import sum_rows
 from dist_gpt.parallel.sink import GradSink, use
 from dist_gpt.parallel.vocab import cross_entropy, embedding
 from dist_gpt.params import Param, params_of_blocks, qkv_sections, vocab_range
@@ -67,13 +69,13 @@ class Wiring:
         start = micro.first_sample * self.config.model.seq_len
         return start + (self.tp.index * tokens_here if self.sequence_parallel else 0)
 
-    def drop(self, x: Tensor, micro: MicroBatch, block: int, site: int) -> Tensor:
-        """Residual or embedding dropout of x (N/tp or N, H)."""
+    def drop(self, x: Tensor, micro: MicroBatch, block: int, site: int, skip: bool = False) -> Tensor:
+        """Residual or embedding dropout of x (N/tp or N, H); `skip`: only for its backward."""
         rate = self.config.model.dropout if micro.training else 0.0
         if rate == 0.0:
             return x
         key = (self.config.train.seed, micro.step, block, site)
-        return dropout(x, rate, key, self.first_token(micro, x.shape[0]))
+        return dropout(x, rate, key, self.first_token(micro, x.shape[0]), skip)
 
 
 class Norm(nn.Module):
@@ -120,8 +122,11 @@ class Attention(nn.Module):
         # keyed per rank: the kernel draws its own mask, so this one site depends on the layout
         key = (self.wiring.config.train.seed, micro.step, self.block, ATTENTION_WEIGHTS, micro.first_sample)
         seed = seed_of((*key, self.wiring.tp.index)) if rate else 0
-        y = attention_core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rate, seed)
-        return self.out(y.transpose(1, 2).reshape(qkv.shape[0], self.widths[0]))
+        heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.wiring.config.train.recompute == "selective" and micro.training:
+            core = CoreAgain(rate, seed, self.wiring.sink.again)
+            return self.out(merge_heads(core(*heads)), before=core, kept=heads)
+        return self.out(merge_heads(attention_core(*heads, rate, seed)))
 
 
 class Mlp(nn.Module):
@@ -133,10 +138,10 @@ class Mlp(nn.Module):
         self.down = wiring.row(f"{name}.down")
         self.activation = wiring.config.model.activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip_last: bool) -> Tensor:
         x = self.up(x)  # (N, F/tp), with SwiGLU (N, 2F/tp)
         x = swiglu(x) if self.activation == "swiglu" else F.gelu(x, approximate="tanh")
-        return self.down(x)
+        return self.down(x, skip_last)
 
 
 class Embed(nn.Module):
@@ -166,13 +171,16 @@ class _AddPositions(torch.autograd.Function):
         return x + position.detach()[_rows_of(x, position, first_token)]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         length, width = ctx.position.shape
+        position, sink = ctx.position, ctx.sink
         if grads[0].shape[0] % length == 0 and ctx.first_token % length == 0:  # whole sequences: a plain sum
-            ctx.sink.add(ctx.position, grads[0].view(-1, length, width).sum(0))
+            total = grads[0].view(-1, length, width).sum(0)
         else:
-            ctx.sink.add_rows(ctx.position, _rows_of(grads[0], ctx.position, ctx.first_token), grads[0])
-        return grads[0], None, None, None
+            rows = _rows_of(grads[0], position, ctx.first_token)
+            total = sum_rows(grads[0], rows, length).to(grads[0].dtype)
+        given = sink.deliver(lambda: (sink.add(position, total),), total)
+        return grads[0], given[0], None, None
 
 
 def _rows_of(x: Tensor, position: Tensor, first_token: int) -> Tensor:
@@ -200,7 +208,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, micro: MicroBatch) -> Tensor:
         drop = self.wiring.drop
         x = x + drop(self.attn(self.norm1(x), micro), micro, self.block, ATTENTION_BRANCH)
-        return x + drop(self.mlp(self.norm2(x)), micro, self.block, MLP_BRANCH)
+        return x + drop(self.mlp(self.norm2(x), micro.again), micro, self.block, MLP_BRANCH, skip=micro.again)
 
 
 class Head(nn.Module):

@@ -1,7 +1,8 @@
-"""The optimizer of a rank: it finishes the reductions, clips, steps its shards and gathers the parameters.
+"""The optimizer of a rank: it finishes the reductions, clips, and steps its shards.
 
-The arithmetic of one step is torch's fused AdamW or SGD on flat slices. Clipping and the skip of a non-finite step are
-decided on the device, so the host never waits and every rank issues the same collectives.
+The arithmetic of one step is torch's fused AdamW or SGD on flat slices (`optim.narrow` where averages or gradients are
+kept in fewer bytes than the master). Clipping, the loss's scale and the skip of a non-finite step are decided on the
+device, so the host never waits and every rank issues the same collectives.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from torch.nn import Parameter
 from dist_gpt.comm.mesh import Mesh
 from dist_gpt.config.schema import Config
 from dist_gpt.optim.clip import clip_divisor, squared_norm_here
-from dist_gpt.parallel.buckets import FlatBuffers
+from dist_gpt.optim.narrow import NarrowAdamW
+from dist_gpt.optim.scale import LossScale
+from dist_gpt.parallel.buckets import TORCH_DTYPE, FlatBucket, FlatBuffers
+from dist_gpt.plan.buckets import Slot
+from dist_gpt.plan.precision import Precision
 
 
 class Optimizer:
@@ -24,52 +29,80 @@ class Optimizer:
     to stop (`wants_stop`) in this step, equal on all ranks."""
 
     def __init__(self, config: Config, buffers: FlatBuffers, mesh: Mesh) -> None:
-        self.config = config
+        self.config, self.buffers, self.mesh = config, buffers, mesh
         self.flats = buffers.buckets
-        self.mesh = mesh
-        self.slices: dict[str, Parameter] = {}
-        decayed, plain = self._slices()
-        o = config.optim
+        self.precision = Precision.of(config)
         self.fused = buffers.device.type != "meta"  # a dry run has no kernel to fuse
-        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups = [g for g in groups if g["params"]]
-        self.engine: torch.optim.Optimizer
-        if o.name == "adamw":
-            self.engine = torch.optim.AdamW(
-                groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=self.fused
-            )
-        else:
-            self.engine = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, fused=self.fused)
-            if o.momentum:  # torch leaves it uninitialised where the very first step is skipped
-                for piece in decayed + plain:
-                    self.engine.state[piece]["momentum_buffer"] = torch.zeros_like(piece)
+        self.offloaded = config.optim.offload
+        self.device = torch.device("cpu") if self.offloaded and self.fused else buffers.device  # where it steps
+        self.separate = self.precision.low or self.offloaded  # the parameters are not their own masters
+        dtypes = TORCH_DTYPE[self.precision.master], TORCH_DTYPE[self.precision.gradient]
+        self.masters = [
+            self._room(flat.parameter_shard, dtypes[0]) if self.separate else flat.parameter_shard
+            for flat in self.flats
+        ]
+        self.gradients = [
+            self._room(flat.gradient_shard, dtypes[1]) if self.offloaded else flat.gradient_shard for flat in self.flats
+        ]
+        self.slices: dict[str, Parameter] = {}
+        self._gradient_of: dict[Parameter, Tensor] = {}
+        self.engine = self._engine()
+        self.scale = LossScale(config, buffers.device) if config.train.dtype == "fp16" else None
         self.statistics = torch.zeros(2, dtype=torch.float64)
         self.stop_votes = torch.zeros((), dtype=torch.float64)
         self.wants_stop: Callable[[], object] = lambda: False
         self.before_clip: Callable[[], None] | None = None  # the certificate reads final gradients here
 
+    # --- what it steps -------------------------------------------------------------------------------------------
+
+    def _room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where it steps; a GPU copies from and to pinned host memory at full speed."""
+        pinned = like.is_cuda and self.offloaded
+        return torch.zeros(like.shape, dtype=dtype, device=self.device, pin_memory=pinned)
+
+    def _engine(self) -> torch.optim.Optimizer:
+        o, p = self.config.optim, self.precision
+        decayed, plain = self._slices()
+        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [g for g in groups if g["params"]]
+        self.narrow = o.name == "adamw" and (p.state != p.master or p.gradient != p.master)
+        betas = (o.betas[0], o.betas[1])
+        if self.narrow:
+            return NarrowAdamW(groups, self._gradient_of, o.lr, betas, o.eps, TORCH_DTYPE[p.state])
+        if o.name == "adamw":
+            return torch.optim.AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=self.fused)
+        engine = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, fused=self.fused)
+        if o.momentum:  # torch leaves it uninitialised where the very first step is skipped
+            for piece in decayed + plain:
+                engine.state[piece]["momentum_buffer"] = torch.zeros_like(piece)
+        return engine
+
     def _slices(self) -> tuple[list[Parameter], list[Parameter]]:
         """Flat views of what this rank steps, with and without weight decay, their gradients bound."""
         decayed: list[Parameter] = []
         plain: list[Parameter] = []
-        for flat in self.flats:
+        for flat, master, gradient in zip(self.flats, self.masters, self.gradients, strict=True):
             for segment in flat.bucket.segments:
                 start, stop = max(segment.start, flat.start), min(segment.stop, flat.stop)
                 if start < stop:
-                    piece = Parameter(flat.parameters[start:stop])
-                    piece.grad = flat.gradients[start:stop]
+                    piece = Parameter(master[start - flat.start : stop - flat.start])
+                    part = gradient[start - flat.start : stop - flat.start]
+                    if part.dtype == piece.dtype:
+                        piece.grad = part
+                    self._gradient_of[piece] = part
                     self.slices[f"{flat.bucket.index}.{start}-{stop}"] = piece
                     (decayed if segment.decay else plain).append(piece)
         return decayed, plain
+
+    # --- a step --------------------------------------------------------------------------------------------------
 
     def step(self, rate: float, loss: Tensor) -> None:
         """One update with learning rate `rate`; `loss` is this rank's part of the summed loss (0 off the last stage).
 
         Non-finite gradients or loss leave the weights as they are; the collectives still run.
         """
-        for flat in self.flats:
-            flat.finish_reduction()
-        self._sum_tied()
+        self.buffers.finish_reductions()
+        self._sum_copies()
         if self.before_clip is not None:
             self.before_clip()
         vote = loss.new_full((), 1.0 if self.wants_stop() else 0.0, dtype=torch.float64)
@@ -77,45 +110,72 @@ class Optimizer:
         self.mesh.world.all_reduce(sums).wait()
         statistics, self.stop_votes = sums[:2], sums[2]
         statistics[1] = statistics[1].sqrt()
-        self.statistics = statistics
         bad = torch.isfinite(statistics).all().logical_not()
-        self._apply(rate, clip_divisor(statistics[1], self.config.optim.clip), bad)
-        pending = [flat.start_gather(self.mesh) for flat in self.flats if flat.shards > 1]
-        for gather in pending:
-            gather.wait()
+        scale = self.scale.applied().double() if self.scale is not None else torch.ones_like(statistics[1])
+        statistics[1] = statistics[1] / scale
+        self.statistics = statistics
+        self._apply(rate, clip_divisor(statistics[1], self.config.optim.clip) * scale, bad)
+        if self.scale is not None:
+            self.scale.update(bad)
+
+    def _sum_copies(self) -> None:
+        """Add up what is left on the reduced shards: over the nodes that each hold all of the state, and over the first
+        and the last stage, which both hold the tied embedding."""
+        for pending in [self.mesh.replica.all_reduce(flat.gradient_shard) for flat in self.flats]:
+            pending.wait()
+        for flat in self.flats:
+            if flat.bucket.tied and self.mesh["embed"].size > 1:
+                self.mesh["embed"].all_reduce(flat.gradient_shard).wait()
+
+    def _apply(self, rate: float, divisor: Tensor, bad: Tensor) -> None:
+        for flat, gradient in zip(self.flats, self.gradients, strict=True):
+            if self.offloaded:
+                gradient.copy_(flat.gradient_shard)
+        divisor, bad = divisor.to(self.device), bad.to(self.device)
+        for group in self.engine.param_groups:
+            group["lr"] = rate
+        if isinstance(self.engine, NarrowAdamW):
+            self.engine.divisor, self.engine.skip = divisor, bad
+        elif self.fused and self.precision.master != "fp64":
+            self.engine.grad_scale = divisor.float()  # type: ignore[attr-defined]  # the kernel divides: no extra pass
+        else:  # the kernel's divisor is float32: not for a float64 certificate
+            for gradient in self.gradients:
+                gradient.div_(divisor.to(gradient.dtype))
+        if self.fused and not self.narrow:
+            self.engine.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the kernel, on the device
+        with torch.no_grad():
+            self.engine.step()
+            for flat, master in zip(self.flats, self.masters, strict=True):
+                if self.separate:
+                    flat.parameter_shard.copy_(master)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def load(self, flat: FlatBucket, slot: Slot, value: Tensor) -> None:
+        """The parameter in `slot` was set to `value`, of this tp rank's shape: so is its master."""
+        if self.separate:
+            flat.load_shard(self.masters[flat.bucket.index], slot, value)
 
     def state(self) -> dict[str, Tensor]:
         """The live state, `BUCKET.START-STOP.KEY` -> tensor; where nothing was stepped yet it is made first, zero."""
         found: dict[str, Tensor] = {}
         for name, piece in self.slices.items():
             state = self.engine.state[piece]
-            if not state and self.config.optim.name == "adamw":  # as torch makes it in the first step
+            if not state and self.config.optim.name == "adamw":  # as the first step makes it
                 state["step"] = torch.zeros((), dtype=torch.float32, device=piece.device)
-                state |= {key: torch.zeros_like(piece.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                dtype = TORCH_DTYPE[self.precision.state]
+                state |= {key: torch.zeros_like(piece.detach(), dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
             found |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        if self.separate:
+            found |= {f"{flat.bucket.index}.master": m for flat, m in zip(self.flats, self.masters, strict=True)}
+        if self.scale is not None:
+            found |= self.scale.state()
         return found
 
-    def _sum_tied(self) -> None:
-        """The first and the last stage add up their gradients of the tied embedding, on the reduced shard."""
-        for flat in self.flats:
-            if flat.bucket.tied and self.mesh["embed"].size > 1:
-                self.mesh["embed"].all_reduce(flat.gradient_shard).wait()
-
-    def _apply(self, rate: float, divisor: Tensor, bad: Tensor) -> None:
-        for group in self.engine.param_groups:
-            group["lr"] = rate
-        if self.fused and self.config.train.dtype != "fp64":
-            self.engine.grad_scale = divisor.float()  # type: ignore[attr-defined]  # the kernel divides: no extra pass
-        else:  # the kernel's divisor is float32: not for a float64 certificate
-            for flat in self.flats:
-                flat.gradient_shard.div_(divisor.to(flat.gradients.dtype))
-        if self.fused:
-            self.engine.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the kernel, on the device
-        with torch.no_grad():
-            self.engine.step()
-
-
-def state_bytes(engine: torch.optim.Optimizer) -> int:
-    """Bytes of optimizer state held here (step counters left out)."""
-    tensors = [t for state in engine.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
-    return sum(t.nbytes for t in tensors)
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of averages, and of masters that are not the parameters themselves (step counters left out)."""
+        states = [t for state in self.engine.state.values() for t in state.values() if isinstance(t, Tensor)]
+        copies = self.masters if self.separate else []
+        copies = copies + (self.gradients if self.offloaded else [])
+        return sum(t.nbytes for t in [*states, *copies] if t.ndim)

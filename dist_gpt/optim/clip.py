@@ -12,12 +12,12 @@ from dist_gpt.params import SHARDED
 
 def squared_norm_here(flats: list[FlatBucket], mesh: Mesh) -> Tensor:
     """This rank's part of the squared norm, a float64 scalar, such that the sum over the world counts every gradient
-    element once: a shard counts where it is owned (unsharded state: on the first data rank), what is whole on every
-    tp rank counts on the first, a tied embedding on the first stage.
+    element once: a shard counts where it is owned (unsharded state: on the first data rank; replicated over nodes: on
+    the first), what is whole on every tp rank counts on the first, a tied embedding on the first stage.
     """
-    total = torch.zeros((), dtype=torch.float64, device=flats[0].gradients.device if flats else None)
+    total = torch.zeros((), dtype=torch.float64, device=flats[0].gradient_shard.device if flats else None)
     for flat in flats:
-        if flat.shards == 1 and mesh.data.index != 0:
+        if mesh.replica.index != 0 or (flat.shards == 1 and mesh.data.index != 0):
             continue
         if flat.bucket.tied and mesh["embed"].index != 0:
             continue
@@ -26,7 +26,7 @@ def squared_norm_here(flats: list[FlatBucket], mesh: Mesh) -> Tensor:
                 continue
             start, stop = max(segment.start, flat.start), min(segment.stop, flat.stop)
             if start < stop:
-                piece = flat.gradients[start:stop]
+                piece = flat.gradient_shard[start - flat.start : stop - flat.start]
                 total += torch.linalg.vector_norm(piece, dtype=_norm_dtype(piece)).double().square()
     return total
 

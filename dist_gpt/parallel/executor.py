@@ -8,7 +8,7 @@ list alone: there are no gradient hooks and no synchronisation flags.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,7 +29,8 @@ from dist_gpt.schedule.expand import Step
 @dataclass(frozen=True)
 class MicroBatch:
     """What blocks need besides the activation. `tokens` is for the first block and `targets` for the last, each (N,)
-    int64; `first_sample` is the place of its first sequence in the global batch; `scale` is 1 / tokens of the step."""
+    int64; `first_sample` is the place of its first sequence in the global batch; `scale` is 1 / tokens of the step.
+    `again`: the forward runs once more for its backward, and what it returns is not looked at."""
 
     tokens: Tensor | None
     targets: Tensor | None
@@ -37,6 +38,11 @@ class MicroBatch:
     first_sample: int
     scale: float
     training: bool = True
+    again: bool = False
+
+
+def _no_batch(m: int) -> MicroBatch:
+    raise ValueError(f"micro-batch {m} is read where none is")
 
 
 class Stage(Protocol):
@@ -50,6 +56,16 @@ Update = Callable[[Tensor], None]
 Key = tuple[int, int]  # (chunk or block, micro-batch)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the tape keeps of a block's forward: its input, and the graph edge of its output; where the forward is
+    computed again, the input alone (`held`: as the dry run counts it)."""
+
+    x: Tensor | None
+    held: object
+    edge: GradientEdge | None
+
+
 class Executor:
     """Executes steps of one rank. `loss` is the scaled loss summed over the micro-batches seen so far (0 on ranks
     without the head)."""
@@ -59,10 +75,12 @@ class Executor:
     ) -> None:
         self.plan, self.stage, self.buffers, self.mesh, self.sink = plan, stage, buffers, mesh, sink
         self.device = device
-        self.dtype = TORCH_DTYPE[plan.config.train.dtype]
+        self.dtype = TORCH_DTYPE[plan.precision.compute]
         self.blocks = dict(plan.chunks)
-        self.loss = torch.zeros((), dtype=self.dtype, device=device)
-        self._tape: dict[Key, tuple[Tensor | None, GradientEdge]] = {}
+        self.loss = torch.zeros((), dtype=TORCH_DTYPE[plan.precision.master], device=device)
+        self.loss_scale: Callable[[], Tensor] | None = None  # fp16: what the loss is multiplied by in the backward
+        self._recomputed = {step.block for step in plan.steps if step.kind == expand.RECOMPUTE}
+        self._tape: dict[Key, _Entry] = {}
         self._activations: dict[Key, Tensor] = {}  # what a chunk's next forward step reads
         self._gradients: dict[Key, Tensor] = {}  # what a chunk's next backward step reads
         self._receiving: dict[Action, tuple[Tensor, Pending]] = {}
@@ -74,20 +92,24 @@ class Executor:
 
     def train(self, batch: Batches, update: Update) -> Tensor:
         """One training step; `update` is called with the loss where the list says so. Returns the loss part."""
-        self.sink.begin()
-        return self._run(TRAIN, self.plan.steps, batch, update)
+        self.buffers.begin()
+        return self._run(TRAIN, TRAIN, self.plan.steps, batch, update)
+
+    def refresh(self) -> None:
+        """Before forwards of validation: whole parameters, where this rank has stepped its shards only."""
+        self._run(EVAL, "refresh", self.plan.refresh_steps, _no_batch, None)
 
     def evaluate(self, batch: Batches) -> Tensor:
         """Forwards only. Returns this rank's part of the summed loss."""
         with torch.no_grad():
-            return self._run(EVAL, self.plan.eval_steps, batch, None)
+            return self._run(EVAL, EVAL, self.plan.eval_steps, batch, None)
 
-    def _run(self, phase: str, steps: Sequence[Step], batch: Batches, update: Update | None) -> Tensor:
-        if phase not in self._declared:
-            self._declared[phase] = [calls_by_key(self.plan.declare(step).comm) for step in steps]
+    def _run(self, phase: str, name: str, steps: Sequence[Step], batch: Batches, update: Update | None) -> Tensor:
+        if name not in self._declared:
+            self._declared[name] = [calls_by_key(self.plan.declare(step).comm) for step in steps]
         self.loss = torch.zeros_like(self.loss)
         ledger = self.mesh.ledger
-        for index, (step, declared) in enumerate(zip(steps, self._declared[phase], strict=True)):
+        for index, (step, declared) in enumerate(zip(steps, self._declared[name], strict=True)):
             if step.kind == expand.FORWARD and step.action.micro_batch not in self._micro_batches:
                 with ledger.reading():
                     self._micro_batches[step.action.micro_batch] = batch(step.action.micro_batch)
@@ -108,14 +130,21 @@ class Executor:
             self._forward(step, self._micro_batches[step.action.micro_batch])
         elif step.kind == expand.BACKWARD:
             self._backward(step)
+        elif step.kind == expand.RECOMPUTE:
+            self._recompute(step, self._micro_batches[step.action.micro_batch])
         elif step.kind == expand.WEIGHT:
+            self.buffers.open_gradients(step.action.chunk, step.block or 0)
             self.sink.run((step.block, step.action.micro_batch))
         elif step.kind == expand.SEND:
             self._send(step.action)
         elif step.kind == expand.RECV:
             self._receive(step.action)
         elif step.kind == expand.REDUCE:
-            self.buffers.buckets[step.bucket or 0].start_reduction(self.mesh)
+            self.buffers.reduce(step.bucket or 0, self.mesh)
+        elif step.kind == expand.GATHER:
+            self.buffers.buckets[step.bucket or 0].start_gather(self.mesh)
+        elif step.kind == expand.FREE:
+            self.buffers.buckets[step.bucket or 0].free()
         elif update is not None:
             update(self.loss)
 
@@ -124,11 +153,16 @@ class Executor:
     def _forward(self, step: Step, micro: MicroBatch) -> None:
         block, chunk, m = step.block or 0, step.action.chunk, step.action.micro_batch
         x = None if block == 0 else self._input(chunk, m)
-        if x is not None and micro.training:
-            x = x.detach().requires_grad_()
-        y = self.stage(block, x, micro)
-        if micro.training:
-            self._tape[block, m] = (x, get_gradient_edge(y))
+        self.buffers.ready(chunk, block)
+        if micro.training and block in self._recomputed:
+            with torch.no_grad():
+                y = self.stage(block, x, micro)
+            self._tape[block, m] = _Entry(x, self.sink.hold(x) if x is not None else None, None)
+        elif micro.training:
+            x, y = self._traced(block, x, micro)
+            self._tape[block, m] = _Entry(x, None, get_gradient_edge(y))
+        else:
+            y = self.stage(block, x, micro)
         if self.plan.is_head(block):
             self.loss += y.detach()
         elif block == self.blocks[chunk][-1] and self._holds(chunk + 1):
@@ -136,17 +170,37 @@ class Executor:
         else:
             self._activations[chunk, m] = y.detach()
 
+    def _traced(self, block: int, x: Tensor | None, micro: MicroBatch) -> tuple[Tensor | None, Tensor]:
+        x = x.detach().requires_grad_() if x is not None else None
+        return x, self.stage(block, x, micro)
+
+    def _recompute(self, step: Step, micro: MicroBatch) -> None:
+        """The forward once more, for what its backward needs; its output is no number."""
+        block = step.block or 0
+        entry = self._tape[block, step.action.micro_batch]
+        self.buffers.ready(step.action.chunk, block)
+        with self.sink.again():
+            x, y = self._traced(block, entry.x, replace(micro, again=True))
+        self._tape[block, step.action.micro_batch] = _Entry(x, None, get_gradient_edge(y))
+
     def _backward(self, step: Step) -> None:
         block, chunk, m = step.block or 0, step.action.chunk, step.action.micro_batch
-        x, edge = self._tape.pop((block, m))
-        gradient = torch.ones_like(self.loss) if self.plan.is_head(block) else self._output_gradient(chunk, m)
+        entry = self._tape.pop((block, m))
+        gradient = self._loss_gradient() if self.plan.is_head(block) else self._output_gradient(chunk, m)
+        self.buffers.ready(chunk, block)
+        if not step.split:
+            self.buffers.open_gradients(chunk, block)
         self.sink.defer((block, m) if step.split else None)
-        torch.autograd.backward([edge], [gradient])
+        assert entry.edge is not None  # a forward that is computed again has been
+        torch.autograd.backward([entry.edge], [gradient])
         self.sink.defer(None)
-        if x is None or x.grad is None:
+        if entry.x is None or entry.x.grad is None:
             return
         first = block == self.blocks[chunk][0]
-        self._gradients[(chunk - 1, m) if first and self._holds(chunk - 1) else (chunk, m)] = x.grad
+        self._gradients[(chunk - 1, m) if first and self._holds(chunk - 1) else (chunk, m)] = entry.x.grad
+
+    def _loss_gradient(self) -> Tensor:
+        return torch.ones_like(self.loss) if self.loss_scale is None else self.loss_scale().to(self.loss.dtype)
 
     def _input(self, chunk: int, m: int) -> Tensor:
         received = self._receiving.pop(Action(chunk, Op.RECV_F, m), None)

@@ -10,13 +10,15 @@ arXiv:2205.05198). Activations are (tokens, features); sequence parallel splits 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from dist_gpt.comm.group import Group, Pending
+from dist_gpt.parallel.matmul import affine, product
 from dist_gpt.parallel.sink import GradSink
 
 
@@ -56,77 +58,94 @@ class _Column(torch.autograd.Function):
         if split:
             full, pending = gather_tokens(tp, x)
             pending.wait()
-        return torch.addmm(bias, full, weight.t()) if bias is not None else full @ weight.t()
+        return affine(bias, full, weight.t()) if bias is not None else product(full, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grads  # (N, out/tp)
         (x,) = ctx.saved_tensors
         weight, bias, tp, split, sink = ctx.weight, ctx.bias, ctx.tp, ctx.split, ctx.sink
 
         if not split:
-            grad_x, sum_x = reduce_tokens(tp, grad_out @ weight, False)
-            sink.submit(lambda: _weight_gradients(sink, weight, bias, grad_out, x), grad_out, x)
+            grad_x, sum_x = reduce_tokens(tp, product(grad_out, weight), False)
+            given = sink.submit(lambda: _weight_gradients(sink, weight, bias, grad_out, x), grad_out, x)
             sum_x.wait()
-            return grad_x, None, None, None, None, None
+            return grad_x, *given, None, None, None
 
         if sink.deferring:  # the gather belongs to the weight step
-            grad_x, sum_x = scatter_tokens(tp, grad_out @ weight)
-            sink.submit(lambda: _gathered_weight_gradients(sink, weight, bias, grad_out, x, tp), grad_out, x)
+            grad_x, sum_x = scatter_tokens(tp, product(grad_out, weight))
+            given = sink.submit(lambda: _gathered_weight_gradients(sink, weight, bias, grad_out, x, tp), grad_out, x)
         else:
             full, gathered = gather_tokens(tp, x)
-            partial = grad_out @ weight
+            partial = product(grad_out, weight)
             gathered.wait()
             grad_x, sum_x = scatter_tokens(tp, partial)
-            _weight_gradients(sink, weight, bias, grad_out, full)
+            given = _weight_gradients(sink, weight, bias, grad_out, full)
         sum_x.wait()
-        return grad_x, None, None, None, None, None
+        return grad_x, *given, None, None, None
+
+
+class Again(Protocol):
+    """What is in front of a row-parallel layer and is computed again in the backward instead of kept."""
+
+    def compute(self, *kept: Tensor) -> Tensor:
+        """The layer's input (N, in/tp), from what is kept instead of it."""
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, split: bool, sink: GradSink
+        ctx: Any,
+        x: Tensor,
+        weight: Parameter,
+        bias: Parameter | None,
+        tp: Group,
+        split: bool,
+        sink: GradSink,
+        skip: bool,
+        before: Again | None,
+        *kept: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x)  # (N, in/tp)
-        ctx.weight, ctx.bias, ctx.tp, ctx.split, ctx.sink = weight, bias, tp, split, sink
+        ctx.save_for_backward(*(kept if before is not None else (x,)))  # x: (N, in/tp)
+        ctx.weight, ctx.bias, ctx.tp, ctx.split, ctx.sink, ctx.before = weight, bias, tp, split, sink, before
+        if skip:
+            return x.new_empty((x.shape[0] // (tp.size if split else 1), weight.shape[0]))
         if tp.size == 1:
-            return torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
-        y, pending = reduce_tokens(tp, x @ weight.t(), split)
+            return affine(bias, x, weight.t()) if bias is not None else product(x, weight.t())
+        y, pending = reduce_tokens(tp, product(x, weight.t()), split)
         pending.wait()
         if bias is not None:
             y += bias  # once, after the sum
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grads  # (N/tp, out) with sequence parallel, else (N, out)
-        (x,) = ctx.saved_tensors
+        kept = ctx.saved_tensors
         weight, bias, sink = ctx.weight, ctx.bias, ctx.sink
-        if bias is not None:
-            sink.add_column_sums(bias, grad_out)
+        given_bias = sink.deliver_column_sums(bias, grad_out) if bias is not None else None
         if ctx.split:
             grad_out, gathered = gather_tokens(ctx.tp, grad_out)
             gathered.wait()
-        grad_x = grad_out @ weight
-        sink.submit(lambda: sink.add_product(weight, grad_out, x), grad_out, x)
-        return grad_x, None, None, None, None, None
+        x = kept[0] if ctx.before is None else ctx.before.compute(*kept)
+        grad_x = product(grad_out, weight)
+        given = sink.submit(lambda: (sink.add_product(weight, grad_out, x),), grad_out, x)
+        return (grad_x, given[0], given_bias, *[None] * (5 + (len(kept) if ctx.before is not None else 0)))
 
 
 def _weight_gradients(
     sink: GradSink, weight: Parameter, bias: Parameter | None, grad_out: Tensor, inputs: Tensor
-) -> None:
-    sink.add_product(weight, grad_out, inputs)
-    if bias is not None:
-        sink.add_column_sums(bias, grad_out)
+) -> tuple[Tensor | None, Tensor | None]:
+    of_weight = sink.add_product(weight, grad_out, inputs)
+    return of_weight, sink.add_column_sums(bias, grad_out) if bias is not None else None
 
 
 def _gathered_weight_gradients(
     sink: GradSink, weight: Parameter, bias: Parameter | None, grad_out: Tensor, x: Tensor, tp: Group
-) -> None:
+) -> tuple[Tensor | None, Tensor | None]:
     full, gathered = gather_tokens(tp, x)
     gathered.wait()
-    _weight_gradients(sink, weight, bias, grad_out, full)
+    return _weight_gradients(sink, weight, bias, grad_out, full)
 
 
 def column_linear(
@@ -138,10 +157,22 @@ def column_linear(
 
 
 def row_linear(
-    x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink
+    x: Tensor,
+    weight: Parameter,
+    bias: Parameter | None,
+    tp: Group,
+    sequence_parallel: bool,
+    sink: GradSink,
+    skip: bool = False,
+    before: Again | None = None,
+    kept: Sequence[Tensor] = (),
 ) -> Tensor:
-    """(N, in/tp) -> (N/tp or N, out); `weight` (out, in/tp) is this rank's columns, `bias` (out) is whole."""
-    result: Tensor = _Row.apply(x, weight, bias, tp, sequence_parallel, sink)
+    """(N, in/tp) -> (N/tp or N, out); `weight` (out, in/tp) is this rank's columns, `bias` (out) is whole.
+
+    `skip`: only what the backward needs is done, and the result is no number. `before`: x is not kept; it is computed
+    again from `kept`.
+    """
+    result: Tensor = _Row.apply(x, weight, bias, tp, sequence_parallel, sink, skip, before, *kept)
     return result
 
 
@@ -165,5 +196,7 @@ class RowLinear(torch.nn.Module):
         self.weight, self.bias = weight, bias
         self.tp, self.sequence_parallel, self.sink = tp, sequence_parallel, sink
 
-    def forward(self, x: Tensor) -> Tensor:
-        return row_linear(x, self.weight, self.bias, self.tp, self.sequence_parallel, self.sink)
+    def forward(
+        self, x: Tensor, skip: bool = False, before: Again | None = None, kept: Sequence[Tensor] = ()
+    ) -> Tensor:
+        return row_linear(x, self.weight, self.bias, self.tp, self.sequence_parallel, self.sink, skip, before, kept)

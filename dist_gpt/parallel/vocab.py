@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from dist_gpt.comm.group import Group
 from dist_gpt.parallel.linear import gather_tokens, reduce_tokens
+from dist_gpt.parallel.matmul import LOW
 from dist_gpt.parallel.sink import GradSink
 
 
@@ -35,7 +36,7 @@ class _Embedding(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         (grad,) = grads  # (N/tp or N, H)
         if ctx.split:
             grad, gathered = gather_tokens(ctx.tp, grad)
@@ -46,8 +47,8 @@ class _Embedding(torch.autograd.Function):
             rows, foreign = ctx.saved_tensors
             grad = grad.masked_fill(foreign.unsqueeze(1), 0.0)
         weight, sink = ctx.weight, ctx.sink
-        sink.submit(lambda: sink.add_rows(weight, rows, grad), rows, grad)
-        return None, None, None, None, None, None
+        given = sink.submit(lambda: (sink.add_rows(weight, rows, grad),), rows, grad)
+        return given[0], None, None, None, None, None
 
 
 def embedding(
@@ -61,6 +62,9 @@ def embedding(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first_id: int, scale: float, tp: Group) -> Tensor:
+        ctx.dtype = logits.dtype
+        if logits.dtype in LOW:
+            logits = logits.float()  # sums of thousands of exponentials
         largest = logits.amax(dim=1)  # (N,)
         tp.all_reduce(largest, "max").wait()  # a NaN that MAX may drop is still in the sum below
         shifted = logits.sub_(largest.unsqueeze(1))
@@ -83,7 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = exponentials.mul_((weight / denominator).unsqueeze(1))  # softmax x weight
         rows = torch.arange(len(columns), device=columns.device)
         gradient[rows, columns] -= own * weight
-        return gradient, None, None, None, None
+        return gradient.to(ctx.dtype), None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, first_id: int, scale: float, tp: Group) -> Tensor:

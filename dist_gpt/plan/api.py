@@ -11,7 +11,15 @@ from typing import Any
 from dist_gpt.config.schema import Config
 from dist_gpt.events import Counts
 from dist_gpt.layout import BASE_AXES
-from dist_gpt.plan.count import count_comm, count_flops, count_memory, rank_kinds, stored_parameters, total_parameters
+from dist_gpt.plan.count import (
+    count_comm,
+    count_flops,
+    count_memory,
+    count_recomputed,
+    rank_kinds,
+    stored_parameters,
+    total_parameters,
+)
 from dist_gpt.plan.flops import flops_document
 from dist_gpt.plan.steps import RankPlan, layout_of
 from dist_gpt.plan.text import flops_text, plan_text
@@ -42,6 +50,7 @@ def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
         "layout": _layout_document(config),
         "parameters": stored_parameters(plan),
         "model_flops": count_flops(plan, plan.steps),
+        "recompute_flops": count_recomputed(plan, plan.steps),
         "comm": count_comm(plan, plan.steps).as_dict(),
         "total": total,
         "memory_bytes": memory_bytes,
@@ -57,11 +66,13 @@ def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
 def _notes(config: Config) -> list[str]:
     """What the numbers take for granted."""
     notes = []
+    if config.optim.engine == "deepspeed":
+        notes.append("comm: without DeepSpeed's own; memory: by the native engine's formulas, DeepSpeed holds more")
     if config.model.attention_dropout:
         notes.append(
             "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"
         )
-    if config.launch.backend == "auto" and RankPlan(config, 0).scatter_bytes:
+    if config.launch.backend == "auto" and RankPlan(config, 0).stage:
         notes.append("buffers: counted for gloo; with --set launch.backend=nccl reductions need none")
     return notes
 
@@ -79,6 +90,7 @@ def _layout_document(config: Config) -> dict[str, Any]:
         "schedule": p.schedule,
         "sharding": config.optim.sharding,
         "dtype": t.dtype,
+        "recompute": t.recompute,
         "global_batch": t.global_batch,
         "micro_batch": t.micro_batch,
         "micro_batches": config.micro_batches,

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from dist_gpt.config.schema import DTYPE_BYTES, Config
+from dist_gpt.config.schema import Config
 from dist_gpt.params import PARTIAL, SHARDED, Param, params_of_blocks
+from dist_gpt.plan.precision import Precision, shard_ranks, stage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Bucket:
     numel: int
     padded: int
     tied: bool
+    blocks: tuple[int, ...]
+    """Blocks that compute with its parameters."""
 
     @property
     def partial_numel(self) -> int:
@@ -63,20 +66,17 @@ class Bucket:
         return index * width, (index + 1) * width
 
 
-def state_shards(config: Config) -> int:
-    """Into how many pieces optimizer state is cut: N = dp x cp, or 1 without sharding."""
-    return 1 if config.optim.sharding == "none" else int(config.parallel.dp) * config.parallel.cp
-
-
 def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_index: int) -> tuple[Bucket, ...]:
     """Buckets of a rank that holds `chunks` (pairs of chunk number and its blocks), in the order of their reduction.
 
-    A tied embedding has a bucket of its own on every layout.
+    A tied embedding has a bucket of its own on every layout, and in ZeRO's stage 3 so has every block: there a bucket
+    is also what is gathered and freed together.
     """
-    limit = config.optim.bucket_mb * 1e6 / DTYPE_BYTES[config.train.dtype]
+    limit = config.optim.bucket_mb * 1e6 / Precision.of(config).bytes("gradient") if stage_of(config) < 3 else 0.0
+    head = config.model.num_layers + 1
     buckets: list[Bucket] = []
 
-    def close(chunk: int, last_block: int, members: list[Param], tied: bool = False) -> None:
+    def close(chunk: int, last_block: int, members: list[Param], tied: tuple[int, ...] = ()) -> None:
         if members:
             buckets.append(_lay_out(config, len(buckets), chunk, last_block, members, tp_index, tied))
 
@@ -84,7 +84,7 @@ def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_i
         table = params_of_blocks(config, blocks)
         tied = [p for p in table if p.name == "embed.weight"] if config.model.tie_embeddings else []
         if tied and 0 not in blocks:  # the head's copy is complete as soon as the head's backward is
-            close(chunk, max(blocks), tied, tied=True)
+            close(chunk, max(blocks), tied, tied=(head,))
         members: list[Param] = []
         for block in reversed(blocks):
             members += [p for p in table if p.block == block and p not in tied]
@@ -94,7 +94,7 @@ def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_i
                 members = []
         close(chunk, blocks[0], members)
         if tied and 0 in blocks:
-            close(chunk, 0, tied, tied=True)
+            close(chunk, 0, tied, tied=(0, head) if head in blocks else (0,))
     names = [slot.param.name for bucket in buckets for slot in bucket.slots]
     if len(set(names)) != len(names):
         raise ValueError("a rank that holds the first and the last chunk apart would store the tied embedding twice")
@@ -102,8 +102,9 @@ def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_i
 
 
 def _lay_out(
-    config: Config, index: int, chunk: int, last_block: int, members: list[Param], tp_index: int, tied: bool
+    config: Config, index: int, chunk: int, last_block: int, members: list[Param], tp_index: int, tied: tuple[int, ...]
 ) -> Bucket:
+    """`tied`: the blocks that use a tied embedding, where this is its bucket."""
     ordered = sorted(members, key=lambda p: (p.kind == SHARDED, p.decay))  # stable: forward order inside a sort
     slots: list[Slot] = []
     segments: list[Segment] = []
@@ -116,6 +117,7 @@ def _lay_out(
             segments[-1] = Segment(segments[-1].start, at, p.kind, p.decay)
         else:
             segments.append(Segment(slot.start, at, p.kind, p.decay))
-    shards = state_shards(config)
+    shards = shard_ranks(config)
     padded = -(-at // shards) * shards
-    return Bucket(index, chunk, last_block, tuple(slots), tuple(segments), at, padded, tied)
+    blocks = tied or tuple(sorted({p.block for p in members}))
+    return Bucket(index, chunk, last_block, tuple(slots), tuple(segments), at, padded, bool(tied), blocks)

@@ -10,9 +10,10 @@ from functools import lru_cache
 from dist_gpt.config.schema import Config
 from dist_gpt.events import Counts
 from dist_gpt.params import parameter_table
+from dist_gpt.plan.buffers import peak_transients, scatter_bytes
 from dist_gpt.plan.steps import RankPlan, layout_of
 from dist_gpt.schedule.action import Op
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, WEIGHT, Step
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECOMPUTE, RECV, WEIGHT, Step
 
 _INPUT = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}  # the message that an action may read
 
@@ -36,6 +37,11 @@ def count_flops(plan: RankPlan, steps: Sequence[Step]) -> int:
     return sum(times * plan.declare(step).flops for step, times in _distinct(steps).items())
 
 
+def count_recomputed(plan: RankPlan, steps: Sequence[Step]) -> int:
+    """FLOPs that `steps` declare for running forwards again."""
+    return sum(times * plan.declare(step).recompute_flops for step, times in _distinct(steps).items())
+
+
 def _distinct(steps: Sequence[Step]) -> Counter[Step]:
     """Steps that differ only in their micro-batch declare the same: count them as one."""
     counter: Counter[tuple[object, ...]] = Counter()
@@ -49,14 +55,16 @@ def _distinct(steps: Sequence[Step]) -> Counter[Step]:
 
 def peak_activations(plan: RankPlan, steps: Sequence[Step]) -> int:
     """Largest sum of bytes that stay between two steps, for later ones of the same block. A forward leaves what
-    autograd keeps; a backward frees it, and where weight gradients come later leaves what these need."""
-    left = {(s.kind, s.block): plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind in (FORWARD, BACKWARD)}
+    autograd keeps (its input alone, where the rest is computed again); a backward frees it, and where weight gradients
+    come later leaves what these need."""
+    kinds = (FORWARD, RECOMPUTE, BACKWARD)
+    left = {(s.kind, s.block): plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind in kinds}
     live = peak = 0
     for step in steps:
-        if step.kind == FORWARD:
-            live += left[FORWARD, step.block]
+        if step.kind in (FORWARD, RECOMPUTE):
+            live += left[step.kind, step.block]
         elif step.kind == BACKWARD:
-            live -= left[FORWARD, step.block]
+            live -= left[FORWARD, step.block] + left.get((RECOMPUTE, step.block), 0)
             live += left[BACKWARD, step.block]
         elif step.kind == WEIGHT:
             live -= left[BACKWARD, step.block]
@@ -78,8 +86,11 @@ def peak_messages(plan: RankPlan, steps: Sequence[Step]) -> int:
     return peak * size
 
 
-def memory_document(parameters: int, gradients: int, optimizer: int, activations: int, buffers: int) -> dict[str, int]:
-    """The memory_bytes object of plan and dry run."""
+def memory_document(
+    parameters: int, gradients: int, optimizer: int, activations: int, buffers: int, host: int = 0
+) -> dict[str, int]:
+    """The memory_bytes object of plan and dry run. `optimizer`: masters and averages; `buffers`: messages, gathered
+    parameters, gradients on their way; `host`: what the optimizer keeps in host memory, not part of the peak."""
     parts = {
         "parameters": parameters,
         "gradients": gradients,
@@ -87,29 +98,32 @@ def memory_document(parameters: int, gradients: int, optimizer: int, activations
         "activations": activations,
         "buffers": buffers,
     }
-    return {**parts, "peak": sum(parts.values())}
+    return {**parts, "peak": sum(parts.values()), "host": host}
 
 
 def count_memory(plan: RankPlan, steps: Sequence[Step]) -> dict[str, int]:
     """Bytes of one rank in training, by category."""
-    o = plan.config.optim
-    flat = sum(b.padded for b in plan.buckets) * plan.element
+    o, precision = plan.config.optim, plan.precision
+    whole = sum(b.padded for b in plan.buckets)
+    shard = whole // plan.shards
+    averages = 2 if o.name == "adamw" else 1 if o.momentum else 0
+    state = owned_elements(plan) * precision.bytes("state") * averages
+    masters = shard * precision.bytes("master")
     return memory_document(
-        parameters=flat,
-        gradients=flat,
-        optimizer=owned_elements(plan) * plan.element * (2 if o.name == "adamw" else 1 if o.momentum else 0),
+        parameters=(shard if plan.stage == 3 else whole) * precision.bytes("compute"),
+        gradients=(shard if plan.stage >= 2 else whole) * precision.bytes("gradient"),
+        optimizer=0 if o.offload else state + (masters if precision.low else 0),
         activations=peak_activations(plan, steps),
-        buffers=peak_messages(plan, steps) + plan.scatter_bytes,
+        buffers=peak_messages(plan, steps) + peak_transients(plan, steps) + scatter_bytes(plan, steps),
+        host=masters + shard * precision.bytes("gradient") + state if o.offload else 0,
     )
 
 
 def owned_elements(plan: RankPlan) -> int:
     """Parameter elements whose optimizer state this rank holds (padding left out)."""
-    shards = 1 if plan.config.optim.sharding == "none" else plan.layout.data
-    index = plan.layout.data_index(plan.rank) if shards > 1 else 0
     total = 0
     for bucket in plan.buckets:
-        start, stop = bucket.shard(shards, index)
+        start, stop = bucket.shard(plan.shards, plan.shard_index)
         total += max(0, min(stop, bucket.numel) - start)
     return total
 

@@ -21,10 +21,12 @@ def certificate_config(config: Config, full: bool, parameters: int) -> tuple[Con
         notes.append(f"train.dtype {config.train.dtype} -> fp64")
     if config.model.attention_dropout:
         notes.append(f"model.attention_dropout {config.model.attention_dropout} -> 0 (its mask is drawn per rank)")
+    narrow = dict.fromkeys(("grad_dtype", "reduce_dtype", "state_dtype"))
+    notes += [f"optim.{k} {getattr(config.optim, k)} -> null" for k in narrow if getattr(config.optim, k) is not None]
     changes: dict[str, dict[str, Any]] = {
         "train": {"dtype": "fp64"},
         "model": {"attention_dropout": 0.0},
-        "optim": {"warmup": 0},
+        "optim": {"warmup": 0, **narrow},
         "launch": {"backend": "gloo"},
     }
     if not full and (config.world_size > MAX_WORLD or parameters > MAX_PARAMETERS):
@@ -58,8 +60,17 @@ def shrunk(config: Config) -> dict[str, dict[str, Any]]:
         "model": {**model, "num_layers": layers},
         "train": {"micro_batch": micro, "global_batch": degrees["dp"] * micro * micro_batches},
         "optim": {"bucket_mb": 0.05},
-        "launch": {"nodes": 1, "ranks_per_node": _product(degrees)},
+        "launch": _small_launch(config, degrees),
     }
+
+
+def _small_launch(config: Config, degrees: dict[str, int]) -> dict[str, int]:
+    """One node; where state is sharded inside nodes, as many as leave two data ranks in each, if there are four."""
+    world, data = _product(degrees), degrees["dp"] * degrees["cp"]
+    nodes = 1
+    if config.optim.shard_group == "node" and data % 2 == 0 and data >= 4:
+        nodes = world // (2 * degrees["tp"])
+    return {"nodes": nodes, "ranks_per_node": world // nodes}
 
 
 def _micro_batches(given: int, pp: int, small_pp: int) -> int:

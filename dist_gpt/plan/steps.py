@@ -13,14 +13,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from dist_gpt.config.schema import DTYPE_BYTES, Config
+from dist_gpt.config.schema import Config
 from dist_gpt.layout import Coords, Layout
 from dist_gpt.params import vocab_range
 from dist_gpt.plan.buckets import Bucket, make_buckets
-from dist_gpt.plan.memory import queued_bytes, saved_bytes
+from dist_gpt.plan.memory import input_bytes, queued_bytes, saved_bytes
+from dist_gpt.plan.precision import Precision, shard_ranks, stage_of
 from dist_gpt.plan.split import head_forward_flops, layer_forward_flops, split_blocks
 from dist_gpt.schedule.action import Action, Op
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, REDUCE, SEND, UPDATE, WEIGHT, Step, expand
+from dist_gpt.schedule.expand import (
+    BACKWARD,
+    EACH_PASS,
+    EACH_STEP,
+    FIRST,
+    FORWARD,
+    FREE,
+    GATHER,
+    NEVER,
+    RECOMPUTE,
+    RECV,
+    REDUCE,
+    SEND,
+    UPDATE,
+    WEIGHT,
+    BucketPlace,
+    Rules,
+    Step,
+    expand,
+)  # fmt: skip
 from dist_gpt.schedule.lower import add_communication, add_reduce_and_step
 from dist_gpt.schedule.orders import forward_only, make_orders, placement
 
@@ -40,17 +60,21 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Declaration of one step on one rank: collectives, model FLOPs, and bytes that stay for later steps."""
+    """Declaration of one step on one rank: collectives, model FLOPs, FLOPs that only run a forward again, and bytes
+    that stay for later steps."""
 
     comm: tuple[Call, ...] = ()
     flops: int = 0
     saved_bytes: int = 0
+    recompute_flops: int = 0
 
 
 def layout_of(config: Config) -> Layout:
     """The mesh of a resolved configuration."""
     p = config.parallel
-    return Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp)
+    shards = shard_ranks(config) if config.optim.shard_group == "node" else 0
+    inside = shards if shards > 1 else 0  # alone in its node: nothing is shared
+    return Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp, shard=inside)
 
 
 @lru_cache(maxsize=16)
@@ -71,6 +95,11 @@ class RankPlan:
     chunks: list[tuple[int, tuple[int, ...]]] = field(init=False)
     buckets: tuple[Bucket, ...] = field(init=False)
     holders: tuple[int, ...] = field(init=False)
+    precision: Precision = field(init=False)
+    shards: int = field(init=False)
+    """Pieces into which state is cut."""
+    stage: int = field(init=False)
+    """ZeRO's, 0 to 3."""
 
     def __post_init__(self) -> None:
         p = self.config.parallel
@@ -80,6 +109,8 @@ class RankPlan:
         blocks = split_blocks(self.config)
         self.chunks = [(c, blocks[c]) for c, holder in enumerate(self.holders) if holder == self.coords.pp]
         self.buckets = make_buckets(self.config, self.chunks, self.coords.tp)
+        self.precision = Precision.of(self.config)
+        self.shards, self.stage = shard_ranks(self.config), stage_of(self.config)
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -89,16 +120,40 @@ class RankPlan:
 
     def expand(self, orders: Sequence[list[Action]]) -> list[Step]:
         """Steps of this rank for lowered `orders` (one list of actions per pipeline rank)."""
-        return expand(
-            orders[self.coords.pp], dict(self.chunks), [(b.index, b.chunk, b.last_block) for b in self.buckets]
-        )
+        gathers = {0: NEVER, 1: FIRST, 2: FIRST, 3: self._stage_3}
+        layers = range(1, self.config.model.num_layers + 1) if self.config.train.recompute == "full" else ()
+        rules = Rules(frozenset(layers), self.stage >= 2, gathers[self.stage]) if self.ours else Rules()
+        return expand(orders[self.coords.pp], dict(self.chunks), self._places, rules)
+
+    @property
+    def _stage_3(self) -> str:
+        return EACH_STEP if self.config.optim.reshard == "step" else EACH_PASS
+
+    @property
+    def ours(self) -> bool:
+        """Whether the state is reduced, gathered and stepped by steps of ours. DeepSpeed does that by itself, outside
+        of what is declared here; buckets then only say how much there is."""
+        return self.config.optim.engine == "native"
+
+    @property
+    def _places(self) -> list[BucketPlace]:
+        if not self.ours:
+            return []
+        return [BucketPlace(b.index, b.chunk, b.last_block, b.blocks) for b in self.buckets]
 
     @cached_property
     def eval_steps(self) -> list[Step]:
         """The list of one validation batch: forwards only."""
         p = self.config.parallel
         orders = forward_only(p.schedule, p.pp, p.virtual_stages, self.config.micro_batches)
-        return expand(add_communication(orders, self.holders)[self.coords.pp], dict(self.chunks), [])
+        rules = Rules(gather=self._stage_3 if self.stage == 3 and self.ours else NEVER)
+        return expand(add_communication(orders, self.holders)[self.coords.pp], dict(self.chunks), self._places, rules)
+
+    @cached_property
+    def refresh_steps(self) -> list[Step]:
+        """What comes before the forwards of a validation where ranks have stepped their own shards only."""
+        wanted = self.buckets if self.stage in (1, 2) and self.ours else ()
+        return [Step(GATHER, Action(b.chunk, Op.F, 0), bucket=b.index) for b in reversed(wanted)]
 
     def declare(self, step: Step) -> Cost:
         """Collectives, FLOPs and saved bytes of `step`."""
@@ -108,6 +163,8 @@ class RankPlan:
             return self._split_backward(step) if step.split else self._backward(step)
         if step.kind == WEIGHT:
             return self._weight(step)
+        if step.kind == RECOMPUTE:
+            return self._recompute(step)
         if step.kind == SEND:
             return Cost((Call("pp", "send", 1, self.hidden_bytes // self._token_split),))
         if step.kind == RECV:
@@ -116,6 +173,11 @@ class RankPlan:
             return Cost(self._reduce(self.buckets[step.bucket or 0]))
         if step.kind == UPDATE:
             return Cost(self._update())
+        if step.kind == GATHER:
+            size = self.buckets[step.bucket or 0].padded * self.element
+            return Cost((Call(self.shard_axis, ALL_GATHER, 1, size),) if self.shards > 1 else ())
+        if step.kind == FREE:
+            return Cost()
         raise ValueError(f"no declaration for step kind {step.kind!r}")
 
     # --- sizes -------------------------------------------------------------------------------------------------
@@ -127,7 +189,23 @@ class RankPlan:
 
     @property
     def element(self) -> int:
-        return DTYPE_BYTES[self.config.train.dtype]
+        """Bytes of a parameter or an activation."""
+        return self.precision.bytes("compute")
+
+    @property
+    def shard_axis(self) -> str:
+        """Over which axis shards are gathered and reduced."""
+        return "shard" if self.layout.shard else "data"
+
+    @property
+    def shard_index(self) -> int:
+        """Which shard of the state this rank owns."""
+        return self.layout.data_index(self.rank) % self.shards
+
+    @property
+    def replicas(self) -> int:
+        """Copies of each shard, on different nodes."""
+        return self.layout.data // self.shards if self.stage else 1
 
     @property
     def hidden_bytes(self) -> int:
@@ -170,22 +248,44 @@ class RankPlan:
         block = step.block or 0
         matmul, attention = self.block_flops(block)
         saved = saved_bytes(self.config, block, self.coords.tp)
+        if self._recomputed(block):
+            saved = input_bytes(self.config)
+        return Cost(self._forward_calls(block), matmul + attention, saved)
+
+    def _forward_calls(self, block: int) -> tuple[Call, ...]:
         if block == 0:
-            comm = self._tp(REDUCE_SCATTER if self._sequence_parallel else ALL_REDUCE)
-        elif self.is_head(block):
+            return self._tp(REDUCE_SCATTER if self._sequence_parallel else ALL_REDUCE)
+        if self.is_head(block):
             comm = self._tp(ALL_GATHER) if self._sequence_parallel else ()
             if self.layout.tp > 1:  # cross-entropy: row maxima, then (sum of exponentials, target logit)
-                comm += (Call("tp", ALL_REDUCE, 1, self.tokens * self.element),)
-                comm += (Call("tp", ALL_REDUCE, 1, 2 * self.tokens * self.element),)
-        elif self._sequence_parallel:
-            comm = self._tp(ALL_GATHER, REDUCE_SCATTER, calls=2)
+                number = self.precision.statistic
+                comm += (Call("tp", ALL_REDUCE, 1, self.tokens * number),)
+                comm += (Call("tp", ALL_REDUCE, 1, 2 * self.tokens * number),)
+            return comm
+        if self._sequence_parallel:
+            return self._tp(ALL_GATHER, REDUCE_SCATTER, calls=2)
+        return self._tp(ALL_REDUCE, calls=2)
+
+    def _recomputed(self, block: int) -> bool:
+        """Whether the forward of `block` keeps its input only."""
+        return self.config.train.recompute == "full" and block != 0 and not self.is_head(block)
+
+    def _recompute(self, step: Step) -> Cost:
+        """A layer's forward without its last product and the sum behind it: nothing that is kept needs them."""
+        block = step.block or 0
+        matmul, attention = self.block_flops(block)
+        m, p = self.config.model, self.config.parallel
+        last = 2 * self.tokens * m.hidden_size * int(m.ffn_size or 0) // p.tp
+        if self._sequence_parallel:
+            comm = self._tp(ALL_GATHER, calls=2) + self._tp(REDUCE_SCATTER)
         else:
-            comm = self._tp(ALL_REDUCE, calls=2)
-        return Cost(comm, matmul + attention, saved)
+            comm = self._tp(ALL_REDUCE)
+        saved = saved_bytes(self.config, block, self.coords.tp) - input_bytes(self.config)
+        return Cost(comm, saved_bytes=saved, recompute_flops=matmul + attention - last)
 
     def _backward(self, step: Step) -> Cost:
         early, late = self._split_backward(step), self._weight(step)
-        return Cost(early.comm + late.comm, early.flops + late.flops)
+        return Cost(early.comm + late.comm, early.flops + late.flops, recompute_flops=early.recompute_flops)
 
     def _split_backward(self, step: Step) -> Cost:
         """Input gradients. Sequence parallel gathers what leaves a row-parallel product and scatters what enters a
@@ -200,7 +300,9 @@ class RankPlan:
             comm = self._tp(ALL_GATHER, REDUCE_SCATTER, calls=2)
         else:
             comm = self._tp(ALL_REDUCE, calls=2)
-        return Cost(comm, matmul + 2 * attention, queued_bytes(self.config, block, self.coords.tp))
+        again = attention if self.config.train.recompute == "selective" else 0
+        queued = queued_bytes(self.config, block, self.coords.tp)
+        return Cost(comm, matmul + 2 * attention, queued, again)
 
     def _weight(self, step: Step) -> Cost:
         """Weight gradients; sequence parallel gathers the inputs of column-parallel products again."""
@@ -215,35 +317,29 @@ class RankPlan:
     def _reduce(self, bucket: Bucket) -> tuple[Call, ...]:
         calls: tuple[Call, ...] = ()
         if self.layout.tp > 1 and bucket.partial_numel:
-            calls += (Call("tp", ALL_REDUCE, 1, bucket.partial_numel * self.element),)
-        if self.layout.data > 1:
-            op = ALL_REDUCE if self.config.optim.sharding == "none" else REDUCE_SCATTER
-            calls += (Call("data", op, 1, bucket.padded * self.element),)
+            calls += (Call("tp", ALL_REDUCE, 1, bucket.partial_numel * self.precision.bytes("gradient")),)
+        payload = bucket.padded * self.precision.bytes("reduce")
+        if self.stage:
+            calls += (Call(self.shard_axis, REDUCE_SCATTER, 1, payload),)
+        elif self.layout.data > 1:
+            calls += (Call("data", ALL_REDUCE, 1, payload),)
         return calls
 
     def _update(self) -> tuple[Call, ...]:
         calls: tuple[Call, ...] = ()
-        sharded = self.config.optim.sharding != "none"
-        for bucket in self.buckets:
+        element = self.precision.bytes("gradient")
+        for bucket in self.buckets if self.ours else ():
+            if self.replicas > 1:
+                calls += (Call("replica", ALL_REDUCE, 1, bucket.padded // self.shards * element),)
             if bucket.tied and len(self.layout.group("embed", self.rank)) > 1:
-                size = bucket.padded // (self.layout.data if sharded else 1)
-                calls += (Call("embed", ALL_REDUCE, 1, size * self.element),)
+                calls += (Call("embed", ALL_REDUCE, 1, bucket.padded // self.shards * element),)
         if self.layout.world > 1:
             calls += (Call("world", ALL_REDUCE, 1, STATISTICS_BYTES),)
-        if sharded and self.layout.data > 1:
-            calls += tuple(Call("data", ALL_GATHER, 1, b.padded * self.element) for b in self.buckets)
         return calls
 
     def eval_calls(self) -> tuple[Call, ...]:
         """What follows the forwards of one validation batch: the loss, summed over the world."""
         return (Call("world", ALL_REDUCE, 1, 8),) if self.layout.world > 1 else ()
-
-    @property
-    def scatter_bytes(self) -> int:
-        """Receive buffers of reduce-scatters under way, which gloo's need (see comm.group) and NCCL's do not."""
-        if self.layout.data == 1 or self.config.optim.sharding == "none" or self.config.launch.backend == "nccl":
-            return 0
-        return sum(b.padded for b in self.buckets) * self.element
 
 
 def calls_by_key(comm: Iterable[Call]) -> dict[tuple[str, str, int], int]:

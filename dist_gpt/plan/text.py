@@ -13,12 +13,13 @@ from dist_gpt.schedule.draw import draw_text
 DRAWN_RANKS, DRAWN_MICRO_BATCHES = 8, 16
 _GRID_WIDTH = 84  # with the rank before it and the idle share behind it, 110 columns
 _HOLDS = {
-    "parameters": "of the stages held here",
-    "gradients": "one of each parameter",
-    "optimizer": "state of the parameters stepped here",
+    "parameters": "of the stages held here, or this rank's shard",
+    "gradients": "of the same, or this rank's shard",
+    "optimizer": "masters and averages of what is stepped here",
     "activations": "kept for the backward, where that is most",
-    "buffers": "messages and gradient reductions under way",
+    "buffers": "messages, gathered parameters, gradients on their way",
     "peak": "the sum; temporaries inside a block are not counted",
+    "host": "in host memory: what the optimizer steps there",
 }
 
 
@@ -113,7 +114,8 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
     job, own = si(total["model_flops"]), si(doc["model_flops"])
     return _table(
         [
-            ("layout", f"  {mesh}, {split}, optimizer sharding {at['sharding']}, {at['dtype']}"),
+            ("layout", f"  {mesh}, {split}"),
+            ("memory", f"  sharding {at['sharding']}, {at['dtype']}, recompute {at['recompute']}"),
             ("batch", f"  {at['global_batch']:,} sequences of {at['seq_len']:,} tokens = {tokens:,} tokens a step"),
             ("micro-batches", f"  {at['micro_batches']:,} of {_many(at['micro_batch'], 'sequence')} per data rank"),
             ("parameters", f"  {total['parameters']:,} in the model; rank {rank} stores {doc['parameters']:,}"),
@@ -138,6 +140,7 @@ def _memory(memory: dict[str, int]) -> list[str]:
     rows = [
         (name, size(count), f"{count / max(1, memory['peak']):.1%}", f"  {_HOLDS[name]}")
         for name, count in memory.items()
+        if name != "host" or count
     ]
     return _table(rows, right=(1, 2))
 

@@ -6,16 +6,16 @@ from functools import lru_cache
 from typing import Any
 
 from dist_gpt.config.schema import Config
-from dist_gpt.plan.split import layers_per_chunk, split_blocks
+from dist_gpt.plan.split import layers_per_chunk
 from dist_gpt.plan.steps import RankPlan, layout_of, lowered_orders
-from dist_gpt.schedule.action import COMPUTE, Action, Op, format_order
+from dist_gpt.schedule.action import COMPUTE, Op, format_order
 from dist_gpt.schedule.check import check
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, WEIGHT, Step
-from dist_gpt.schedule.lower import add_communication, weight_gradient_op
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECOMPUTE, WEIGHT
+from dist_gpt.schedule.lower import add_communication
 from dist_gpt.schedule.orders import forward_only, placement
 from dist_gpt.schedule.simulate import Timeline, simulate
 
-_KIND = {Op.F: FORWARD, Op.B: BACKWARD, Op.W: WEIGHT}
+_KINDS = {Op.F: (FORWARD,), Op.B: (RECOMPUTE, BACKWARD), Op.W: (WEIGHT,)}
 
 
 def timeline(config: Config) -> Timeline:
@@ -68,16 +68,19 @@ def _timeline(
 
 
 def _action_flops(config: Config) -> dict[tuple[int, Op], int]:
-    """Declared FLOPs of an F, B or W of each chunk, on the tp rank with the largest piece of the vocabulary."""
+    """Declared FLOPs of an F, B or W of each chunk, on the tp rank with the largest piece of the vocabulary; a forward
+    that is computed again is part of B."""
     p = config.parallel
     layout = layout_of(config)
-    orders = lowered_orders(p.schedule, p.pp, p.virtual_stages, config.micro_batches)
-    split = weight_gradient_op(orders) is Op.W
     holders = placement(p.schedule, p.pp, p.virtual_stages)
     flops = {}
-    for chunk, blocks in enumerate(split_blocks(config)):
+    for chunk in range(len(holders)):
         plan = RankPlan(config, layout.rank(holders[chunk], 0, 0, 0))
-        for op, kind in _KIND.items():
-            steps = [Step(kind, Action(chunk, op, 0), b, split=split and op is Op.B) for b in blocks]
-            flops[chunk, op] = sum(plan.declare(step).flops for step in steps)
+        for op, kinds in _KINDS.items():
+            costs = [
+                plan.declare(step)
+                for step in plan.steps
+                if step.kind in kinds and step.action.chunk == chunk and step.action.micro_batch == 0
+            ]
+            flops[chunk, op] = sum(cost.flops + cost.recompute_flops for cost in costs)
     return flops

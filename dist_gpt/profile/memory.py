@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from dist_gpt.heap import Heap
-from dist_gpt.optim.adamw import state_bytes
 from dist_gpt.parallel.saved import SavedBytes
 from dist_gpt.plan.count import memory_document
 from dist_gpt.rank import Rank
@@ -36,7 +35,8 @@ class MemoryWatch:
         before = executor.after_step, sink.hold
         executor.after_step, sink.hold = self._look, self.saved.hold
         executor.peak_message_bytes = 0
-        self.rank.mesh.data.peak_scratch_bytes = 0
+        self.rank.mesh.shard.peak_scratch_bytes = 0
+        self.rank.buffers.tally.peak = self.rank.buffers.tally.live
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.rank.device)
         try:
@@ -60,7 +60,7 @@ class MemoryWatch:
         source = "cuda" if self.cuda else "mallinfo2" if self.peak is not None else None
         return {
             "step": step,
-            "parts": parts(self.rank, self.saved.peak, self.rank.mesh.data.peak_scratch_bytes),
+            "parts": parts(self.rank, self.saved.peak, self.rank.mesh.shard.peak_scratch_bytes),
             "peak_bytes": self.peak,
             "source": source,
             "rss_bytes": peak_rss_bytes(),
@@ -71,11 +71,12 @@ def parts(rank: Rank, activations: int, scratch: int) -> dict[str, int]:
     """What `rank` holds, by the plan's categories; `scratch` are receive buffers of reductions under way."""
     flats = rank.buffers.buckets
     return memory_document(
-        parameters=sum(b.parameters.nbytes for b in flats),
-        gradients=sum(b.gradients.nbytes for b in flats),
-        optimizer=state_bytes(rank.optimizer.engine),
+        parameters=sum((b.parameters if b.keeps_parameters else b.parameter_shard).nbytes for b in flats),
+        gradients=sum((b.gradients if b.keeps_gradients else b.gradient_shard).nbytes for b in flats),
+        optimizer=0 if rank.optimizer.offloaded else rank.optimizer.state_bytes,
         activations=activations,
-        buffers=rank.executor.peak_message_bytes + scratch,
+        buffers=rank.executor.peak_message_bytes + rank.buffers.tally.peak + scratch,
+        host=rank.optimizer.state_bytes if rank.optimizer.offloaded else 0,
     )
 
 

@@ -131,6 +131,8 @@ class Recorder:
             self.events.fact("sample", {"at_ns": at - self.events.base_ns, **reading})
         if self.torch is not None and self.torch.anchors:
             self.events.fact("torch_trace", self.torch.fact(self.events.base_ns))
+        if (engine := self.rank.engine_facts()) is not None:
+            self.events.fact("engine", engine)
         for difference in self.ledger.found:
             self.events.fact("difference", asdict(difference))
         end = {
@@ -195,7 +197,7 @@ class Recorder:
 
     def _memory_step(self) -> int | None:
         """The step whose memory is measured: beside the window, not inside, since watching costs time."""
-        if self.window is None:
+        if self.window is None or self.config.optim.engine != "native":  # nobody knows what DeepSpeed holds of what
             return None
         first, last = max(1, self.window[0]), self.window[1]
         if first > 1:

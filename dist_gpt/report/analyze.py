@@ -92,6 +92,7 @@ def analyze(run: Run, found: Profile | None = None) -> dict[str, Any]:
         "torch_kernels": [],
         "device_samples": [{"rank": rank, **row} for rank, log in run.ranks.items() for row in log.samples],
         "accounting": accounting(run),
+        "engine": next((log.engine for log in run.ranks.values() if log.engine is not None), None),
         "definitions": definitions(),
         "files": files(run),
     }

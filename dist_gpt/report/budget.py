@@ -24,13 +24,13 @@ from dist_gpt.events import BOUND, EMULATED, OPS, SPAN_COLUMNS
 from dist_gpt.report.clocks import Clocks
 from dist_gpt.report.load import Run
 from dist_gpt.report.match import Calls, Meetings
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, REDUCE, SEND, UPDATE, WEIGHT
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, FREE, GATHER, RECOMPUTE, RECV, REDUCE, SEND, UPDATE, WEIGHT
 
 COMPUTE = ("forward", "backward", "weight", "recompute", "optimizer")
 ALWAYS = ("bubble", "data", "checkpoint", "descheduled", "unexplained")
 KINDS = ("forward", "backward", "weight", "recompute", "optimizer", "data", "message")
 """Of spans, by number. What a message's entry takes besides its call is left unexplained."""
-_KIND = {FORWARD: 0, BACKWARD: 1, WEIGHT: 2, "recompute": 3, REDUCE: 4, UPDATE: 4, SEND: 6, RECV: 6}
+_KIND = {FORWARD: 0, BACKWARD: 1, WEIGHT: 2, RECOMPUTE: 3, REDUCE: 4, UPDATE: 4, GATHER: 4, FREE: 4, SEND: 6, RECV: 6}
 _DATA, _MESSAGE, _OPTIMIZER = KINDS.index("data"), KINDS.index("message"), KINDS.index("optimizer")
 _RECV = OPS.index("recv")
 

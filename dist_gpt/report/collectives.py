@@ -7,20 +7,22 @@ broadcast, 1 for a message, with the group's own n.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dist_gpt.events import EMULATED, OPS, wire_bytes
-from dist_gpt.report.budget import KINDS, Blocked, Spans
+from dist_gpt.report.budget import Blocked, Spans
 from dist_gpt.report.load import Run
 from dist_gpt.report.match import Calls, Meetings
-from dist_gpt.schedule.expand import REDUCE
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, GATHER, RECOMPUTE, REDUCE, WEIGHT, Step
 
 MOST_RANKS = 64
 """Rows of the traffic matrix; more ranks are drawn as blocks of neighbours."""
 SEND, RECV = OPS.index("send"), OPS.index("recv")
+COMPUTE = (FORWARD, RECOMPUTE, BACKWARD, WEIGHT)
 
 
 @dataclass
@@ -166,31 +168,39 @@ def overlap(run: Run, calls: Calls, meetings: Meetings, stood: Blocked, parts: P
 def _buckets(
     run: Run, calls: Calls, parts: Parts, spans: Spans, under_way: np.ndarray, exposed: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The gradient reductions of each stage, at dp, cp, tp 0."""
-    if "data" not in calls.axes:
-        return []
+    """What each bucket of each stage takes in a step, at dp, cp, tp 0: the reduction of its gradients, and where state
+    is sharded the gathers of its parameters."""
+    numbers = [calls.axes.index(axis) for axis in ("data", "shard") if axis in calls.axes]
     found = []
-    for stage in range(run.layout.pp):
+    for stage in range(run.layout.pp if numbers else 0):
         rank = run.layout.rank(stage, 0, 0, 0)
         if rank not in run.ranks:
             continue
         entries = run.plan_of(rank).steps
-        of = (calls.rank[parts.rows] == rank) & (parts.axis == calls.axes.index("data"))
+        of = (calls.rank[parts.rows] == rank) & np.isin(parts.axis, numbers)
         index = calls.index[parts.rows]
-        reduces = [i for i, entry in enumerate(entries) if entry.kind == REDUCE]
-        for i in reduces:
-            mask = of & (index == i)
-            if not mask.any():
-                continue
-            later = {entry.kind for entry in entries[i + 1 :]} & set(KINDS[:3])
-            found.append(
-                {
-                    "stage": stage,
-                    "bucket": entries[i].bucket,
-                    "bytes": int(parts.payload[mask][0]),
-                    "busy_s": float(under_way[mask].mean()) / 1e9,
-                    "exposed_s": float(exposed[mask].mean()) / 1e9,
-                    "under": "backward" if later else "nothing",
-                }
-            )
+        for kind, bucket in dict.fromkeys((e.kind, e.bucket) for e in entries if e.kind in (REDUCE, GATHER)):
+            places = [i for i, e in enumerate(entries) if (e.kind, e.bucket) == (kind, bucket)]
+            mask = of & np.isin(index, places)
+            if mask.any():
+                found.append(
+                    {
+                        "stage": stage,
+                        "bucket": bucket,
+                        "op": kind,
+                        "calls": len(places),
+                        "bytes": int(parts.payload[mask][0]),
+                        "busy_s": len(places) * float(under_way[mask].mean()) / 1e9,
+                        "exposed_s": len(places) * float(exposed[mask].mean()) / 1e9,
+                        "under": _computed_meanwhile(entries, places[0]),
+                    }
+                )
     return found
+
+
+def _computed_meanwhile(entries: Sequence[Step], place: int) -> str:
+    """What comes after entry `place`, which starts a collective of a bucket."""
+    later = [entry.kind for entry in entries[place + 1 :] if entry.kind in COMPUTE]
+    if entries[place].kind == REDUCE:  # the update waits for it
+        return BACKWARD if later else "nothing"
+    return later[0] if later else "nothing"

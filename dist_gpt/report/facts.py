@@ -38,6 +38,7 @@ FACTS: dict[str, Any] = {
     "difference": {
         "step?": int, "phase": str, "action": str, "axis": str, "op": str, "payload_bytes": int, "calls": int,
     },
+    "engine": {"name": str, "version": str, "steps": int, "traffic": Each(_COMM)},
     "end": {"differences": [str], "dropped": int, "record_ns": float, "records_per_step": float, "wall_s": float},
 }  # fmt: skip
 """Key of a fact -> the shape of its value."""

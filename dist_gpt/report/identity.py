@@ -11,8 +11,9 @@ from pydantic_core import PydanticUndefined
 
 from dist_gpt.config import yaml_io
 from dist_gpt.config.schema import Config
+from dist_gpt.events import TRAIN
 from dist_gpt.report.clocks import Clocks
-from dist_gpt.report.load import Run
+from dist_gpt.report.load import RankLog, Run
 
 
 def flat(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -62,7 +63,7 @@ def identity(run: Run, clocks: Clocks, steps: list[int]) -> dict[str, Any]:
         "attempts": max(log.attempts for log in run.ranks.values()),
         "window": first.get("window"),
         "steps_profiled": len(steps),
-        "steps_total": max((fact["step"] for log in run.ranks.values() for fact in log.steps), default=0),
+        "steps_total": max(map(_trained, run.ranks.values()), default=0),
     }
 
 
@@ -93,3 +94,8 @@ def definitions() -> list[list[str]]:
     """[word, meaning] of the appendix."""
     words, _ = yaml_io.read(Path(__file__).with_name("definitions.yaml"))
     return [[str(word), str(meaning)] for word, meaning in words.items()]
+
+
+def _trained(log: RankLog) -> int:
+    """Training steps of the last attempt; their numbers go on from where it was resumed."""
+    return len({fact["step"] for fact in log.steps if fact["phase"] == TRAIN})

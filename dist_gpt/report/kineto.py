@@ -46,7 +46,8 @@ FIRST_LANE = 1000
 STEP = re.compile(r"dist_gpt step (\d{1,9})")
 ACTIONS = {
     "forward": "forward", "backward": "backward", "weight": "weight", "recompute": "recompute", "data": "data",
-    "reduce": "optimizer", "update": "optimizer", "send": "send", "recv": "recv",
+    "reduce": "optimizer", "update": "optimizer", "gather": "optimizer", "free": "optimizer",
+    "send": "send", "recv": "recv",
 }  # fmt: skip
 """First word of an entry's annotation -> its kind."""
 OTHER = "other"

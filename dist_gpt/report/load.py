@@ -59,6 +59,8 @@ class RankLog:
     torch_traces: list[dict[str, Any]]
     differences: list[dict[str, Any]]
     end: dict[str, Any] | None
+    engine: dict[str, Any] | None = None
+    """What an engine that communicates by itself moved, by its own count."""
 
 
 @dataclass
@@ -101,9 +103,29 @@ def load(folder: str | Path) -> Run:
     run.failed = _failure(folder / "exit.json")
     if run.failed:
         run.problems.append(f"the run failed: {run.failed}")
+    run.problems += _stopped(folder / "exit.json", config.train.steps)
     _ranks(run)
+    run.problems += engine_sentences(run)
     run.metrics = _metrics(folder / "metrics.jsonl", run.problems)
     return run
+
+
+def engine_sentences(run: Run) -> list[str]:
+    """What is not accounted for because another engine did it, with what it counted itself."""
+    log = next((log for log in run.ranks.values() if log.engine is not None), None)
+    if log is None or log.engine is None:
+        return []
+    steps = max(1, log.engine["steps"])
+    moved = [
+        f"{axis} {op} {row['calls'] / steps:.4g} calls of together {row['payload_bytes'] / steps / 1e6:.4g} MB"
+        for axis, ops in (log.engine["traffic"].get("train") or {}).items()
+        for op, row in ops.items()
+    ]
+    return [
+        f"{log.engine['name']} {log.engine['version']} reduced, sharded and stepped by itself: that traffic is in no "
+        "table here and in no accounting, and its time counts as backward and optimizer. Counted at its own seam, rank "
+        f"{log.rank} in a training step: {'; '.join(moved) or 'nothing'}"
+    ]
 
 
 def _failure(path: Path) -> str:
@@ -113,6 +135,16 @@ def _failure(path: Path) -> str:
         if ended.get("code") not in ENDED_WELL:
             return " ".join(str(ended.get("why") or f"exit code {ended['code']}").split())[:400]
     return ""
+
+
+def _stopped(path: Path, steps: int) -> list[str]:
+    """That the run was asked to stop before its end."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        ended = json.loads(path.read_text()) if path.is_file() else {}
+        if ended.get("code") == 75:
+            why = " ".join(str(ended.get("why") or "asked to stop").split())[:400]
+            return [f"not finished: stopped after step {ended.get('step')} of {steps}: {why}; saved"]
+    return []
 
 
 def _config(path: Path) -> Config:
@@ -199,7 +231,9 @@ def _misfit(run: Run, rank: int, attempt: Attempt) -> str:
         return "the event file is of another rank or another layout and is left out"
     for channel in given["channels"]:
         pair = channel.get("ranks")
-        if channel["axis"] not in (*AXES, "embed") or (pair is not None and not _is_pair(pair, rank, world)):
+        if channel["axis"] not in (*AXES, "shard", "replica", "embed") or (
+            pair is not None and not _is_pair(pair, rank, world)
+        ):
             return "the event file names groups that this layout does not have; it is left out"
     return ""
 
@@ -226,7 +260,7 @@ def _log(run: Run, rank: int, attempt: Attempt, problems: _Problems) -> RankLog:
     return RankLog(
         rank, attempt.header, attempt.number, attempt.steps, calls, spans, attempt.facts["clock"],
         attempt.last("memory"), attempt.facts["kernel"], attempt.last("ceiling"), attempt.facts["sample"],
-        attempt.facts["torch_trace"], attempt.facts["difference"], end,
+        attempt.facts["torch_trace"], attempt.facts["difference"], end, attempt.last("engine"),
     )  # fmt: skip
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 COMPUTE = ("forward", "backward", "weight", "recompute", "optimizer")
-AXES = ("tp", "cp", "pp", "data", "dp", "embed", "model", "world")
+AXES = ("tp", "cp", "pp", "data", "dp", "shard", "replica", "embed", "model", "world")
 AXIS_NAMES = {
     "tp": "tensor parallel",
     "cp": "context parallel",
     "pp": "pipeline",
     "data": "data parallel (dp × cp)",
     "dp": "data parallel",
+    "shard": "data ranks that share the state (in a node)",
+    "replica": "copies of the state (across nodes)",
     "embed": "tied embedding",
     "model": "one replica (pp × tp)",
     "world": "all ranks",
@@ -29,6 +31,8 @@ _COLOURS = {
     "tp": "#e69f00",
     "data": "#d55e00",
     "dp": "#c4511a",
+    "shard": "#e07b39",
+    "replica": "#a8481c",
     "pp": "#cc79a7",
     "cp": "#e3d43b",
     "embed": "#9b6bb3",

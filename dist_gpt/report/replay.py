@@ -27,7 +27,7 @@ import numpy as np
 from dist_gpt.events import OPS
 from dist_gpt.report.chains import ANYBODY, ISSUES, Link, make_chains, select
 from dist_gpt.schedule.action import Op
-from dist_gpt.schedule.expand import RECV, REDUCE, SEND, UPDATE
+from dist_gpt.schedule.expand import FREE, GATHER, RECV, REDUCE, SEND, UPDATE
 
 if TYPE_CHECKING:
     from dist_gpt.report.clocks import Clocks
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from dist_gpt.report.match import Calls, Meetings
 
 DATA, REST, LATE, BEFORE = "data", "unexplained", "woken late", "previous step"
-_KIND = {REDUCE: "optimizer", UPDATE: "optimizer", SEND: REST, RECV: REST}  # as the budget has it
+_SHARED = dict.fromkeys((REDUCE, UPDATE, GATHER, FREE), "optimizer")
+_KIND = {**_SHARED, SEND: REST, RECV: REST}  # as the budget has it
 
 
 class ReplayError(ValueError):

@@ -127,8 +127,8 @@ def overlap(doc: dict[str, Any]) -> Section:
     parts: list[Part] = []
     if any(max(amount(row.get("busy_s")), amount(row.get("exposed_s"))) > 0 for row in axes + buckets):
         caption = (
-            "Each bar is the time in which an axis (below: a gradient bucket) communicates in one step; only the full "
-            "colour costs time, the faint part happens while the rank computes."
+            "Each bar is the time in which an axis (below: a bucket of gradients or parameters) communicates in one "
+            "step; only the full colour costs time, the faint part happens while the rank computes."
         )
         parts.append(Picture("overlap", caption))
     if buckets:
@@ -143,7 +143,9 @@ def overlap(doc: dict[str, Any]) -> Section:
             for row in buckets[:64]
         ]
         heads = columns("=bucket", "bytes", "communicating", "exposed", "=under|what is computed meanwhile")
-        parts.append(Table("Gradient buckets", heads, rows, folded=len(rows) > 8))
+        parts.append(
+            Table("Buckets: gradients reduced, sharded parameters gathered", heads, rows, folded=len(rows) > 8)
+        )
     timeline = dict_of(doc.get("timeline"))
     if any(list_of(lane.get("spans")) for r in rows_of(timeline.get("ranks")) for lane in rows_of(r.get("lanes"))):
         shown = len(rows_of(timeline.get("ranks")))
@@ -166,9 +168,10 @@ def overlap(doc: dict[str, Any]) -> Section:
 
 
 def bucket_name(row: dict[str, Any]) -> str:
-    """`bucket 1`, with its stage where there are several."""
+    """`reduce bucket 1`, with its stage, and how often in a step where that is not once."""
     stage = f"stage {short(row.get('stage'), 6)}, " if row.get("stage") is not None else ""
-    return f"{stage}bucket {short(row.get('bucket'), 6)}"
+    often = f" x {short(row.get('calls'), 6)}" if row.get("calls") not in (None, 1) else ""
+    return f"{stage}{short(row.get('op') or 'reduce', 8)} bucket {short(row.get('bucket'), 6)}{often}"
 
 
 def _overlap_lead(axes: list[dict[str, Any]], free: list[dict[str, Any]]) -> str:

@@ -17,13 +17,15 @@ BLAMED = 0.5
 """A rank is named as the cause when so much of an axis' waiting is its."""
 AXES = {
     "tp": "tensor-parallel", "data": "data-parallel", "dp": "data-parallel", "pp": "pipeline", "cp": "context-parallel",
-    "embed": "tied-embedding", "world": "loss and norm",
+    "shard": "state-sharding", "replica": "state-replica", "embed": "tied-embedding", "world": "loss and norm",
 }  # fmt: skip
 DATA = "data loading"
 """The loss; `data` is the axis."""
 NEXT = {
     "tp": "try a smaller parallel.tp (more dp or pp), keep a tp group inside one node, or a larger micro-batch",
     "data": "try smaller buckets (optim.bucket_mb), so that reductions hide under the backward, or larger batches",
+    "shard": "try larger micro-batches, or a stage that moves less (optim.sharding, optim.reshard: step)",
+    "replica": "try larger batches: what nodes exchange once a step does not grow with them",
     "pp": "try larger micro-batches, fewer pipeline stages, or stages on one node",
     "cp": "try a smaller parallel.cp or longer sequences",
     "embed": "untie the embeddings, or look at the stages at both ends of the pipeline",

@@ -1,10 +1,12 @@
 """The second level of lowering: every action of a rank's list becomes steps, one per block.
 
-    F   forward(block) ...                       B   backward(block) ..., last block first
+    F   forward(block) ...                       B   (recompute(block)) backward(block) ..., last block first
     W   weight(block) ...                        REDUCE  reduce(bucket) ...
 
-A bucket's reduction starts right after the step that completes it, under the rest of the last backward. Only what the
-chunk's first block completes waits for REDUCE, behind the SEND that a neighbour waits for.
+A bucket's reduction starts right after the step that completes it, under the rest of the backward. Only what the
+chunk's first block completes waits, behind the SEND that a neighbour waits for. Where state is sharded the collectives
+that this takes are steps too, by the `Rules`: gather(bucket) starts to collect its parameters, free(bucket) lets go of
+them.
 
 The executor runs exactly this list; `plan.steps.declare` says what each step communicates, computes and keeps.
 """
@@ -14,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dist_gpt.schedule.action import Action, Op
+from dist_gpt.schedule.action import SENDS, Action, Op
 
-FORWARD, BACKWARD, WEIGHT, SEND, RECV, REDUCE, UPDATE = (
-    "forward", "backward", "weight", "send", "recv", "reduce", "update",
+FORWARD, BACKWARD, WEIGHT, RECOMPUTE, SEND, RECV, REDUCE, UPDATE, GATHER, FREE = (
+    "forward", "backward", "weight", "recompute", "send", "recv", "reduce", "update", "gather", "free",
 )  # fmt: skip
+NEVER, FIRST, EACH_PASS, EACH_STEP = "never", "first", "each_pass", "each_step"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One entry of a rank's list. `block` of a forward, backward or weight step; `bucket` of a reduce.
+    """One entry of a rank's list. `block` of a forward, backward, weight or recompute step; `bucket` of a reduce,
+    gather or free.
 
     `split` marks a backward whose weight gradients come later, as a weight step.
     """
@@ -40,42 +44,138 @@ class Step:
         return f"{self.kind} {self.action}{where}"
 
 
+@dataclass(frozen=True, slots=True)
+class BucketPlace:
+    """What lowering needs to know of a bucket: the blocks that compute with its parameters, in `chunk`, and the one
+    whose gradients complete it."""
+
+    index: int
+    chunk: int
+    last_block: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How steps share memory and the data axis.
+
+    `recomputed`: blocks whose forward runs again before their backward. `reduce_each`: reduce after every micro-batch,
+    not only after the last. `gather`: when the shards of parameters are collected: never (every rank has stepped all),
+    first of all (each rank has stepped its own; the forward of a block waits for its bucket alone), for each pass over
+    a block, or once per step.
+    """
+
+    recomputed: frozenset[int] = frozenset()
+    reduce_each: bool = False
+    gather: str = NEVER
+
+
 def expand(
     actions: Sequence[Action],
     blocks: Mapping[int, tuple[int, ...]],
-    buckets: Sequence[tuple[int, int, int]],
+    buckets: Sequence[BucketPlace] = (),
+    rules: Rules | None = None,
 ) -> list[Step]:
-    """Steps of one rank. `blocks` gives the blocks of each of its chunks; `buckets` lists (index, chunk, last_block).
-
-    The step that completes a bucket is the backward (or, where weight gradients are split off, the weight step) of its
-    `last_block`, in the chunk's last such action.
-    """
-    split = any(a.op is Op.W for a in actions)
-    producing = Op.W if split else Op.B
-    final = {a.chunk: a for a in actions if a.op is producing}  # the last one of each chunk wins
-    steps: list[Step] = []
-    for action in actions:
-        if action.op is Op.F:
-            steps += [Step(FORWARD, action, block) for block in blocks[action.chunk]]
-        elif action.op in (Op.B, Op.W):
-            kind = BACKWARD if action.op is Op.B else WEIGHT
-            for block in reversed(blocks[action.chunk]):
-                steps.append(Step(kind, action, block, split=split and kind == BACKWARD))
-                if final.get(action.chunk) == action and block != blocks[action.chunk][0]:
-                    steps += _reductions(action.chunk, block, buckets)
-        elif action.op in (Op.SEND_F, Op.SEND_B):
-            steps.append(Step(SEND, action))
-        elif action.op in (Op.RECV_F, Op.RECV_B):
-            steps.append(Step(RECV, action))
-        elif action.op is Op.STEP:
-            steps.append(Step(UPDATE, action))
-        elif action.op is Op.REDUCE:
-            steps += _reductions(action.chunk, blocks[action.chunk][0], buckets)
-        else:
-            raise ValueError(f"action {action}: no lowering for {action.op}")
+    """Steps of one rank; `blocks` are those of each of its chunks."""
+    rules = rules or Rules()
+    steps = _Expansion(actions, blocks, buckets, rules).steps()
+    if rules.gather == FIRST:
+        return [Step(GATHER, steps[0].action, bucket=b.index) for b in reversed(buckets)] + steps
+    if rules.gather in (EACH_PASS, EACH_STEP):
+        return _with_gathers(steps, buckets, whole_step=rules.gather == EACH_STEP)
     return steps
 
 
-def _reductions(chunk: int, block: int, buckets: Sequence[tuple[int, int, int]]) -> list[Step]:
-    action = Action.reduce(chunk)
-    return [Step(REDUCE, action, bucket=i) for i, c, last_block in buckets if (c, last_block) == (chunk, block)]
+class _Expansion:
+    """From actions to steps per block, with reductions."""
+
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        blocks: Mapping[int, tuple[int, ...]],
+        buckets: Sequence[BucketPlace],
+        rules: Rules,
+    ) -> None:
+        self.actions, self.blocks, self.buckets, self.rules = actions, blocks, buckets, rules
+        self.split = any(a.op is Op.W for a in actions)
+        self.producing = Op.W if self.split else Op.B  # what makes weight gradients
+        self.final = {a.chunk: a for a in actions if a.op is self.producing}  # the last one of each chunk wins
+
+    def steps(self) -> list[Step]:
+        steps: list[Step] = []
+        due: list[Step] = []  # reductions that let a SEND go first
+        for action in self.actions:
+            if due and action.op not in SENDS:
+                steps += due
+                due = []
+            if action.op is Op.F:
+                steps += [Step(FORWARD, action, block) for block in self.blocks[action.chunk]]
+            elif action.op in (Op.B, Op.W):
+                steps += self._gradients(action)
+                if self.rules.reduce_each and action.op is self.producing:
+                    due = self._reductions(action, action.chunk, self.blocks[action.chunk][0])
+            elif action.op in (Op.SEND_F, Op.SEND_B):
+                steps.append(Step(SEND, action))
+            elif action.op in (Op.RECV_F, Op.RECV_B):
+                steps.append(Step(RECV, action))
+            elif action.op is Op.STEP:
+                steps.append(Step(UPDATE, action))
+            elif action.op is Op.REDUCE:
+                if not self.rules.reduce_each:
+                    steps += self._reductions(action, action.chunk, self.blocks[action.chunk][0])
+            else:
+                raise ValueError(f"action {action}: no lowering for {action.op}")
+        return steps + due
+
+    def _gradients(self, action: Action) -> list[Step]:
+        """The blocks of a B or W, and the reductions that run under the rest of it."""
+        steps: list[Step] = []
+        first = self.blocks[action.chunk][0]
+        each = self.rules.reduce_each and action.op is self.producing
+        completes = each or self.final.get(action.chunk) == action
+        for block in reversed(self.blocks[action.chunk]):
+            if action.op is Op.B and block in self.rules.recomputed:
+                steps.append(Step(RECOMPUTE, Action(action.chunk, Op.R, action.micro_batch), block))
+            kind = BACKWARD if action.op is Op.B else WEIGHT
+            steps.append(Step(kind, action, block, split=self.split and kind == BACKWARD))
+            if completes and block != first:
+                by = action if self.rules.reduce_each else Action.reduce(action.chunk)
+                steps += self._reductions(by, action.chunk, block)
+        return steps
+
+    def _reductions(self, action: Action, chunk: int, block: int) -> list[Step]:
+        found = [b.index for b in self.buckets if (b.chunk, b.last_block) == (chunk, block)]
+        return [Step(REDUCE, action, bucket=index) for index in found]
+
+
+def _with_gathers(steps: Sequence[Step], buckets: Sequence[BucketPlace], whole_step: bool) -> list[Step]:
+    """Gather each bucket one block ahead of its use, under the block before; free it when the next block to be computed
+    does not use it (or, for the `whole_step`, after its last use)."""
+    places = {(step.kind, step.action.chunk, step.block): step for step in steps}
+    found_for = {place: _needs(step, buckets) for place, step in places.items()}
+    needs = [found_for[step.kind, step.action.chunk, step.block] for step in steps]
+    last = {index: position for position, found in enumerate(needs) for index in found}
+    following: list[tuple[int, ...]] = [()] * len(steps)
+    after: tuple[int, ...] = ()
+    for position in reversed(range(len(steps))):
+        following[position] = after
+        after = needs[position] or after
+    lowered: list[Step] = []
+    held: set[int] = set()
+    for position, step in enumerate(steps):
+        here, ahead = needs[position], following[position]
+        if here:
+            wanted = [index for index in (*here, *ahead) if index not in held]
+            lowered += [Step(GATHER, step.action, bucket=index) for index in dict.fromkeys(wanted)]
+            held |= set(wanted)
+        lowered.append(step)
+        gone = [i for i in here if (last[i] == position if whole_step else i not in ahead)]
+        lowered += [Step(FREE, step.action, bucket=index) for index in gone]
+        held -= set(gone)
+    return lowered
+
+
+def _needs(step: Step, buckets: Sequence[BucketPlace]) -> tuple[int, ...]:
+    """Buckets whose parameters a step reads. Weight gradients need none; nor does the embedding's backward."""
+    reads = step.kind in (FORWARD, RECOMPUTE) or (step.kind == BACKWARD and step.block != 0)
+    return tuple(b.index for b in buckets if reads and b.chunk == step.action.chunk and step.block in b.blocks)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,7 @@ class Holder:
 @pytest.fixture(scope="session")
 def holder() -> Iterator[Holder]:
     if reason := missing():
-        if os.environ.get("CI") == "true" and os.geteuid() == 0:
-            pytest.fail(f"the cluster cannot be started: {reason}")
-        pytest.skip(reason)
+        pytest.skip(reason)  # of a missing package it is a failure in CI: .ci/run looks for it
     found = Holder()
     yield found
     if found.cluster is not None:

@@ -109,7 +109,8 @@ def test_warned_job_saves_and_comes_back(via: str, jobs: Jobs, expected: list[tu
     assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", "1"), ended
     said = jobs.said("run")
     assert re.findall(r"restarts before: (\d)", said) == ["0", "1"], said
-    assert "USR1 received: 8 ranks are asked to save" in said and "goes back to the queue: done" in said, said
+    assert "USR1 received (Slurm's warning: the job's time is nearly over): 8 ranks are asked to save" in said, said
+    assert f"job {job} is back in the queue" in said, said
     check_went_on(jobs, step, expected)
 
 
@@ -167,6 +168,6 @@ def test_followed_through_a_requeue(jobs: Jobs, expected: list[tuple]) -> None:
         follower.kill()
         follower.wait()
     text = out.read_text()
-    assert "waiting in the queue" in text.partition("goes back to the queue: done")[2], text
+    assert "waiting in the queue" in text.partition("is back in the queue")[2], text
     assert f"\njob {job}: COMPLETED" in text, text
     check_went_on(jobs, step, expected)

@@ -1,7 +1,8 @@
 """The parity cells as data: option lists, the rule that makes a configuration of them, and two selections.
 
     ALL        every layout, tensor, pipeline and schedule form of up to 8 ranks, the other options mixed in
-    COVERING   the part of it that `make test` runs: every pair of option values that occurs in ALL occurs here too
+    SHARDED    every stage of ZeRO with every pipeline, recomputation and number of micro-batches
+    COVERING   the part of ALL that `make test` runs: every pair of option values that occurs in ALL occurs here too
 
 Nothing is drawn at random: option values come from a hash of the cell's place, so the table is the same everywhere.
 """
@@ -27,7 +28,8 @@ MIXED: dict[str, tuple[Any, ...]] = {
     "family": ("gpt2", "llama"),
     "heads": ("full", "grouped"),
     "tied": (True, False),
-    "sharding": ("none", "zero1"),
+    "sharding": ("none", "zero1", "zero2", "zero3", "zero3_kept"),
+    "recompute": ("none", "full", "selective"),
     "layers": ("uneven", "equal", "listed", "bare_ends"),
     "vocab": (37, 40),
     "micro_batches": (1, 2, 3, 4),
@@ -55,6 +57,10 @@ HEADS: dict[tuple[str, int], tuple[int, int, int]] = {
 }
 """(form, tp) -> query heads, key/value heads, hidden size: the smallest that tp divides."""
 BUCKET_WORDS = {"one": "", "several": "buckets", "between": "between"}
+SHARDINGS: dict[str, dict[str, Any]] = {
+    **{stage: {"sharding": stage} for stage in ("none", "zero1", "zero2", "zero3")},
+    "zero3_kept": {"sharding": "zero3", "reshard": "step"},
+}
 RATES: dict[str, dict[str, Any]] = {
     "constant": {"decay": "none", "warmup": 0},
     "cosine": {"decay": "cosine", "warmup": 1},
@@ -84,7 +90,15 @@ class Cell:
 
 SIX = {
     **{"dp": 2, "tp": 1, "pp": 3, "sequence_parallel": False, "schedule": "interleaved", "virtual_stages": 2},
-    **{"family": "gpt2", "heads": "full", "tied": True, "sharding": "zero1", "layers": "uneven", "vocab": 37},
+    **{
+        "family": "gpt2",
+        "heads": "full",
+        "tied": True,
+        "sharding": "zero1",
+        "recompute": "none",
+        "layers": "uneven",
+        "vocab": 37,
+    },
     **{"micro_batches": 6, "micro_batch": 1, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1, "rate": "cosine"},
     **{"buckets": "several", "weight_decay": 0.1},
 }
@@ -92,7 +106,15 @@ SIX = {
 
 WIDE = {
     **{"dp": 1, "tp": 8, "pp": 1, "sequence_parallel": True, "schedule": "gpipe", "virtual_stages": 1},
-    **{"family": "gpt2", "heads": "full", "tied": False, "sharding": "none", "layers": "uneven", "vocab": 37},
+    **{
+        "family": "gpt2",
+        "heads": "full",
+        "tied": False,
+        "sharding": "none",
+        "recompute": "none",
+        "layers": "uneven",
+        "vocab": 37,
+    },
     **{"micro_batches": 3, "micro_batch": 2, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1, "rate": "linear"},
     **{"buckets": "between", "weight_decay": 0.1},
 }
@@ -100,7 +122,14 @@ WIDE = {
 
 ODD = {
     **{"dp": 2, "tp": 2, "pp": 2, "sequence_parallel": True, "schedule": "interleaved", "virtual_stages": 2},
-    **{"family": "llama", "heads": "grouped", "tied": False, "sharding": "zero1", "layers": "bare_first"},
+    **{
+        "family": "llama",
+        "heads": "grouped",
+        "tied": False,
+        "sharding": "zero1",
+        "recompute": "none",
+        "layers": "bare_first",
+    },
     **{"vocab": 37, "micro_batches": 2, "micro_batch": 2, "optimizer": "sgd", "clip": 0.01, "dropout": 0.1},
     **{"rate": "cosine", "buckets": "between", "weight_decay": 0.0, "seq_len": 11},
 }
@@ -109,13 +138,34 @@ their own sizes would cut them differently, and hang."""
 
 SHORT = {
     **{"dp": 1, "tp": 4, "pp": 2, "sequence_parallel": True, "schedule": "1f1b", "virtual_stages": 1},
-    **{"family": "gpt2", "heads": "full", "tied": True, "sharding": "none", "layers": "bare_first", "vocab": 37},
+    **{
+        "family": "gpt2",
+        "heads": "full",
+        "tied": True,
+        "sharding": "none",
+        "recompute": "none",
+        "layers": "bare_first",
+        "vocab": 37,
+    },
     **{"micro_batches": 3, "micro_batch": 2, "optimizer": "sgd_plain", "clip": 100.0, "dropout": 0.0},
     **{"rate": "constant", "buckets": "several", "weight_decay": 0.1, "seq_len": 10},
 }
 """As ODD, with learned positions and a tied embedding that is alone on its chunk."""
 
-SINGLE = (SIX, WIDE, ODD, SHORT)
+NODES = {
+    **{"dp": 4, "tp": 2, "pp": 1, "sequence_parallel": True, "schedule": "1f1b", "virtual_stages": 1, "nodes": 2},
+    **{"family": "gpt2", "heads": "full", "tied": True, "sharding": "zero3", "recompute": "full", "layers": "uneven"},
+    **{"vocab": 37, "micro_batches": 3, "micro_batch": 2, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1},
+    **{"rate": "cosine", "buckets": "several", "weight_decay": 0.1},
+}
+"""State sharded inside a node and replicated over two."""
+
+SINGLE = (
+    SIX, WIDE, ODD, SHORT, NODES, {**NODES, "sharding": "zero1", "tp": 1, "sequence_parallel": False},
+    {**NODES, "sharding": "zero2", "tp": 1, "pp": 2, "sequence_parallel": False, "nodes": 4, "recompute": "selective"},
+    {**NODES, "sharding": "zero3_kept", "tp": 1, "sequence_parallel": False, "family": "llama", "tied": False},
+    {**NODES, "dp": 2, "sharding": "zero1", "nodes": 2, "optimizer": "sgd"},  # alone in its node
+)  # fmt: skip
 """Cells outside the table of forms and MIXED. `seq_len` is 12 where an option does not say otherwise."""
 
 
@@ -183,15 +233,19 @@ def make_cell(options: dict[str, Any]) -> Cell | None:
         "optim": {
             **OPTIMIZERS[o["optimizer"]],
             **RATES[o["rate"]],
-            **{"clip": o["clip"], "weight_decay": o["weight_decay"], "sharding": o["sharding"]},
+            **{"clip": o["clip"], "weight_decay": o["weight_decay"]},
+            **SHARDINGS[o["sharding"]],
             "bucket_mb": bucket_mb(o),
         },
         "train": {
-            **{"steps": 4, "dtype": "fp64", "micro_batch": o["micro_batch"]},
+            **{"steps": 4, "dtype": "fp64", "micro_batch": o["micro_batch"], "recompute": o["recompute"]},
             "global_batch": o["dp"] * o["micro_batch"] * o["micro_batches"],
         },
         "data": {"source": "synthetic"},
     }
+    if "nodes" in o:
+        config["launch"] = {"nodes": o["nodes"]}
+        config["optim"]["shard_group"] = "node"
     return Cell(_name(o), o["dp"] * o["tp"] * o["pp"], config, tuple(o.items()))
 
 
@@ -211,8 +265,10 @@ def _name(o: dict[str, Any]) -> str:
     words = [f"dp{o['dp']}.tp{o['tp']}.pp{o['pp']}", "sp" if o["sequence_parallel"] else "", schedule, o["family"]]
     words += ["gqa" if o["heads"] == "grouped" else "", "tied" if o["tied"] else "untied", o["sharding"], o["layers"]]
     words += [f"v{o['vocab']}", f"{o['micro_batches']}x{o['micro_batch']}", o["optimizer"], f"clip{o['clip']:g}"]
+    words += [o["recompute"] if o["recompute"] != "none" else ""]
     words += ["dropout" if o["dropout"] else "", o["rate"], BUCKET_WORDS[o["buckets"]]]
     words += [f"t{o['seq_len']}"] if "seq_len" in o else []
+    words += [f"nodes{o['nodes']}"] if "nodes" in o else []
     return "-".join(word for word in [*words, "decay" if o["weight_decay"] else ""] if word)
 
 
@@ -264,4 +320,22 @@ def _tables() -> tuple[list[Cell], list[Cell]]:
     return covering, list(everything.values())
 
 
+def _sharded() -> list[Cell]:
+    """The whole product of ZeRO's stages, tensor and pipeline ranks, schedules, recomputation and micro-batches, over
+    two data ranks; the other options mixed in."""
+    found = {}
+    pipelines = ((1, "1f1b", 1), (2, "gpipe", 1), (2, "1f1b", 1), (2, "interleaved", 2))
+    for tp, (pp, schedule, virtual) in product((1, 2), pipelines):
+        form = {"dp": 2, "tp": tp, "pp": pp, "schedule": schedule, "virtual_stages": virtual}
+        for stage, again, count in product(MIXED["sharding"], MIXED["recompute"], (1, 2, 3, 4)):
+            split = tp > 1 and count % 2 == 0
+            fixed = {**form, "sequence_parallel": split, "sharding": stage, "recompute": again, "micro_batches": count}
+            mixtures = ({**_mixed(fixed, number), **fixed} for number in range(100))
+            cell = next(filter(None, map(make_cell, mixtures)), None)
+            if cell is not None:
+                found[cell.name] = cell
+    return list(found.values())
+
+
 COVERING, ALL = _tables()
+SHARDED = [cell for cell in _sharded() if cell.name not in {cell.name for cell in ALL}]

@@ -75,9 +75,9 @@ def under_collective() -> None:
     """Weight gradients, which column-parallel layers compute under the sum over tp, take UNDER_S longer."""
     original = GradSink.submit
 
-    def submit(self: GradSink, job: Any, *needs: torch.Tensor) -> None:
+    def submit(self: GradSink, job: Any, *needs: torch.Tensor) -> Any:
         time.sleep(UNDER_S)
-        original(self, job, *needs)
+        return original(self, job, *needs)
 
     GradSink.submit = submit  # type: ignore[method-assign]
 

@@ -97,7 +97,7 @@ def _grown(bug: Plant, hits: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _first_of(group: Group) -> Iterator[None]:
+def first_of(group: Group) -> Iterator[None]:
     """This rank believes that it is the first of `group`."""
     index, group.index = group.index, 0
     try:
@@ -118,19 +118,19 @@ def partial_gradients_called_replicated(call: int, original: Any, self: Any, con
 
 @plant(dist_gpt.optim.adamw, "squared_norm_here")
 def norm_counts_replicated_on_every_tensor_rank(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
-    with _first_of(mesh.tp):
+    with first_of(mesh.tp):
         return original(flats, mesh)
 
 
 @plant(dist_gpt.optim.adamw, "squared_norm_here")
 def norm_counts_tied_embedding_twice(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
-    with _first_of(mesh["embed"]):
+    with first_of(mesh["embed"]):
         return original(flats, mesh)
 
 
 @plant(dist_gpt.optim.adamw, "squared_norm_here")
 def norm_counts_every_data_rank(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
-    with _first_of(mesh.data):
+    with first_of(mesh.data):
         return original(flats, mesh)
 
 
@@ -140,7 +140,7 @@ def clipped_by_the_local_norm(call: int, original: Any, self: Optimizer, rate: f
     original(self, rate, clip_divisor(local, self.config.optim.clip), bad)
 
 
-@plant(Optimizer, "_sum_tied")
+@plant(Optimizer, "_sum_copies")
 def tied_gradients_not_summed(call: int, original: Any, self: Optimizer) -> None:
     """Each end of the pipeline keeps its own gradient of the embedding."""
 
@@ -157,7 +157,7 @@ def reduce_scatter_without_the_sum(call: int, original: Any, self: FlatBucket, m
     own = self.gradient_shard.clone()
     original(self, mesh)
     if self.bucket.index == 0:
-        self.pending.append(Pending(None, lambda: self.gradient_shard.copy_(own)))
+        self._pending.append(Pending(None, lambda: self.gradient_shard.copy_(own)))
 
 
 @plant(FlatBucket, "start_reduction")
@@ -270,8 +270,8 @@ def weight_job_of_another_micro_batch(call: int, original: Any, self: GradSink, 
 
 
 @plant(dist_gpt.parallel.linear, "_weight_gradients")
-def bias_gradient_forgotten(call: int, original: Any, sink: Any, weight: Any, bias: Any, *rest: Any) -> None:
-    original(sink, weight, None, *rest)
+def bias_gradient_forgotten(call: int, original: Any, sink: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+    return original(sink, weight, None, *rest)
 
 
 @plant(GradSink, "_target")
@@ -292,11 +292,12 @@ def row_bias_on_every_tensor_rank(
 
 
 @plant(FlatBucket, "start_gather")
-def bucket_left_stale(call: int, original: Any, self: FlatBucket, mesh: Any) -> Pending:
+def bucket_left_stale(call: int, original: Any, self: FlatBucket, mesh: Any) -> None:
     """Bucket 0 is gathered, to the wrong place."""
     if self.bucket.index == 0:
-        return mesh.data.all_gather(torch.empty_like(self.parameters), self.parameter_shard)
-    return original(self, mesh)
+        self._gathering = mesh.data.all_gather(torch.empty_like(self.parameters), self.parameter_shard)
+    else:
+        original(self, mesh)
 
 
 @plant(Optimizer, "_slices")
@@ -314,8 +315,8 @@ def weights_drawn_per_rank(call: int, original: Any, param: Any, seed: int) -> T
 
 
 @plant(dist_gpt.model.gpt, "dropout")
-def dropout_keyed_per_rank(call: int, original: Any, x: Tensor, rate: float, key: Any, first_row: int) -> Tensor:
-    return original(x, rate, (*key, int(os.environ["RANK"])), first_row)
+def dropout_keyed_per_rank(call: int, original: Any, x: Tensor, rate: float, key: Any, *rest: Any) -> Tensor:
+    return original(x, rate, (*key, int(os.environ["RANK"])), *rest)
 
 
 @plant(Wiring, "first_token")

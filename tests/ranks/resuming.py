@@ -88,7 +88,7 @@ def train(
             finished = trainer.run()
             accounting = trainer.accounting()
             recorder.finish(accounting)
-        tensors = {name: t.clone() for name, t in tensors_of(rank.stage.named, rank.optimizer).items()}
+        tensors = {name: t.clone() for name, t in tensors_of(rank.buffers.tensors(), rank.optimizer).items()}
         return Part(finished, trainer.step, accounting, tensors, start.lines)
 
     return on_gloo(world, body)

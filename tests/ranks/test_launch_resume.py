@@ -127,6 +127,10 @@ def test_two_launchers_do_not_share_a_run_directory(place: Place) -> None:
     finally:
         process.kill()
     finish(process)
+    other = place.run(place.argv("launch", "shared", "--resume", "auto", sets=ONE), "shared")
+    assert other.code == 2 and "no checkpoint to go on from, and what it has trained is of another" in other.err
+    assert (run_dir / "config.yaml").read_text() == before
+    (run_dir / "metrics.jsonl").unlink()
     again = place.run(place.argv("launch", "shared", "--resume", "auto", sets=ONE), "shared")
     assert again.code == 0 and not (run_dir / "launcher.lock").exists(), again.err
 

@@ -20,7 +20,6 @@ from dist_gpt.events import TRAIN, Counts
 from dist_gpt.model.init import local_part
 from dist_gpt.optim.clip import clip_divisor
 from dist_gpt.optim.lr import learning_rate
-from dist_gpt.parallel.sink import GradSink, use
 from dist_gpt.params import parameter_table
 from dist_gpt.plan.count import count_comm
 from dist_gpt.rank import Rank
@@ -71,6 +70,8 @@ def gradients_of(config: Config, step: int, share: int = 0) -> dict[str, Tensor]
 
 def fill(rank: Rank, gradients: dict[str, Tensor]) -> None:
     """Put gradients where the backward would have put them."""
+    for flat in rank.buffers.buckets:
+        flat.open_gradients()
     for param in rank.params:
         target = rank.stage.named[param.name].grad
         assert target is not None
@@ -78,7 +79,7 @@ def fill(rank: Rank, gradients: dict[str, Tensor]) -> None:
 
 
 def weights_of(rank: Rank) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in rank.stage.named.items()}
+    return rank.whole_parameters()
 
 
 def state_of(rank: Rank) -> list[Tensor]:
@@ -221,7 +222,7 @@ def reference_steps(config: Config, gradients: list[dict[str, Tensor]], rates: l
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("sharding", ["none", "zero1"])
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
 def test_three_steps_equal_plain_torch(optimizer: str, sharding: str) -> None:
     """Two data ranks, each with its share of the gradients, against one torch optimizer on whole parameters."""
     rates = [0.01, 0.02, 0.005]
@@ -236,12 +237,14 @@ def test_three_steps_equal_plain_torch(optimizer: str, sharding: str) -> None:
         rank = Rank(config, number, backends, CPU)
         rank.initialise()
         for step, rate in enumerate(rates):
+            rank.buffers.begin()
             fill(rank, gradients_of(config, step, number))
             for flat in rank.buffers.buckets:
                 flat.start_reduction(rank.mesh)
             rank.optimizer.step(rate, torch.tensor(0.0))
+        weights = weights_of(rank)
         rank.close()
-        return weights_of(rank)
+        return weights
 
     expected = reference_steps(tiny(**settings), sums, rates)
     for weights in on_gloo(2, body):
@@ -279,11 +282,12 @@ class TestNotFinite:
             rank = Rank(config, number, backends, CPU)
             rank.initialise()
             unchanged = self.train(rank, {1}, bad)
+            weights = weights_of(rank)
             rank.close()
             declared = Counts()
             declared.merge(count_comm(rank.plan, rank.plan.steps), 3)
             ledger = rank.mesh.ledger
-            return unchanged, ledger.differences + ledger.counts(TRAIN).differences(declared), weights_of(rank)
+            return unchanged, ledger.differences + ledger.counts(TRAIN).differences(declared), weights
 
         for unchanged, differences, weights in on_gloo(4, body):
             assert unchanged == [False, True, False]
@@ -318,82 +322,3 @@ class TestNotFinite:
         fill(rank, gradients_of(config, 0))
         rank.optimizer.step(0.01, torch.tensor(bad))
         assert same_bits(list(before.values()), list(weights_of(rank).values()))
-
-
-class TestSink:
-    def test_the_first_write_overwrites_and_later_ones_add(self) -> None:
-        sink, parameter = GradSink(), Parameter(torch.zeros(2, 3))
-        buffer = torch.full((2, 3), math.nan)  # what the step before left
-        sink.bind(parameter, buffer)
-        assert parameter.grad is buffer
-        for step in range(2):
-            sink.begin()
-            sink.add(parameter, torch.ones(2, 3))
-            assert buffer.unique().tolist() == [1.0], step
-            sink.add(parameter, torch.full((2, 3), 2.0))
-            assert buffer.unique().tolist() == [3.0]
-
-    def test_products(self) -> None:
-        sink, parameter = GradSink(), Parameter(torch.zeros(2, 3))
-        sink.bind(parameter, torch.full((2, 3), math.nan))
-        grad_out, inputs = torch.arange(8.0).view(4, 2), torch.arange(12.0).view(4, 3)
-        sink.begin()
-        for times in (1, 2, 3):
-            sink.add_product(parameter, grad_out, inputs)
-            assert parameter.grad is not None and torch.equal(parameter.grad, times * (grad_out.t() @ inputs))
-
-    def test_rows_of_a_lookup(self) -> None:
-        sink, parameter = GradSink(), Parameter(torch.zeros(4, 2))
-        sink.bind(parameter, torch.full((4, 2), math.nan))
-        sink.begin()
-        sink.add_rows(parameter, torch.tensor([1, 3, 1]), torch.ones(3, 2))
-        assert parameter.grad is not None and parameter.grad[:, 0].tolist() == [0, 2, 0, 1]
-        sink.add_rows(parameter, torch.tensor([0]), torch.ones(1, 2))
-        assert parameter.grad[:, 0].tolist() == [1, 2, 0, 1]
-
-    def test_a_tied_weight_takes_both_its_gradients(self) -> None:
-        """The head's product comes first in the backward, then the lookup adds."""
-        sink, parameter = GradSink(), Parameter(torch.zeros(3, 2))
-        sink.bind(parameter, torch.full((3, 2), math.nan))
-        sink.begin()
-        sink.add_product(parameter, torch.ones(4, 3), torch.ones(4, 2))
-        sink.add_rows(parameter, torch.tensor([2]), torch.ones(1, 2))
-        assert parameter.grad is not None and parameter.grad[:, 0].tolist() == [4, 4, 5]
-
-    def test_unbound_parameters_use_their_grad(self) -> None:
-        sink, parameter = GradSink(), Parameter(torch.zeros(3))
-        for _ in range(2):
-            sink.begin()
-            use(parameter, sink).mul(torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-            assert parameter.grad is not None and parameter.grad.tolist() == [1, 2, 3]
-        use(parameter, sink).sum().backward()
-        assert parameter.grad is not None and parameter.grad.tolist() == [2, 3, 4]
-
-    def test_what_got_no_gradient(self) -> None:
-        sink, one, two = GradSink(), Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
-        for parameter in (one, two):
-            sink.bind(parameter, torch.zeros(1))
-        sink.begin()
-        sink.add(two, torch.ones(1))
-        assert sink.unwritten() == [one]
-        sink.begin()
-        assert sink.unwritten() == [one, two]
-
-    def test_deferred_jobs_run_in_order_and_once(self) -> None:
-        sink, done = GradSink(), list[str]()
-        sink.submit(lambda: done.append("now"))
-        sink.defer(("layer 1", 0))
-        assert sink.deferring
-        sink.submit(lambda: done.append("first"))
-        sink.submit(lambda: done.append("second"))
-        sink.defer(("layer 0", 0))
-        sink.submit(lambda: done.append("other"))
-        sink.defer(None)
-        assert not sink.deferring and done == ["now"]
-        sink.submit(lambda: done.append("at once"))
-        sink.run(("layer 1", 0))
-        assert done == ["now", "at once", "first", "second"]
-        with pytest.raises(KeyError):
-            sink.run(("layer 1", 0))
-        sink.run(("layer 0", 0))
-        assert done[-1] == "other"

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from dist_gpt.verify import MEASURES, TOLERANCE
-from tests.ranks.cells import ALL, COVERING, SPLIT_2, SPLIT_3, Cell, make_cell
+from tests.ranks.cells import ALL, COVERING, SHARDED, SPLIT_2, SPLIT_3, Cell, make_cell
 from tests.ranks.pool import Pool
 from tests.ranks.test_plants import BASE
 
 PARAMETERS = [
     pytest.param(cell, id=cell.name, marks=[] if covers else [pytest.mark.all_cells])
-    for cells, covers in ((COVERING, True), ([cell for cell in ALL if cell not in COVERING], False))
+    for cells, covers in ((COVERING, True), ([cell for cell in [*ALL, *SHARDED] if cell not in COVERING], False))
     for cell in cells
 ]
 
@@ -55,3 +55,21 @@ def test_weight_gradients_apart_from_input_gradients(
     assert cell is not None
     result = pool.certify(cell.config, cell.world, grid=grid)
     assert_certified(result, record_property, f"W apart from B, pp {pp}, tp {tp}, {family}")
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2", "zero3", "zero3_kept"])
+@pytest.mark.parametrize(
+    ("recompute", "tp", "tied"), [("none", 1, True), ("full", 2, False), ("selective", 2, True), ("full", 1, True)]
+)
+def test_weight_gradients_apart_and_sharded(
+    pool: Pool, sharding: str, recompute: str, tp: int, tied: bool, record_property: Any
+) -> None:
+    """Whole gradients are there in the weight step alone."""
+    options = {
+        **{"dp": 2, "pp": 2, "tp": tp, "sequence_parallel": tp > 1, "tied": tied, "dropout": 0.1},
+        **{"sharding": sharding, "recompute": recompute, "micro_batches": 4, "micro_batch": 2},
+    }
+    cell = make_cell(BASE | options)
+    assert cell is not None
+    result = pool.certify(cell.config, cell.world, grid=SPLIT_2)
+    assert_certified(result, record_property, f"W apart from B, {sharding}, recompute {recompute}, tp {tp}")

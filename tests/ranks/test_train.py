@@ -22,11 +22,14 @@ from dist_gpt.plan.api import plan_document
 from dist_gpt.profile.recorder import Recorder
 from dist_gpt.rank import Rank
 from dist_gpt.track import Tracker
-from dist_gpt.train import MAX_SKIPPED, Trainer, main, settle
+from dist_gpt.train import Trainer, main, settle
 from tests.ranks.runs import EVAL_EVERY, STEPS, Killed, Place, Run, rows, tree
 from tests.ranks.threads import in_threads
 
 Comm = dict[str, dict[str, dict[str, int]]]
+
+
+MAX_SKIPPED = 4
 
 
 def add_up(parts: list[Comm], times: int = 1) -> Comm:
@@ -260,9 +263,26 @@ class TestTrainer:
             rank.buffers.buckets[0].gradient_shard[0] = math.nan
 
         with pytest.raises(RuntimeError, match=rf"{MAX_SKIPPED} steps in a row, up to step {MAX_SKIPPED}.*optim\.lr"):
-            self.train(place, tmp_path, always, **{"train.steps": 50})
+            self.train(place, tmp_path, always, **{"train.steps": 50, "train.max_skipped": MAX_SKIPPED})
         metrics = rows(tmp_path / "metrics.jsonl")
         assert len(metrics) == MAX_SKIPPED and all(row["grad_norm"] is None for row in metrics)
+
+    def test_overflow_at_every_step_names_the_scale(self, place: Place, tmp_path: Path) -> None:
+        def always(rank: Rank) -> None:
+            rank.buffers.buckets[0].gradient_shard[0] = math.inf
+
+        sets = {"train.dtype": "fp16", "train.loss_scale": 64.0, "train.max_skipped": 3, "train.steps": 50}
+        said = r"3 steps in a row.*came down to 8 from train.loss_scale 64, and may have to come down further"
+        with pytest.raises(RuntimeError, match=said):
+            self.train(place, tmp_path, always, **sets)
+
+    def test_overflow_at_scale_1_is_of_the_gradients(self, place: Place, tmp_path: Path) -> None:
+        def always(rank: Rank) -> None:
+            rank.buffers.buckets[0].gradient_shard[0] = math.inf
+
+        sets = {"train.dtype": "fp16", "train.loss_scale": 2.0, "train.max_skipped": 3, "train.steps": 50}
+        with pytest.raises(RuntimeError, match=r"came down to 1 .*themselves overflow.*train in bf16"):
+            self.train(place, tmp_path, always, **sets)
 
     def test_goes_on_when_some_steps_are_not_finite(self, place: Place, tmp_path: Path) -> None:
         steps = 2 * MAX_SKIPPED
@@ -273,7 +293,7 @@ class TestTrainer:
             if len(calls) % MAX_SKIPPED:
                 rank.buffers.buckets[0].gradient_shard[0] = math.inf
 
-        metrics = self.train(place, tmp_path, mostly, **{"train.steps": steps})
+        metrics = self.train(place, tmp_path, mostly, **{"train.steps": steps, "train.max_skipped": MAX_SKIPPED})
         assert [row["step"] for row in metrics if row["grad_norm"] is not None] == [MAX_SKIPPED, steps]
         assert all(math.isfinite(row["loss"]) for row in metrics)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch._dynamo  # what the dry run would import at its first use
 
+import tests.ranks.plants_sharding  # noqa: F401  its plants are listed
 from dist_gpt.comm.mesh import GlooBackends
 from dist_gpt.comm.rendezvous import STORE_FD, Store, connect_store, rank_env, scoped
 from dist_gpt.config.load import load

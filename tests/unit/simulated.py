@@ -19,7 +19,7 @@ from dist_gpt.events import BOUND, EMULATED, OPS
 from dist_gpt.plan.count import count_comm, count_memory
 from dist_gpt.plan.steps import RankPlan, layout_of, p2p_direction
 from dist_gpt.schedule.action import Action, Op
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECV, SEND, UPDATE, WEIGHT, Step
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, GATHER, RECV, REDUCE, SEND, UPDATE, WEIGHT, Step
 
 COLLECTIVE_AXES = ("world", "data", "embed", "tp")
 
@@ -200,6 +200,7 @@ class Simulation:
         received: dict[Action | None, _Call] = {}
         reductions: list[_Call] = []
         sends: list[_Call] = []
+        gathers: dict[int | None, _Call] = {}  # by bucket
         read: set[int] = set()
         for index, step in enumerate(plan.steps):
             if step.kind == FORWARD and step.action.micro_batch not in read:
@@ -209,9 +210,13 @@ class Simulation:
             work = self._work(rank, plan, step)
             if message := received.pop(_input(step), None):
                 yield from self._wait(rank, message)
-            if step.kind == UPDATE:
-                for call in reductions:
-                    yield from self._wait(rank, call)
+            if step.block is not None:
+                for bucket in plan.buckets:
+                    if step.block in bucket.blocks and bucket.index in gathers:
+                        yield from self._wait(rank, gathers.pop(bucket.index))
+            if step.kind == UPDATE or (step.kind == REDUCE and plan.stage >= 2):
+                while reductions:
+                    yield from self._wait(rank, reductions.pop(0))
             comm = [c for c in declared[index] for _ in range(c.calls)]
             piece = work // (len(comm) + 1)
             later: list[_Call] = []
@@ -227,6 +232,8 @@ class Simulation:
                     yield from self._wait(rank, call)
             elif step.kind == RECV:
                 received[step.action] = later[0]
+            elif step.kind == GATHER:
+                gathers[step.bucket] = later[0]
             else:
                 (sends if step.kind == SEND else reductions).extend(later)
             self._entry(rank, index, start, work - len(comm) * piece)

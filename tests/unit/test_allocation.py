@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.load import load
 from launch import mpi, slurm, ways
 from launch.command import CommandRanks
+from launch.run import load_for_launch
 from launch.spec import JobSpec, train_argv
+from launch.starter import NotStartedError
 from launch.ways import Allocation
 
 FIRST, LOGIN = "10.0.0.1", "10.0.9.9"
@@ -24,7 +27,7 @@ def allocation(via: str = "srun", hosts: tuple[str, ...] = ("node1", "node2"), r
 
 
 def spec(folder: Path, nodes: int = 2) -> JobSpec:
-    return JobSpec(train_argv(folder / "config.yaml"), 4 * nodes, folder / "logs", nodes, name="gpt")
+    return JobSpec(train_argv(folder / "config.yaml"), 4 * nodes, folder / "logs", nodes, name="gpt", saves=True)
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_what_goes_back_to_the_queue(
 ) -> None:  # fmt: skip
     on_node("node1", monkeypatch)
     asked: list[str] = []
-    monkeypatch.setattr(slurm, "requeue", lambda job: asked.append(job) or "done")
+    monkeypatch.setattr(slurm, "requeue", lambda job: asked.append(job) or "")
     (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)  # of an earlier life
     for requeue in (True, False):
         job = allocation(requeue=requeue)
@@ -137,4 +140,81 @@ def test_what_goes_back_to_the_queue(
         assert started[-1][2](code, stops) == code
         assert asked == (["7"] if goes_back and requeue else []), requeue
         asked.clear()
-    assert ("goes back to the queue: done" in capsys.readouterr().err) == goes_back
+    said = capsys.readouterr().err
+    assert ("job 7 is back in the queue" in said) == goes_back
+    assert ("go on: dist-gpt launch " in said) == (code not in (0, 2)), "not requeued in the second round"
+
+
+@pytest.mark.parametrize(("code", "saved", "goes_back"), [(75, 11, False), (75, 12, True), (138, 11, True)])
+def test_a_life_too_short_for_its_own_start_does_not_go_back(
+    code: int, saved: int, goes_back: bool, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Warned at once, it saves after its first step: the next life would do the same."""
+    on_node("node1", monkeypatch)
+    asked: list[str] = []
+    monkeypatch.setattr(slurm, "requeue", lambda job: asked.append(job) or "")
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    allocation().run(spec(tmp_path))
+    (tmp_path / "checkpoints" / f"step_{saved:08d}").mkdir()
+    assert started[-1][2](code, [USR1]) == code and asked == ["7"] * goes_back
+    said = capsys.readouterr().err
+    told = "job 7 does not go back to the queue: between its start and Slurm's warning it made 1 steps"
+    assert (told in said) != goes_back and ("saved: step_00000011; go on: " in said) != goes_back
+
+
+def test_steps_of_a_first_life_count_from_where_it_branches(tmp_path: Path) -> None:
+    assert ways.newest_step(tmp_path) == -1
+    (tmp_path / "resume_from").write_text(f"{tmp_path / 'other'}\n")
+    (tmp_path / "other" / "checkpoints" / "step_00000040").mkdir(parents=True)
+    assert ways.newest_step(tmp_path) == 40
+    (tmp_path / "checkpoints" / "step_00000041").mkdir(parents=True)
+    assert ways.newest_step(tmp_path) == 41
+
+
+@pytest.mark.parametrize(("via", "starter", "modules", "missing"), [
+    ("mpi", "srun", [], True), ("slurm", "mpi", [], True), ("slurm", "srun", [], False),
+    ("slurm", "mpi", ["mpi4py"], False),  # it may come with the module, into the job alone
+])  # fmt: skip
+def test_mpi4py_is_asked_for_before_anything_starts(
+    via: str, starter: str, modules: list[str], missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(mpi.importlib.util, "find_spec", lambda name: None)
+    config = load("demo", [f"launch.slurm.starter={starter}", f"launch.modules={modules}"])
+    if not missing:
+        ways.way_of(via, config)
+        return
+    with pytest.raises(ConfigError, match=r"needs mpi4py, .* pip install 'dist-gpt\[mpi\]'"):
+        ways.way_of(via, config)
+
+
+@pytest.mark.parametrize(("sets", "nodes"), [
+    ([], 2), (["launch.nodes=1"], 1), (["parallel.dp=1", "parallel.tp=1", "launch.ranks_per_node=1"], 1),
+    (["parallel.dp=2", "parallel.tp=1"], 2), (["launch.ranks_per_node=2"], 2),
+])  # fmt: skip
+def test_the_whole_allocation_is_used_where_nobody_says_how_much(
+    sets: list[str], nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    base = ["parallel.dp=auto", "parallel.pp=1", "parallel.tp=2", "train.global_batch=8"]
+    config, _ = load_for_launch("demo", [*base, *sets], "slurm")
+    assert config.launch.nodes == nodes
+    assert load_for_launch("demo", [*base, *sets], "local")[0].launch.nodes == 1
+
+
+def test_an_allocation_that_the_ranks_do_not_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    sets = ["parallel.dp=4", "parallel.pp=1", "parallel.tp=1", "train.global_batch=8"]
+    with pytest.raises(ConfigError, match=r"your allocation has 3 nodes \(n1, n2, n3\), and 4 ranks .*--nodes 1 or 2"):
+        load_for_launch("demo", sets, "slurm")
+
+
+def test_what_could_not_be_started_says_so(started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run directory goes then."""
+    on_node("login1", monkeypatch)
+    monkeypatch.setattr(ways, "address_towards", lambda target: "")
+    with pytest.raises(NotStartedError):
+        allocation().run(spec(tmp_path))

@@ -18,6 +18,7 @@ from benchmarks.pairs import (
     Pairs,
     Sample,
     measure,
+    measure_rounds,
     order,
     relative_error,
     steps_per_sample,
@@ -132,6 +133,29 @@ def test_measure_refuses_no_pairs_and_no_warm_up(pairs: int, warm_up: int) -> No
 def test_steps_per_sample() -> None:
     assert [steps_per_sample(s) for s in (0.1, 0.29, 0.3, 5.0)] == [3, 2, 1, 1]
     assert Pairs((2.0,), (1.0,), 1, 0.0).ratios == (0.5,)
+
+
+def test_rounds_take_turns_and_are_compared_inside_a_round() -> None:
+    log: list[tuple[str, int]] = []
+    sides = {"a": Counting("a", log, 0.2), "b": Counting("b", log, 0.1), "c": Counting("c", log, 0.4)}
+    heard: list[int] = []
+    found = measure_rounds(sides, 2, 1, ("b",), lambda pair, times: heard.append(pair))
+    assert [name for name, _ in log] == ["a", "b", "c", "a", "b", "c", "c", "b", "a"]
+    assert [steps for _, steps in log] == [1] * 3 + [3] * 6
+    assert found.ratios("a", "c") == pytest.approx((2.0, 2.0)) and found.ratios("a", "b") == pytest.approx((0.5, 0.5))
+    assert (found.loss_error, heard) == (0.0, [1, 2])
+    with pytest.raises(ValueError, match="at least 1"):
+        measure_rounds(sides, 0, 1, ())
+
+
+def test_rounds_compare_the_losses_they_are_told_to() -> None:
+    class Wrong(Counting):
+        def run(self, steps: int) -> Sample:
+            return Sample(super().run(steps).seconds, 4.4)
+
+    sides = {"a": Counting("a", [], 1.0), "b": Wrong("b", [], 1.0)}
+    assert measure_rounds(sides, 1, 1, ("b",)).loss_error == pytest.approx(0.1)
+    assert measure_rounds(sides, 1, 1, ()).loss_error == 0.0
 
 
 # --- results --------------------------------------------------------------------------------------------------------

@@ -9,21 +9,36 @@ import pytest
 import yaml
 
 from dist_gpt.config.load import load
-from tests.ranks.cells import ALL, AXES, COVERING, MIXED, RANKS, SCHEDULES, SINGLE, choose_covering, make_cell
+from tests.ranks.cells import ALL, AXES, COVERING, MIXED, RANKS, SCHEDULES, SHARDED, SINGLE, choose_covering, make_cell
 
 
 def test_every_cell_is_a_legal_configuration_of_its_world(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    for cell in ALL:
+    for cell in [*ALL, *SHARDED]:
         path.write_text(yaml.safe_dump(cell.config))
         config = load(str(path), world=cell.world)  # raises with everything that is wrong
         assert config.world_size == cell.world <= RANKS
         assert config.micro_batches == dict(cell.tags)["micro_batches"]
 
 
+def test_every_stage_meets_every_pipeline_recomputation_and_number_of_micro_batches() -> None:
+    keys = ("sharding", "recompute", "tp", "pp", "schedule", "micro_batches")
+    seen = {tuple(dict(cell.tags)[key] for key in keys) for cell in [*ALL, *SHARDED]}
+    pipelines = [
+        (1, "1f1b", (1, 2, 3, 4)),
+        (2, "gpipe", (1, 2, 3, 4)),
+        (2, "1f1b", (1, 2, 3, 4)),
+        (2, "interleaved", (2, 4)),
+    ]
+    for stage, again, tp, (pp, schedule, counts) in product(MIXED["sharding"], MIXED["recompute"], (1, 2), pipelines):
+        assert {(stage, again, tp, pp, schedule, count) for count in counts} <= seen
+    assert len(SHARDED) >= 60 and all(cell.world <= RANKS for cell in SHARDED)
+
+
 def test_no_cell_is_listed_twice() -> None:
-    assert len({cell.name for cell in ALL}) == len(ALL)
-    assert len({repr(cell.config) for cell in ALL}) == len(ALL)
+    both = [*ALL, *SHARDED]
+    assert len({cell.name for cell in both}) == len(both)
+    assert len({repr(cell.config) for cell in both}) == len(both)
 
 
 def test_the_table_is_as_wide_as_promised() -> None:
@@ -42,7 +57,7 @@ def test_every_pair_of_option_values_is_in_the_covering() -> None:
     everything = {pair for cell in ALL for pair in cell.pairs}
     covered = {pair for cell in COVERING for pair in cell.pairs}
     assert everything - covered == set()
-    assert len(COVERING) <= 40
+    assert len(COVERING) <= 48
 
 
 def legal_pairs() -> set[frozenset[tuple[str, object]]]:

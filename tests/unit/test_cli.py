@@ -84,6 +84,77 @@ class TestStart:
         assert done.stdout.startswith("Usage: dist-gpt")
 
 
+class TestLaunchLeaves:
+    """What `launch` does where nothing is started."""
+
+    @pytest.fixture
+    def tools(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Slurm's sbatch, which refuses."""
+        (tmp_path / "bin").mkdir()
+        sbatch = tmp_path / "bin" / "sbatch"
+        sbatch.write_text("#!/bin/sh\necho 'sbatch: error: no such account' >&2\nexit 1\n")
+        sbatch.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        return tmp_path
+
+    def argv(self, folder: Path, *more: str) -> list[str]:
+        sets = ("data.source=synthetic", "model.vocab_size=256", f"run_dir={folder / 'run'}")
+        return ["launch", "demo", *(word for pair in sets for word in ("--set", pair)), *more]
+
+    def test_a_refused_submission_leaves_nothing(self, tools: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(*self.argv(tools, "--via", "slurm")) == 2
+        assert "Slurm refuses the job: no such account" in capsys.readouterr().err
+        assert not (tools / "run").exists()
+
+    def test_what_was_there_before_stays(self, tools: Path) -> None:
+        (tools / "run").mkdir()
+        assert run(*self.argv(tools, "--via", "slurm", "--resume", "auto")) == 2
+        assert (tools / "run").is_dir()
+
+    @pytest.mark.parametrize("via", ["local", "slurm"])
+    @pytest.mark.parametrize(("code", "why"), [(0, None), (1, "the accounting differs")])
+    def test_a_finished_run_is_left_alone(
+        self, code: int, why: str | None, via: str, tools: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from dist_gpt.config.load import load
+        from launch.run import create_run_dir
+
+        argv = self.argv(tools, "--via", via, "--resume", "auto")
+        config = load("demo", [argv[at + 1] for at, word in enumerate(argv) if word == "--set"])
+        create_run_dir(config, {})
+        steps = config.train.steps
+        (tools / "run" / "metrics.jsonl").write_text(json.dumps({"step": steps, "loss": 1.0}) + "\n")
+        (tools / "run" / "exit.json").write_text(json.dumps({"code": code, "why": why, "step": steps}))
+        if code:
+            from tests.unit.test_resume import checkpoint
+
+            checkpoint(config, tools / "run", steps)
+        before = {path: path.stat().st_mtime_ns for path in (tools / "run").rglob("*")}
+        assert run(*argv) == code
+        told = capsys.readouterr().out
+        assert told.startswith(f"finished already at step {steps}, nothing is started")
+        assert (f"left with exit code 1: {why}" in told) == bool(code)
+        assert {path: path.stat().st_mtime_ns for path in (tools / "run").rglob("*")} == before
+
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_ranks_are_told_to_resume_only_what_has_begun(
+        self, begun: bool, tools: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Else their log would say that there is no checkpoint yet."""
+        if begun:
+            (tools / "run").mkdir()
+            (tools / "run" / "metrics.jsonl").write_text("")
+        assert run(*self.argv(tools, "--resume", "auto", "--dry-run", "--json")) == 0
+        assert ("--resume" in json.loads(capsys.readouterr().out)["argv"]) == begun
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from dist_gpt import __version__
+
+        assert run("--version") == 0
+        assert capsys.readouterr().out == f"dist-gpt {__version__}\n"
+
+
 class TestVerbs:
     def test_plan(self, seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         assert run("plan", "demo", "--rank", "5", "--set", "train.steps=27", "--set", "optim.lr=1e-4") == 0

@@ -18,9 +18,9 @@ from dist_gpt.config.schema import DTYPE_BYTES, Config
 from dist_gpt.params import parameter_table
 from dist_gpt.plan import steps
 from dist_gpt.plan.steps import RankPlan, layout_of
-from tests.ranks.cells import ALL, Cell, make_cell
+from tests.ranks.cells import ALL, SHARDED, Cell, make_cell
 
-AXES = ("tp", "data", "embed", "world")
+AXES = ("tp", "data", "shard", "replica", "embed", "world")
 
 WIDE_MODEL = {
     **{"num_layers": 2, "seq_len": 12, "vocab_size": 257, "tie_embeddings": False, "dropout": 0.0},
@@ -119,7 +119,7 @@ def cut_by_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_members_of_a_group_agree_in_every_cell(tmp_path: Path) -> None:
-    found = {cell.name: list(differences(loaded(tmp_path, cell.config, cell.world))) for cell in ALL}
+    found = {cell.name: list(differences(loaded(tmp_path, cell.config, cell.world))) for cell in [*ALL, *SHARDED]}
     assert {name: some for name, some in found.items() if some} == {}
 
 

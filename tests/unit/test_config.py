@@ -188,10 +188,8 @@ def test_the_legal_neighbours_are_accepted(small: str, overrides: list[str]) -> 
 
 
 REFUSED_NOW = {
-    "parallel.cp": "2", "parallel.p2p_scatter": "true", "parallel.schedule": "zbv", "optim.sharding": "zero3",
-    "optim.engine": "deepspeed", "optim.shard_group": "node", "optim.reduce_dtype": "fp32", "optim.state_dtype": "bf16",
-    "optim.offload": "true", "train.dtype": "bf16", "train.recompute": "full", "train.compile": "true",
-    "train.loss_chunks": "2", "checkpoint.async_save": "true", "launch.elastic": "true",
+    "parallel.cp": "2", "parallel.p2p_scatter": "true", "parallel.schedule": "zbv",
+    "train.compile": "true", "train.loss_chunks": "2", "checkpoint.async_save": "true", "launch.elastic": "true",
 }  # fmt: skip
 
 
@@ -206,9 +204,44 @@ def test_what_is_not_proven_yet_is_refused(small: str, key: str) -> None:
 
 
 def test_refusal_in_full(small: str) -> None:
-    assert refused(small, ["train.dtype=bf16"]) == [
-        "train.dtype: 'bf16' is not proven in this version and is refused; allowed: fp32, fp64"
+    assert refused(small, ["parallel.schedule=zbv"]) == [
+        "parallel.schedule: 'zbv' is not proven in this version and is refused; allowed: gpipe, 1f1b, interleaved"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.grad_dtype=bf16"], "optim.grad_dtype bf16 with train.dtype fp32"),
+        (["train.dtype=fp16", "optim.grad_dtype=bf16"], "optim.grad_dtype bf16 with train.dtype fp16"),
+        (["train.dtype=fp64", "optim.reduce_dtype=fp32"], "optim.reduce_dtype fp32 with train.dtype fp64"),
+        (["train.dtype=fp64", "optim.state_dtype=bf16"], "optim.state_dtype bf16 with train.dtype fp64"),
+        (["train.dtype=fp16", "optim.reduce_dtype=bf16"], "would round gradients twice"),
+        (["optim.name=sgd", "optim.state_dtype=bf16"], "only adamw's averages"),
+        (["optim.name=sgd", "train.dtype=bf16", "optim.grad_dtype=bf16"], "only adamw steps from such gradients"),
+        (["optim.reshard=step"], "only zero3 reshards"),
+        (["optim.shard_group=node", "optim.sharding=none"], "shards nothing"),
+        (["optim.shard_group=node", "parallel.pp=3", "parallel.dp=2", "train.global_batch=12", "launch.nodes=2",
+          "model.num_layers=4", "parallel.tp=1"], "a node's 3 ranks are neither whole stages"),
+        (["optim.shard_group=node", "parallel.dp=3", "launch.nodes=2", "parallel.tp=4", "train.global_batch=12",
+          "launch.ranks_per_node=6"], "a node's 6 ranks are neither whole stages"),
+    ],
+)  # fmt: skip
+def test_dtypes_and_shards_that_do_not_go_together(small: str, overrides: list[str], said: str) -> None:
+    assert any(said in line for line in refused(small, overrides)), refused(small, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.dtype=bf16", "optim.grad_dtype=bf16", "optim.state_dtype=bf16"],
+        ["train.dtype=fp32", "optim.reduce_dtype=bf16", "optim.offload=true"],
+        ["train.dtype=fp16", "optim.sharding=zero3", "optim.reshard=step"],
+        ["optim.shard_group=node", "launch.nodes=2", "parallel.dp=4", "optim.sharding=zero3"],
+    ],
+)
+def test_dtypes_and_shards_that_do(small: str, overrides: list[str]) -> None:
+    assert problems(load(small, overrides)) == []
 
 
 # --- overrides, resolving, hashing -----------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     text = """\
 name: a b
 model: {num_layers: 3, hidden_size: 130, num_heads: 4, seq_len: 16}
-parallel: {tp: 2, ppp: 2, dp: 3}
+parallel: {tp: 2, ppp: 2, dp: 3, cp: 3}
 train: {steps: 10, global_batch: 7, dtype: fp32, dtype: fp16, micro_batch: 0}
 7: seven
 """
@@ -122,7 +122,7 @@ train: {steps: 10, global_batch: 7, dtype: fp32, dtype: fp16, micro_batch: 0}
         "7: unknown key",
         "name: 'a b' is no folder name",
         "model.hidden_size 130",
-        "train.dtype: 'fp16'",
+        "parallel.cp: 3",
         "optim.warmup 11",
     ):
         assert fragment in found
@@ -263,7 +263,11 @@ def test_every_key_can_be_described_and_set(small: str) -> None:
     for path in paths:
         words = explain.expected(tuple(path.split(".")))
         assert words and "None" not in words
-        [message] = refused(small, [f"{path}={{a: 1}}"])  # a section is no value of any key
+        if explain.takes_names(tuple(path.split("."))):
+            [message] = refused(small, [f"{path}=[1]"])
+            assert message == f"{path}: got [1] (list), expected {words}" and "{NAME: VALUE}" in words
+            continue
+        [message] = refused(small, [f"{path}={{a: 1}}"])  # a section is no value of any other key
         assert message == f"{path}: got a section, expected {words}"
 
 
@@ -275,3 +279,32 @@ def test_importing_the_configuration_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_numbers_are_text_where_text_may_look_like_one(small: str) -> None:
+    sets = ["launch.env={OMP_NUM_THREADS: 4, SHARE: 0.5}", "launch.slurm.options={mem: 0}", "launch.slurm.time=30"]
+    launch = load(small, sets).launch
+    assert launch.env == {"OMP_NUM_THREADS": "4", "SHARE": "0.5"}
+    assert (launch.slurm.options, launch.slurm.time) == ({"mem": "0"}, "30")
+    assert load(small, ["launch.slurm.time=1:00:00"]).launch.slurm.time == "1:00:00", "no quotes"
+
+
+def test_a_name_of_ones_own_is_set_alone(small: str) -> None:
+    """What is typed is the value, also where YAML would read something else."""
+    typed = ["ONE=1", "SIZE=010", "FLAG=true", "NOTHING=", "LIST=[a]", "ODD=%j: x", "QUOTED='a b'", "EQUAL=a=b"]
+    sets = ["launch.env={ONE: 0, KEPT: yes}", *(f"launch.env.{pair}" for pair in typed)]
+    assert load(small, [*sets, "launch.slurm.options.mem=0"]).launch.env == {
+        "KEPT": "yes", "ONE": "1", "SIZE": "010", "FLAG": "true", "NOTHING": "", "LIST": "[a]", "ODD": "%j: x",
+        "QUOTED": "a b", "EQUAL": "a=b",
+    }  # fmt: skip
+    assert load(small, ["launch.slurm.options.mem=0"]).launch.slurm.options == {"mem": "0"}
+
+
+@pytest.mark.parametrize(("value", "told"), [
+    ("true", "got true (bool), expected text or a number; write it in quotes, 'true'"),
+    ("null", "got null, expected text or a number; nothing at all is ''"),
+    ("[1]", "got [1] (list), expected text or a number"),
+])  # fmt: skip
+def test_a_wrong_value_of_a_name_is_named(small: str, value: str, told: str) -> None:
+    for key in ("launch.env", "launch.slurm.options"):
+        assert refused(small, [f"{key}={{fine: 1, wrong: {value}}}"]) == [f"{key}.wrong: {told}"]

@@ -13,12 +13,13 @@ from dist_gpt.config.schema import DTYPE_BYTES, Config
 from dist_gpt.events import Counts, total
 from dist_gpt.params import PARTIAL, parameter_table
 from dist_gpt.plan.api import plan_document
-from dist_gpt.plan.buckets import make_buckets, state_shards
+from dist_gpt.plan.buckets import make_buckets
 from dist_gpt.plan.count import count_comm, count_flops, count_memory, stored_parameters
+from dist_gpt.plan.precision import shard_ranks
 from dist_gpt.plan.split import split_blocks
 from dist_gpt.plan.steps import RankPlan
 from dist_gpt.schedule.action import Op, parse_grid
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, REDUCE, SEND, UPDATE, WEIGHT, Step
+from dist_gpt.schedule.expand import BACKWARD, FORWARD, GATHER, REDUCE, SEND, UPDATE, WEIGHT, Step
 from dist_gpt.schedule.lower import add_communication, add_reduce_and_step
 from tests.reference import formulas
 
@@ -82,7 +83,7 @@ def test_every_parameter_of_a_rank_has_exactly_one_place(sets: list[str]) -> Non
 @EVERY_LAYOUT
 def test_slots_and_segments_tile_their_bucket(sets: list[str]) -> None:
     config = small(*sets)
-    shards = state_shards(config)
+    shards = shard_ranks(config)
     assert shards == (1 if config.optim.sharding == "none" else config.parallel.dp)
     for plan in plans(config):
         for index, bucket in enumerate(plan.buckets):
@@ -315,7 +316,10 @@ def test_every_block_and_micro_batch_exactly_once(sets: list[str], split: bool) 
             assert Counter((s.block, s.action.micro_batch) for s in steps if s.kind == kind) == expected, kind
         assert split or not any(s.kind == WEIGHT for s in steps)
         assert all(s.split == (split and s.kind == BACKWARD) for s in steps)
-        assert [s.kind for s in steps].count(UPDATE) == 1 and steps[-1].kind == UPDATE
+        assert [s.kind for s in steps].count(UPDATE) == 1
+        assert steps[-1].kind == UPDATE
+        gathers = [(i, s.bucket) for i, s in enumerate(steps) if s.kind == GATHER]  # in the order of the forward
+        assert gathers == list(enumerate(b.index for b in reversed(plan.buckets))) if plan.stage else not gathers
         assert Counter(s.bucket for s in steps if s.kind == REDUCE) == Counter(b.index for b in plan.buckets)
 
 

@@ -40,7 +40,8 @@ def test_the_documents_hold_the_contracts_keys_and_are_json(preset: str) -> None
     assert json.loads(json.dumps(document)) == document
     assert set(document) >= {"layout", "parameters", "model_flops", "comm", "total", "memory_bytes", "peak_rank"}
     assert set(document["total"]) == {"parameters", "model_flops", "comm"}
-    assert set(document["memory_bytes"]) == {"parameters", "gradients", "optimizer", "activations", "buffers", "peak"}
+    parts = {"parameters", "gradients", "optimizer", "activations", "buffers", "peak", "host"}
+    assert set(document["memory_bytes"]) == parts
     for key in ("step_s", "tokens_per_s", "tflops_per_gpu", "mfu", "hfu", "budget_s"):  # no cluster was named
         assert document[key] is None
     assert all(

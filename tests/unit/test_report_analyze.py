@@ -15,6 +15,7 @@ import pytest
 from dist_gpt.events import SPAN, wire_bytes
 from dist_gpt.report import collectives, stragglers
 from dist_gpt.report.analyze import Profile, analyze, profile
+from dist_gpt.report.identity import _trained
 from dist_gpt.report.load import load
 from dist_gpt.report.verdict import losses
 from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write
@@ -287,3 +288,15 @@ class TestDocument:
 def test_losses_are_summed_by_what_would_mend_them() -> None:
     parts = {"forward": 5.0, "transfer.tp": 1.0, "wait.tp": 2.0, "wait.data": 0.5, "bubble": 3.0, "data": 0.1}
     assert losses(parts) == {"tp": 3.0, "data": 0.5, "bubble": 3.0, "data loading": 0.1}
+
+
+def test_steps_of_a_resumed_run_are_counted_not_numbered(tmp_path: Path) -> None:
+    """Steps 4 to 6 are of the last attempt: three, whatever they are called."""
+    write(tmp_path, small(window=None))
+    for path in tmp_path.glob("events.rank*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [row for row in rows if row.get("phase") != "train" or row["step"] > 3]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    run = load(tmp_path)
+    assert max(log.steps[-1]["step"] for log in run.ranks.values()) == 6
+    assert {_trained(log) for log in run.ranks.values()} == {3}

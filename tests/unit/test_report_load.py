@@ -302,6 +302,13 @@ def test_why_it_failed_is_read_from_exit_json(ended: str, failed: str, folder: P
     assert [p for p in run.problems if "the run failed" in p] == ([f"the run failed: {failed}"] if failed else [])
 
 
+def test_a_run_that_was_stopped_says_that_it_is_not_finished(folder: Path) -> None:
+    (folder / "exit.json").write_text('{"code": 75, "why": "SIGTERM received", "step": 4}')
+    run = load(folder)
+    steps = run.config.train.steps
+    assert only(run) == f"not finished: stopped after step 4 of {steps}: SIGTERM received; saved"
+
+
 def test_metrics(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step":\n[3]\n')

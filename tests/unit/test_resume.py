@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_gpt.checkpoint.manifest import File, Manifest, shared_config
-from dist_gpt.checkpoint.resume import candidates, resolve
+from dist_gpt.checkpoint.resume import Finished, candidates, finished, resolve
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
@@ -158,3 +158,61 @@ def test_how_the_last_attempt_ended_goes(config: Config, run: Path) -> None:
     (run / "exit.json").write_text('{"code": 1}')
     create_run_dir(config, {}, resume=True)
     assert not (run / "exit.json").exists()
+
+
+def trained(run_dir: Path, steps: int, code: int | None) -> None:
+    """What is left of an attempt that did some steps and saved nothing; code None: it was killed."""
+    rows = [{"step": 0, "val_loss": 5.0}, *({"step": step, "loss": 5.0} for step in range(1, steps + 1))]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if code is not None:
+        (run_dir / "exit.json").write_text(json.dumps({"code": code, "why": "why", "step": steps}))
+
+
+def test_what_was_trained_is_not_written_over(config: Config, run: Path) -> None:
+    """Without a checkpoint `auto` begins at the start: only where it is the same run once more that came to nothing."""
+    create_run_dir(config, {})
+    other = load("demo", [f"run_dir={run}", "optim.lr=0.5"])
+    trained(run, 0, 1)
+    assert begin(other, "auto") == Resume(True), "nothing was trained"
+    trained(run, 3, None)
+    assert begin(other, "auto") == Resume(True), "killed before its first checkpoint"
+    trained(run, 3, 75)
+    assert resolve("auto", run, other) == Resume(True)
+    before = (run / "config.yaml").read_text()
+    for code, one, told in ((None, config, "is of another configuration"), (75, config, "is of another configuration"),
+                            (0, other, "it has come to its end")):  # fmt: skip
+        (run / "exit.json").unlink(missing_ok=True)
+        trained(run, 3, code)
+        with pytest.raises(ConfigError, match=f"no checkpoint to go on from, and .*{told}.*--set run_dir="):
+            begin(one, "auto")
+        assert (run / "config.yaml").read_text() == before
+    assert resolve("auto", run, other, again=True) == Resume(True), "torchrun's own restart"
+    (run / "config.yaml").write_text("what: 1\n")
+    with pytest.raises(ConfigError, match="of another configuration"):
+        resolve("auto", run, other)
+    checkpoint(config, run, 2)
+    assert resolve("auto", run, config) == Resume(True), "there is something to go on from"
+
+
+def test_a_finished_run_is_known(config: Config, run: Path, tmp_path: Path) -> None:
+    steps = config.train.steps
+    assert finished(run, config) is None
+    create_run_dir(config, {})
+    trained(run, steps, 0)
+    assert finished(run, config) == Finished(steps, 0, ""), "of a run that saves nothing"
+    assert finished(run, load("demo", [f"run_dir={run}", "optim.lr=0.5"])) is None, "another run"
+    trained(run, steps, 75)
+    assert finished(run, config) is None
+    (run / "exit.json").unlink()
+    assert finished(run, config) is None
+    checkpoint(config, run, steps - 1)
+    assert finished(run, config) is None
+    last = checkpoint(config, run, steps)
+    assert finished(run, config) == Finished(steps, 0, "")
+    assert finished(run, load("demo", [f"run_dir={run}", f"train.steps={steps + 1}"])) is None
+    with pytest.raises(ConfigError, match="model.num_layers"):
+        finished(run, load("demo", [f"run_dir={run}", "model.num_layers=8"]))
+    trained(run, steps, 1)
+    assert finished(run, config) == Finished(steps, 1, "why"), "its verdict stays"
+    (last / "rank00000.safetensors").write_bytes(b"1")
+    assert finished(run, config) is None, "the one before it is gone on from"

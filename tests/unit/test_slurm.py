@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.launch_problems import slurm_seconds
 from dist_gpt.config.load import load
 from dist_gpt.config.problems import problems
 from dist_gpt.config.schema import SlurmConfig
@@ -169,9 +170,37 @@ def test_the_config_is_refused_before(tmp_path: Path) -> None:
                   "launch.slurm.time: '90 min'", "launch.slurm.partition: 'x\\ny'", "'Bad' is no long option",
                   "output is set by dist-gpt", "launch.slurm.options.comment"):  # fmt: skip
         assert named in found
-    for limit in ("30", "1:30:00", "90:00", "2-00", "2-12:30", "1-00:00:00"):
+    for limit in ("30", "1:30:00", "90:00", "2-00", "2-12:30", "1-00:00:00", "0"):
         ok = base.launch.model_copy(update={"slurm": SlurmConfig(time=limit)})
         assert not problems(base.model_copy(update={"launch": ok}))
+
+
+@pytest.mark.parametrize(("time", "seconds"), [
+    ("4", 240), ("4:30", 270), ("1:00:00", 3600), ("1-2", 93600), ("1-2:3", 93780), ("1-2:3:4", 93784), ("soon", None),
+])  # fmt: skip
+def test_the_seconds_of_a_time(time: str, seconds: int | None) -> None:
+    assert slurm_seconds(time) == seconds
+
+
+@pytest.mark.parametrize(("time", "grace", "least"), [("2", 120, 4), ("3:59", 120, 4), ("0:30", 1, 3), ("5", 181, 6)])
+def test_a_time_that_ends_in_its_own_warning_is_refused(time: str, grace: float, least: int, tmp_path: Path) -> None:
+    """Else the job is warned as soon as it starts, saves, and goes back to the queue for ever."""
+    base = [f"launch.grace_s={grace}"]
+    with pytest.raises(ConfigError, match=rf"launch\.slurm\.time {time} is .* at least {least} minutes") as caught:
+        load(str(_tiny(tmp_path)), [*base, f"launch.slurm.time={time}"])
+    assert len(caught.value.problems) == 1
+    load(str(_tiny(tmp_path)), [*base, f"launch.slurm.time={least}"])
+
+
+def test_gpus_are_not_bound_to_tasks() -> None:
+    """Only where srun starts the ranks, and has GPUs to bind; who sets it himself counts for more."""
+    config = job().slurm
+    line = "export SLURM_GPU_BIND=none\n"
+    assert line in sbatch_text(job())
+    assert line not in sbatch_text(job(slurm=config.model_copy(update={"gpus_per_node": None})))
+    assert line not in sbatch_text(job(slurm=config.model_copy(update={"starter": "torchrun"})))
+    assert line not in sbatch_text(job(env={"SLURM_GPU_BIND": "closest"}))
+    assert "module" not in sbatch_text(job(modules=()))
 
 
 def _tiny(tmp_path: Path) -> Path:
@@ -218,6 +247,30 @@ def test_values_are_values_for_sbatch(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.sbatch", "slurm.conf"]
 
 
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.stem != "perlmutter"], ids=lambda path: path.name)
+def test_the_scripts_find_the_environment_that_they_are_told(script: Path, tmp_path: Path) -> None:
+    """sbatch may be typed in a shell without it."""
+    tools = {"bin": "echo other", "env/bin": 'echo "mine $*"', "tools": "exit 0"}
+    for folder, text in tools.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / ("module" if folder == "tools" else "dist-gpt")).write_text(f"#!/bin/sh\n{text}\n")
+        for tool in (tmp_path / folder).iterdir():
+            tool.chmod(0o755)
+    (tmp_path / "sets.txt").write_text("train.seed=1\n")
+    env = {
+        "PATH": f"{tmp_path / 'bin'}:{tmp_path / 'tools'}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+    more = ["sets.txt"] if script.stem == "array" else []
+    argv = ["bash", str(script), "c.yaml", *more, str(tmp_path / "env")]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.startswith("mine launch c.yaml --via "), done.stdout + done.stderr
+    if script.stem != "frontier":  # there it must be said
+        done = subprocess.run(argv[:-1], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=True)
+        assert done.stdout == "other\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_scripts_for_hands(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
@@ -242,6 +295,7 @@ def test_every_state_has_words() -> None:
         assert state_in_words(state).startswith(f"{state}: ")
     assert set(WORDS) > ENDED
     assert state_in_words("FAILED", "2:0").endswith("it failed with exit code 2 (bad input)")
+    assert state_in_words("FAILED", "75:0").startswith("it was asked to stop, saved and left (exit code 75")
     assert "SIGKILL" in state_in_words("OUT_OF_MEMORY", "0:9")
     assert state_in_words("CANCELLED by 1000", "0:15").startswith("CANCELLED: somebody cancelled it")
     assert "does not know" in state_in_words("NEW_STATE")
@@ -258,7 +312,7 @@ def test_inside_an_allocation() -> None:
         slurm.hosts({})
     assert slurm.is_warning(signal.SIGUSR1)
     assert not slurm.is_warning(signal.SIGTERM)
-    assert slurm.requeue("7", Slurm(scontrol=[""]).run) == "done"
+    assert slurm.requeue("7", Slurm(scontrol=[""]).run) == ""
     assert "Access denied" in slurm.requeue("7", Slurm(scontrol=[(1, "", "Access denied\n")]).run)
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from dist_gpt.config.errors import ConfigError
-from launch.submit import Following, Guard, Stopped, cancel, final_state, follow, submit
+from launch.files import go_on
+from launch.starter import NotStartedError
+from launch.submit import Ended, Following, Guard, Stopped, cancel, final_state, follow, run_job, submit
 
 ROOT = Path(__file__).parents[2]
 INVALID = (1, "", "slurm_load_jobs error: Invalid job id specified")
@@ -55,8 +57,42 @@ def test_submitting() -> None:
     refused = (1, "", "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed")
     with pytest.raises(ConfigError, match="invalid partition specified: gpux"):
         submit(Path("job.sbatch"), Slurm(sbatch=[refused]).run)
-    with pytest.raises(ConfigError, match="no word"):
+    with pytest.raises(ConfigError, match="no word") as unknown:
         submit(Path("job.sbatch"), Slurm(sbatch=["what?"]).run)
+    with pytest.raises(ConfigError, match="did not answer.*squeue --me") as late:
+        submit(Path("job.sbatch"), Slurm(sbatch=[(124, "", "sbatch did not answer within 60 s")]).run)
+    assert not any(isinstance(one.value, NotStartedError) for one in (unknown, late)), "it may well run"
+
+
+def test_a_refusal_is_said_once() -> None:
+    said = "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed: Invalid name"
+    with pytest.raises(NotStartedError) as caught:
+        submit(Path("job.sbatch"), Slurm(sbatch=[(1, "", said)]).run)
+    assert str(caught.value) == ("Slurm refuses the job: invalid partition specified: gpux; sinfo -s lists the "
+                                 "partitions (launch.slurm.partition)")  # fmt: skip
+    only = (1, "", "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy")
+    with pytest.raises(NotStartedError, match="violates accounting"):
+        submit(Path("job.sbatch"), Slurm(sbatch=[only]).run)
+
+
+def test_a_job_that_never_starts_is_given_up_by_hand(tmp_path: Path) -> None:
+    fake = Slurm(squeue=["PENDING|PartitionConfig|N/A\n", "RUNNING|None|x\n", INVALID], scontrol=[DONE])
+    _, said, _ = followed(fake, tmp_path)
+    assert "will never start; sinfo -s lists the partitions. Ctrl-C to give up" in said[0]
+    assert not any("Ctrl-C" in line for line in said[1:])
+
+
+@pytest.mark.parametrize(("state", "told"), [("TIMEOUT", True), ("CANCELLED", True), ("FAILED", False)])
+def test_who_follows_a_job_that_said_nothing_is_told_how_to_go_on(
+    state: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that ended by itself has said it in its log."""
+    monkeypatch.setattr("launch.submit.follow", lambda *given, **more: Ended(state, 1, ""))
+    (tmp_path / "checkpoints" / "step_00000095").mkdir(parents=True)
+    fake = Slurm(sbatch=["7\n"])
+    assert run_job(tmp_path / "job.sbatch", tmp_path / "x.out", tmp_path, go_on=go_on, run=fake.run) == 1
+    words = f"saved: step_00000095; go on: dist-gpt launch {tmp_path}/config.yaml --via slurm --resume auto"
+    assert (words in capsys.readouterr().err) == told
 
 
 def followed(fake: Slurm, folder: Path) -> tuple[Any, list[str], str]:

@@ -101,6 +101,63 @@ def test_a_failure_before_the_pulse_is_the_first_one(
     assert ended["code"] == code and words in ended["why"]
 
 
+def test_a_log_holds_what_says_something(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The traceback from the program on; none where the error's text explains it."""
+    body = """
+        def deep():
+            raise KeyError("deep") from ValueError("cause")
+        deep()
+    """
+    assert run(job(tmp_path, body, ranks=1)) == 1
+    log = (tmp_path / "logs" / "rank0.log").read_text()
+    assert "KeyError: 'deep'" in log and "ValueError: cause" in log and ", in deep" in log
+    assert "runpy" not in log and "worker.py" not in log and log.count("Traceback") == 1
+    (tmp_path / "logs" / "rank0.log").unlink()
+    explained = "from dist_gpt.config.errors import ConfigError\nraise ConfigError(['lower optim.lr'])"
+    assert run(job(tmp_path, explained, ranks=1)) == 1
+    assert (tmp_path / "logs" / "rank0.log").read_text().splitlines()[-1] == "dist-gpt: lower optim.lr"
+    assert "Traceback" not in (tmp_path / "logs" / "rank0.log").read_text()
+    assert "left with exit code 1: ConfigError: lower optim.lr" in capfd.readouterr().err
+
+
+STAYS = """
+    import os, subprocess, sys, time
+    place = {"RANK": "1", "WORLD_SIZE": "two"}
+    subprocess.run(sys.argv[1:], env={**os.environ, **place})
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_finds_no_place_ends_the_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It never says hello, and who started it may stay: the launcher reads what it wrote down, and guesses nothing."""
+    spec = job(tmp_path, "said('ran')")
+    argv = [sys.executable, "-c", textwrap.dedent(STAYS), *spec.argv]
+    begun = time.monotonic()
+    assert supervise(spec, CommandRanks(argv, {"PYTHONPATH": str(ROOT)}, spec.log_dir / "srun.log"), "127.0.0.1") == 2
+    assert time.monotonic() - begun < spec.timeout_s / 2 and not (tmp_path / "ran").exists()
+    first, *rest = capfd.readouterr().err.splitlines()
+    assert "WORLD_SIZE" in first and "'two'" in first, first
+    assert not any("said hello" in line for line in rest)
+
+
+def test_what_the_starter_said_comes_before_guesses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spec = job(tmp_path, "")
+    (spec.log_dir / "srun.log").write_text("srun: of an earlier attempt\n")
+    argv = [sys.executable, "-c", "import sys; sys.exit('srun: error: More processors requested than permitted')"]
+    assert supervise(spec, CommandRanks(argv, {}, spec.log_dir / "srun.log"), "127.0.0.1") == 2
+    said = capfd.readouterr().err
+    assert said.splitlines()[:2] == [f"end of {spec.log_dir / 'srun.log'}:",
+                                     "  | srun: error: More processors requested than permitted"]  # fmt: skip
+    assert "said hello" not in said and said.count("More processors") == 1
+
+
+def test_slurms_warning_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert module._meaning("SIGUSR1") == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert "the job's time is nearly over" in module._meaning("SIGUSR1") and module._meaning("SIGTERM") == ""
+
+
 def test_its_last_words_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
         record = {"time": time.time(), "error": "ConfigError: launch.nodes is odd"}

@@ -1,0 +1,244 @@
+"""`sharding`: ours against DeepSpeed at the same ZeRO stage and against PyTorch's fully_shard, all on one machine.
+
+Every contender trains the same GPT from the same weights on the same micro-batches, with fused AdamW and clipping, on
+gloo in float32, one thread a rank, and the C heap set as ours sets it. Each is its own set of processes that stay alive
+and take turns, a step of one, a step of the next; who waits is blocked in a read. The peers come twice: as they are,
+and with a true reduce-scatter (`+ rs`), for gloo's own is an all-reduce inside. The ideal is one rank's share of the
+work by the plain GPT, in as many processes at once, without communication.
+
+Memory is the resident size's peak during two steps (VmHWM, reset before) less what it was after the imports, of the
+rank that has most. What is sent is counted by the ledger for ours and at torch's dispatcher for the peers, with gloo's
+own factors; the loopback's counters stand beside in the raw figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.contenders import OURS, SHARE, Case, Choice, Contender, cases, contenders
+from benchmarks.pairs import Rounds, measure_rounds, summarise
+from benchmarks.processes import Team
+from benchmarks.result import FOLDER, Result, Row, machine
+from benchmarks.settings import Settings
+from dist_gpt.config.errors import ConfigError
+
+NAME = "sharding"
+PAIRS = 20
+LOSS_TOLERANCE = 1e-4
+NEVER_SLOWER, HALF, BOUND_BY_COMMUNICATION, FASTER = 1.0, 0.5, 0.3, 1 / 0.75
+TUNING_WARM_UP, TUNING_STEPS = 2, 5
+HEAD = (
+    "case",
+    "",
+    "bucket",
+    "ms a step",
+    "ours is x as fast",
+    "lower 95 %",
+    "above ideal",
+    "CPU ms",
+    "peak MB",
+    "sent MB",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender's figures: per rank the processor time of a step, the largest peak, and what it sent in a step, by
+    itself and by the loopback."""
+
+    choice: str
+    step_s: float
+    cpu_s: float
+    memory_bytes: int
+    sent_bytes: float
+    loopback_bytes: float
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> Result:
+    """All cases, one after the other."""
+    try:
+        chosen = cases(settings.only)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    result = Result(
+        NAME, "ZeRO, one thread a rank, gloo, float32; x as fast is the median of pairs", settings.document()
+    )
+    result.grid.append(HEAD)
+    cores = machine()["cores"]
+    for ranks in sorted({case.ranks for case in chosen if case.ranks > cores}):
+        result.notes.append(f"{ranks} ranks share {cores} cores: their times are those of a crowded machine")
+    tuners = Tuners(settings, say)
+    with tuners:
+        for case in chosen:
+            _case(case, tuners, settings, result, say)
+    if not settings.only:
+        keep(result)
+    return result
+
+
+def keep(result: Result, folder: Path = FOLDER) -> Path:
+    """A full run's figures, under their date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y-%m-%d")
+    path = folder / f"{NAME}-{stamp}.json"
+    path.write_text(json.dumps(result.document(stamp), indent=1) + "\n")
+    return path
+
+
+class Tuners:
+    """Processes that try bucket sizes, one set for each sort of contender and number of ranks. They build one model
+    after the other, so they are not those that are measured: these start afresh with what was chosen."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self.settings, self.say = settings, say
+        self.teams: dict[tuple[str, int], Team] = {}
+        self.ranks = 0
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Tuners:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def choose(self, case: Case, contender: Contender) -> Choice:
+        """The fastest choice, by the fastest of a few steps."""
+        if len(contender.choices) == 1:
+            return contender.choices[0]
+        if case.ranks != self.ranks:  # sets of another size are not needed any more
+            self.stack.close()
+            self.teams, self.ranks = {}, case.ranks
+        found: dict[str, float] = {}
+        for choice in contender.choices:
+            team = self._team(case, contender, choice)
+            team.run(TUNING_WARM_UP)
+            found[choice.name] = min(team.run(1).seconds for _ in range(TUNING_STEPS))
+        best = min(contender.choices, key=lambda choice: found[choice.name])
+        times = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in found.items())
+        self.say(f"{case.label}: {contender.name}: {times}: {best.name}")
+        return best
+
+    def _team(self, case: Case, contender: Contender, choice: Choice) -> Team:
+        key = (contender.name, case.ranks)
+        config = case.config(self.settings, choice.bucket_mb)
+        if key in self.teams:
+            self.teams[key].build(config, choice.options)
+        else:
+            team = Team(contender.side, config, _threads(self.settings), options=choice.options)
+            self.teams[key] = self.stack.enter_context(team)
+        return self.teams[key]
+
+
+def _threads(settings: Settings) -> int:
+    return settings.threads or 1
+
+
+def _case(case: Case, tuners: Tuners, settings: Settings, result: Result, say: Callable[[str], None]) -> None:
+    field = contenders(case)
+    chosen = {contender.name: tuners.choose(case, contender) for contender in field}
+    with ExitStack() as stack:
+        teams = {}
+        for contender in field:
+            choice = chosen[contender.name]
+            config = case.config(settings, choice.bucket_mb)
+            team = Team(contender.side, config, _threads(settings), options=choice.options)
+            teams[contender.name] = stack.enter_context(team)
+        compared = [contender.name for contender in field if contender.is_peer]
+        rounds = measure_rounds(
+            teams, settings.pairs or PAIRS, settings.warm_up, compared,
+            lambda pair, times: say(f"{case.label}, {pair}: " + _times(times)),
+        )  # fmt: skip
+        measured = {
+            name: _measured(team, chosen[name].name, statistics.median(rounds.seconds[name]), case.ranks)
+            for name, team in teams.items()
+        }
+    result.raw[case.label] = {
+        "steps_per_sample": rounds.steps, "seconds": rounds.seconds,
+        "measured": {name: vars(found) for name, found in measured.items()},
+    }  # fmt: skip
+    lines = grid(case, rounds, measured)
+    for line in lines:  # so that what is done is not lost with a run that is cut off
+        say("  ".join(cell for cell in line if cell))
+    result.grid += lines
+    result.rows += judge(case, rounds, measured)
+
+
+def _times(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in times.items()) + " ms"
+
+
+def _measured(team: Team, choice: str, step_s: float, ranks: int) -> Measured:
+    """After the timing: two steps for memory, one for the contender's own count, one between two looks at lo."""
+    cpu_s = team.cpu_s / team.steps
+    memory = max(team.step_memory(2))
+    sent = max(sum(found.values()) for found in team.sent_bytes())
+    before = loopback_bytes()
+    team.run(1)
+    return Measured(choice, step_s, cpu_s, memory, sent, (loopback_bytes() - before) / ranks)
+
+
+def loopback_bytes(path: Path = Path("/proc/net/dev")) -> int:
+    """Bytes that the loopback interface sent since it is up, whoever's."""
+    line = next(line for line in path.read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.partition(":")[2].split()[8])
+
+
+# --- what it says -------------------------------------------------------------------------------------------------
+
+
+def above_ideal(rounds: Rounds, name: str) -> float:
+    """Seconds a step above the ideal, the median over rounds."""
+    return statistics.median(a - b for a, b in zip(rounds.seconds[name], rounds.seconds[SHARE], strict=True))
+
+
+def share_of(ours: float, theirs: float) -> float:
+    """ours / theirs, of what cannot be below 0 but for noise."""
+    return max(0.0, ours) / theirs if theirs > 0 else (math.inf if ours > 0 else 0.0)
+
+
+def grid(case: Case, rounds: Rounds, measured: dict[str, Measured]) -> list[tuple[str, ...]]:
+    """A line for each contender."""
+    lines: list[tuple[str, ...]] = []
+    for name, found in measured.items():
+        ratio, lower, above = "", "", ""
+        if name not in (OURS, SHARE):
+            summary = summarise(rounds.ratios(OURS, name))
+            ratio, lower = f"{summary.median:.3f}", f"{summary.lower:.3f}"
+        if name != SHARE:
+            above = f"{1e3 * above_ideal(rounds, name):.1f} ms"
+        lines.append((
+            case.label if name == OURS else "", name, found.choice, f"{1e3 * found.step_s:.1f}", ratio, lower, above,
+            f"{1e3 * found.cpu_s:.0f}", f"{found.memory_bytes / 1e6:.0f}", f"{found.sent_bytes / 1e6:.1f}",
+        ))  # fmt: skip
+    return lines
+
+
+def judge(case: Case, rounds: Rounds, measured: dict[str, Measured]) -> list[Row]:
+    """Against the best peer in each respect: time, time above the ideal, memory."""
+    peers = [name for name in measured if name not in (OURS, SHARE)]
+    ideal_s = measured[SHARE].step_s
+    fastest = min(peers, key=lambda name: measured[name].step_s)
+    leanest = min(peers, key=lambda name: measured[name].memory_bytes)
+    summary = summarise(rounds.ratios(OURS, fastest))
+    share = 1 - ideal_s / measured[fastest].step_s
+    bound = share >= BOUND_BY_COMMUNICATION
+    overhead = share_of(above_ideal(rounds, OURS), above_ideal(rounds, fastest))
+    what = case.label
+    return [
+        Row(f"{what}: speed over {fastest}", summary.median, target=FASTER if bound else NEVER_SLOWER),
+        Row(f"{what}: lower 95 % bound of the mean (t)", summary.lower),
+        Row(f"{what}: {fastest}'s share above the ideal", share),
+        Row(f"{what}: time above the ideal over {fastest}'s", overhead, target=HALF, at_least=False),
+        Row(
+            f"{what}: peak memory over {leanest}'s",
+            measured[OURS].memory_bytes / measured[leanest].memory_bytes, target=1.0, at_least=False,
+        ),
+        Row(f"{what}: difference of the losses", rounds.loss_error, target=LOSS_TOLERANCE, at_least=False),
+    ]  # fmt: skip

@@ -1,0 +1,99 @@
+"""What to say when memory runs out: which rank, what it holds by category, and which settings would need less.
+
+The categories are the plan's, which the dry run counts alike; what a kernel needs for a moment is in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dist_gpt.config.problems import problems
+from dist_gpt.config.schema import Config
+from dist_gpt.plan.count import count_memory
+from dist_gpt.plan.steps import RankPlan
+
+SHOWN = 4
+SPARE = 0.9
+"""Share of a device's memory that counted bytes may take: kernels and the allocator need the rest."""
+_WORDS = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Memory ran out on this rank; the text says what would fit."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is an allocator's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def explain(config: Config, rank: int, error: BaseException, limit: int | None) -> OutOfMemoryError:
+    """The error to raise instead; `limit` is the GPU's memory in bytes, None on a CPU."""
+    backend = "gloo" if limit is None else "nccl"  # it needs no receive buffers
+    config = config.model_copy(update={"launch": config.launch.model_copy(update={"backend": backend})})
+    plan = RankPlan(config, rank)
+    counted = count_memory(plan, plan.steps)
+    held = ", ".join(f"{name} {_size(size)}" for name, size in counted.items() if size and name not in ("peak", "host"))
+    lines = [
+        f"rank {rank} ({plan.coords}) ran out of memory: {' '.join(str(error).split())[:300]}",
+        f"  counted for this rank: {held}; at once {_size(counted['peak'])}"
+        + (f" of {_size(limit)}" if limit else "")
+        + "; what kernels need for a moment comes on top",
+    ]
+    fitting = sorted(_alternatives(config, rank, counted["peak"], limit is not None), key=lambda found: found[1])
+    room = int(SPARE * limit) if limit else counted["peak"]
+    fits = [f"  {what}: {_size(peak)}" for what, peak in fitting if peak <= room]
+    if fits:
+        lines += ["  would fit:" if limit else "  would need less:", *fits[:SHOWN]]
+    else:
+        lines.append(
+            "  no single setting is enough: more ranks, or several of recompute, zero3, offload and micro_batch: 1"
+        )
+    return OutOfMemoryError("\n".join(lines))
+
+
+def _alternatives(config: Config, rank: int, peak: int, on_gpu: bool) -> Iterator[tuple[str, int]]:
+    """Settings of the same training that need less, with the peak they would have."""
+    for sets in _sets(config, on_gpu):
+        changed = config
+        for key, value in sets.items():
+            section, name = key.split(".")
+            part = getattr(changed, section).model_copy(update={name: value})
+            changed = changed.model_copy(update={section: part})
+        if changed == config or problems(changed):
+            continue
+        plan = RankPlan(changed, rank)
+        needed = count_memory(plan, plan.steps)["peak"]
+        if needed < peak:
+            yield ", ".join(f"{key}: {str(value).lower()}" for key, value in sets.items()), needed
+
+
+def _sets(config: Config, on_gpu: bool) -> Iterator[dict[str, Any]]:
+    t = config.train
+    best: dict[str, Any] = {"optim.sharding": "zero3", "train.recompute": "full"}
+    yield {"train.recompute": "selective"}
+    yield {"train.recompute": "full"}
+    for stage in ("zero1", "zero2", "zero3"):
+        yield {"optim.sharding": stage}
+    if on_gpu:
+        yield {"optim.offload": True}  # on a CPU host memory is the same memory
+    if t.micro_batch > 1:
+        yield {"train.micro_batch": t.micro_batch // 2}
+        best["train.micro_batch"] = 1
+    yield best
+    if on_gpu:
+        yield {**best, "optim.offload": True}
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None on a CPU, which other processes share."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,0 +1,98 @@
+"""Bytes of what a rank holds for a while besides activations: gathered parameters, gradients that are not reduced yet,
+casts of them, receive buffers. A walk over the steps; `parallel.flat` does exactly this and counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_gpt.plan.buckets import Bucket
+from dist_gpt.plan.steps import RankPlan
+from dist_gpt.schedule.expand import BACKWARD, FREE, GATHER, REDUCE, UPDATE, WEIGHT, Step
+
+
+def peak_transients(plan: RankPlan, steps: Sequence[Step]) -> int:
+    """Largest sum of gathered parameters (stage 3), whole gradients (stages 2 and 3) and gradients in the reduction's
+    dtype, at any moment of `steps`."""
+    walk = _Walk(plan)
+    for step in steps:
+        walk.take(step)
+    return walk.peak
+
+
+REDUCTIONS_AHEAD = {1: 1, 2: 0, 3: 0}
+"""Stage -> reductions that may be under way when another one starts; without sharding all of them may (they need no
+room)."""
+
+
+def scatter_bytes(plan: RankPlan, steps: Sequence[Step]) -> int:
+    """Receive buffers of reduce-scatters under way, which gloo's need (see comm.group) and NCCL's do not."""
+    if not plan.stage or plan.config.launch.backend == "nccl":
+        return 0
+    sizes = [plan.buckets[s.bucket or 0].padded * plan.precision.bytes("reduce") for s in steps if s.kind == REDUCE]
+    together = REDUCTIONS_AHEAD[plan.stage] + 1
+    return max((sum(sizes[i : i + together]) for i in range(len(sizes))), default=0)
+
+
+class _Walk:
+    """What is live, step by step."""
+
+    def __init__(self, plan: RankPlan) -> None:
+        self.plan, self.precision = plan, plan.precision
+        self.live = self.peak = 0
+        self.open: set[int] = set()  # buckets whose whole gradient is there
+        self.reducing: list[int] = []  # bytes that go when reductions end
+        self.reduced_last: int | None = None  # of stages 2 and 3: one at a time
+
+    def take(self, step: Step) -> None:
+        plan = self.plan
+        bucket = plan.buckets[step.bucket] if step.bucket is not None else None
+        if step.kind == GATHER and plan.stage == 3 and bucket is not None:
+            self._grow(bucket.padded * plan.element)
+        elif step.kind == FREE and bucket is not None:
+            self.live -= bucket.padded * plan.element
+        elif plan.stage >= 2 and (step.kind == WEIGHT or (step.kind == BACKWARD and not step.split)):
+            for one in buckets_of_gradients(plan, step):
+                if one.index == self.reduced_last:
+                    self._end()
+                if one.index not in self.open:
+                    self.open.add(one.index)
+                    self._grow(self._whole(one))
+        elif step.kind == REDUCE and bucket is not None:
+            self._reduce(bucket)
+        elif step.kind == UPDATE:
+            self._end()
+
+    def _reduce(self, bucket: Bucket) -> None:
+        casts = self.precision.casts and self.plan.layout.data > 1
+        cast = bucket.padded * self.precision.bytes("reduce") if casts else 0
+        if self.plan.stage < 2:
+            while self.plan.stage and len(self.reducing) > REDUCTIONS_AHEAD[self.plan.stage]:
+                self.live -= self.reducing.pop(0)
+            self._grow(cast)
+            self.reducing.append(cast)
+            return
+        self._end()
+        self.open.discard(bucket.index)
+        self.reduced_last = bucket.index
+        if cast:
+            self._grow(cast)
+            self.live -= self._whole(bucket)
+        self.reducing.append(cast or self._whole(bucket))
+
+    def _end(self) -> None:
+        self.live -= sum(self.reducing)
+        self.reducing.clear()
+        self.reduced_last = None
+
+    def _whole(self, bucket: Bucket) -> int:
+        return bucket.padded * self.precision.bytes("gradient")
+
+    def _grow(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def buckets_of_gradients(plan: RankPlan, step: Step) -> list[Bucket]:
+    """Buckets into which the gradients of `step` go."""
+    return [b for b in plan.buckets if b.chunk == step.action.chunk and step.block in b.blocks]
