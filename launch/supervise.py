@@ -164,7 +164,7 @@ class Supervisor:
             problems = check_answers(spec, watch.states(), missing) if spec.preflight != "off" or missing else ""
             if problems:
                 said = bool(missing) and self._show_cause(missing)
-                if not said or len(missing) < spec.ranks:
+                if len(missing) < spec.ranks or not self._told_in(missing):  # else a rank has said why itself
                     say(problems)
                 if missing or spec.preflight == "strict":
                     if not said:
@@ -189,8 +189,7 @@ class Supervisor:
         return any(self.spec.error_path(rank).name in there and self._last_words(rank) for rank in missing)
 
     def _show_cause(self, missing: list[int]) -> bool:
-        """What the first of them wrote down before it left, else what the starter, which has ended, said last. What
-        else they might be missing for is not guessed at then."""
+        """What the first of them wrote down before it left, else what the starter, which has ended, said last."""
         if told := next((words for rank in missing if (words := self._last_words(rank))), ""):
             say(told)
             return True
