@@ -30,13 +30,20 @@ NAMES = {
     "precision": "precision",
 }
 """Name -> module with `run(settings, say)`, quick ones first."""
+BY_NAME_ONLY = {"sharding"}
+"""Takes an hour."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     default = Settings()
     p = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what the README compares.")
-    p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default all")
+    p.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(NAMES)}; default all but {', '.join(sorted(BY_NAME_ONLY))}",
+    )
     p.add_argument("--pairs", type=_positive, help="alternating pairs, or runs (default: the benchmark's own)")
     p.add_argument("--warm-up", type=_positive, default=default.warm_up, help="steps of each side before the pairs")
     p.add_argument("--threads", type=_positive, help="threads of one process of ours (default 1)")
@@ -78,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     stamp = given.stamp or time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results: list[Result] = []
-    for name in given.names or NAMES:
+    for name in given.names or [name for name in NAMES if name not in BY_NAME_ONLY]:
         module = importlib.import_module(f"benchmarks.{NAMES[name]}")
         try:
             result: Result = module.run(settings_of(given), lambda text, name=name: _say(f"{name}: {text}"))

@@ -74,10 +74,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
     cores = machine()["cores"]
     for ranks in sorted({case.ranks for case in chosen if case.ranks > cores}):
         result.notes.append(f"{ranks} ranks share {cores} cores: their times are those of a crowded machine")
-    tuners = Tuners(settings, say)
-    with tuners:
-        for case in chosen:
-            _case(case, tuners, settings, result, say)
+    for case in chosen:
+        _case(case, settings, result, say)
     if not settings.only:
         keep(result)
     return result
@@ -92,57 +90,35 @@ def keep(result: Result, folder: Path = FOLDER) -> Path:
     return path
 
 
-class Tuners:
-    """Processes that try bucket sizes, one set for each sort of contender and number of ranks. They build one model
-    after the other, so they are not those that are measured: these start afresh with what was chosen."""
-
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, say
-        self.teams: dict[tuple[str, int], Team] = {}
-        self.ranks = 0
-        self.stack = ExitStack()
-
-    def __enter__(self) -> Tuners:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def choose(self, case: Case, contender: Contender) -> Choice:
-        """The fastest choice, by the fastest of a few steps."""
-        if len(contender.choices) == 1:
-            return contender.choices[0]
-        if case.ranks != self.ranks:  # sets of another size are not needed any more
-            self.stack.close()
-            self.teams, self.ranks = {}, case.ranks
-        found: dict[str, float] = {}
+def choose(case: Case, contender: Contender, settings: Settings, say: Callable[[str], None]) -> Choice:
+    """The fastest choice, by the fastest of a few steps. It is tried in processes of its own, one model after the
+    other: what they hold afterwards is no measure of memory, so those that are measured start afresh."""
+    if len(contender.choices) == 1:
+        return contender.choices[0]
+    found: dict[str, float] = {}
+    with ExitStack() as stack:
+        team: Team | None = None
         for choice in contender.choices:
-            team = self._team(case, contender, choice)
+            config = case.config(settings, choice.bucket_mb)
+            if team is None:
+                team = stack.enter_context(Team(contender.side, config, _threads(settings), options=choice.options))
+            else:
+                team.build(config, choice.options)
             team.run(TUNING_WARM_UP)
             found[choice.name] = min(team.run(1).seconds for _ in range(TUNING_STEPS))
-        best = min(contender.choices, key=lambda choice: found[choice.name])
-        times = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in found.items())
-        self.say(f"{case.label}: {contender.name}: {times}: {best.name}")
-        return best
-
-    def _team(self, case: Case, contender: Contender, choice: Choice) -> Team:
-        key = (contender.name, case.ranks)
-        config = case.config(self.settings, choice.bucket_mb)
-        if key in self.teams:
-            self.teams[key].build(config, choice.options)
-        else:
-            team = Team(contender.side, config, _threads(self.settings), options=choice.options)
-            self.teams[key] = self.stack.enter_context(team)
-        return self.teams[key]
+    best = min(contender.choices, key=lambda choice: found[choice.name])
+    times = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in found.items())
+    say(f"{case.label}: {contender.name}: {times}: {best.name}")
+    return best
 
 
 def _threads(settings: Settings) -> int:
     return settings.threads or 1
 
 
-def _case(case: Case, tuners: Tuners, settings: Settings, result: Result, say: Callable[[str], None]) -> None:
+def _case(case: Case, settings: Settings, result: Result, say: Callable[[str], None]) -> None:
     field = contenders(case)
-    chosen = {contender.name: tuners.choose(case, contender) for contender in field}
+    chosen = {contender.name: choose(case, contender, settings, say) for contender in field}
     with ExitStack() as stack:
         teams = {}
         for contender in field:

@@ -15,6 +15,7 @@ as its memory; `imported_bytes` the one after the imports. Each side is imported
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -234,6 +235,8 @@ class Session:
         do = request["do"]
         if do == "build":
             self.side.close()
+            del self.side  # before the next one, so that there is never room for two
+            gc.collect()
             self.order = Order(request["config"], self.order.same_weights, request["options"])
             self.side, self.done = self.build(self.order), 0
         elif do == "forget":

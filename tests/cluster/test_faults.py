@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_gpt.pulse import BEAT_S
 from tests.cluster.jobs import Jobs
 from tests.cluster.virtual import VirtualCluster
 from tests.ranks.runs import ROOT, rows
@@ -29,12 +30,13 @@ def jobs(cluster: VirtualCluster, tmp_path: Path) -> Jobs:
 
 
 def training(jobs: Jobs, via: str) -> int:
-    """A job that has done some steps; its id."""
+    """A job that has done some steps, and said so: a heartbeat comes twice a second. Its id."""
     job = jobs.submit("run", via, sets=LONG)
     deadline = time.monotonic() + 120
     while len(jobs.metrics("run")) < 3:
         assert time.monotonic() < deadline, jobs.said("run")
         time.sleep(0.2)
+    time.sleep(3 * BEAT_S)
     return job
 
 
