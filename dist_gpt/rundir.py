@@ -11,12 +11,14 @@ import json
 import os
 import re
 import secrets
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CHECKPOINTS = "checkpoints"
+EXIT = "exit.json"
 RESUME_FROM = "resume_from"
 _STEP = re.compile(r"step_(\d{8,12})")
 
@@ -77,9 +79,20 @@ def branch_of(run_dir: Path) -> Path | None:
 
 def ended(run_dir: Path) -> dict[str, Any]:
     """What RUN_DIR/exit.json says; empty where there is none, or none that can be read."""
+    path = run_dir / EXIT
     with suppress(OSError, ValueError, TypeError):
-        return dict(json.loads((run_dir / "exit.json").read_text()))
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
     return {}
+
+
+def note_end(run_dir: Path, code: int, why: str | None, step: int | None) -> None:
+    """RUN_DIR/exit.json, {code, why, step, time, job}: `time` in seconds since 1970, `why` null where all steps were
+    done, `job` only under Slurm. Nothing where the run directory cannot be written: it must not hide the end."""
+    end = {"code": code, "why": why, "step": step, "time": time.time()}
+    if "SLURM_JOB_ID" in os.environ:
+        end["job"] = os.environ["SLURM_JOB_ID"]
+    with suppress(OSError):
+        replace(run_dir / EXIT, json.dumps(end) + "\n")
 
 
 def has_trained(run_dir: Path) -> bool:

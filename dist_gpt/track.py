@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from dist_gpt.config.errors import ConfigError
-from dist_gpt.rundir import replace
+from dist_gpt.rundir import EXIT, note_end, replace
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -48,26 +48,20 @@ def record_failure(error: BaseException) -> None:
 
 
 class ExitRecord:
-    """RUN_DIR/exit.json, {code, why, step, time, job}: how this attempt ended, for whoever looks into the folder.
+    """RUN_DIR/exit.json: how this attempt ended (rundir.note_end), for whoever looks into the folder.
 
-    Rank 0 writes it; `time` is in seconds since 1970, `why` null where all steps were done, `job` only under
-    Slurm. While ranks run there is none.
+    Rank 0 writes it. While ranks run there is none.
     """
 
     def __init__(self, run_dir: str | Path, rank: int) -> None:
-        self._path = Path(run_dir) / "exit.json" if rank == 0 else None
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)  # an earlier attempt's
+        self._run_dir = Path(run_dir) if rank == 0 else None
+        if self._run_dir is not None:
+            (self._run_dir / EXIT).unlink(missing_ok=True)  # an earlier attempt's
 
     def write(self, code: int, why: str | None, step: int) -> None:
         """The process will leave with `code`, `step` steps done. What goes wrong here must not hide that."""
-        if self._path is None:
-            return
-        ended = {"code": code, "why": why, "step": step, "time": time.time()}
-        if "SLURM_JOB_ID" in os.environ:
-            ended["job"] = os.environ["SLURM_JOB_ID"]
-        with contextlib.suppress(OSError):
-            replace(self._path, json.dumps(ended) + "\n")
+        if self._run_dir is not None:
+            note_end(self._run_dir, code, why, step)
 
 
 def require_wandb(mode: str) -> None:

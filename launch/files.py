@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, replace
+from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, ended, note_end
 from launch.spec import RUN_DIR
 
 TAIL_LINES = 20
@@ -54,19 +52,10 @@ def go_on(run_dir: Path, via: str) -> str:
 
 def why_left(run_dir: Path) -> str:
     """The reason that rank 0 wrote into exit.json; empty where it wrote none."""
-    with suppress(OSError, ValueError, AttributeError):
-        return str(json.loads((run_dir / "exit.json").read_text()).get("why") or "")
-    return ""
+    return str(ended(run_dir).get("why") or "")
 
 
 def note_failure(run_dir: Path, code: int, why: str) -> None:
     """exit.json of an attempt that failed: the launcher knows more than rank 0, which may not have lived to write it
-    (dist_gpt.track.ExitRecord). Nothing where the run directory cannot be written."""
-    ended: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        ended = dict(json.loads((run_dir / "exit.json").read_text()))
-    ended |= {"code": code, "why": why, "step": ended.get("step"), "time": time.time()}
-    if "SLURM_JOB_ID" in os.environ:
-        ended["job"] = os.environ["SLURM_JOB_ID"]
-    with suppress(OSError):
-        replace(run_dir / "exit.json", json.dumps(ended) + "\n")
+    (dist_gpt.track.ExitRecord); the step is rank 0's word, if it left one."""
+    note_end(run_dir, code, why, ended(run_dir).get("step"))

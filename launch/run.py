@@ -18,7 +18,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import dump, find, load
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
-from dist_gpt.rundir import CHECKPOINTS, RESUME_FROM, Resume, branch_of, set_aside
+from dist_gpt.rundir import CHECKPOINTS, EXIT, RESUME_FROM, Resume, branch_of, set_aside
 from dist_gpt.rundir import replace as replace_file
 from launch import slurm
 from launch.env import Device, choose_device, count_gpus
@@ -113,7 +113,7 @@ def make_run_dir(config: Config, resume: bool = False) -> Path:
 def fill_run_dir(config: Config, plan: dict[str, Any], asked: Resume | None = None) -> None:
     """Write config.yaml (resolved), plan.json, logs/ and what `asked` wants; how an earlier attempt ended goes."""
     run_dir = Path(str(config.run_dir))
-    (run_dir / "exit.json").unlink(missing_ok=True)
+    (run_dir / EXIT).unlink(missing_ok=True)
     for checkpoint in asked.newer if asked is not None else ():
         print(f"{checkpoint} is of a later step: moved to {set_aside(checkpoint).name}", flush=True)
     if asked is not None and asked.branch is not None:

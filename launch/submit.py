@@ -6,7 +6,6 @@ Slurm's tools are called through `run`, time passes through `sleep` and `clock`:
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import signal
 import sys
@@ -17,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.rundir import ended as ended_run
 from launch.slurm import Run, run_tool
 from launch.slurm_words import ENDED, base_state, code_of, state_in_words
 from launch.starter import NotStartedError
-from launch.supervise import say
+from launch.supervise import handled, say
 
 LOG_S, QUEUE_S = 0.5, 5.0
 """Seconds between looks at the log and at the queue (centres ask not to be asked often)."""
@@ -215,7 +215,7 @@ def follow(
     path = Path(str(log).replace("%j", job_id))
     state, exit_code = Following(job_id, path, say, show, run, sleep, clock).to_end()
     code, number = code_of(exit_code)
-    own = _own_code(run_dir / "exit.json", job_id) if run_dir is not None and state in SPOKE else None
+    own = _own_code(run_dir, job_id) if run_dir is not None and state in SPOKE else None
     if own is not None:
         code = own
     elif state != "COMPLETED":
@@ -225,14 +225,12 @@ def follow(
     return Ended(state, code, words)
 
 
-def _own_code(path: Path, job_id: str) -> int | None:
+def _own_code(run_dir: Path, job_id: str) -> int | None:
     """What the run itself left with; None where it left no word, or another job did: a job that dies without a word
     leaves what was there before."""
-    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-        document = json.loads(path.read_text())
-        if str(document["job"]) == job_id and isinstance(document["code"], int):
-            return int(document["code"])
-    return None
+    end = ended_run(run_dir)
+    code = end.get("code")
+    return code if str(end.get("job")) == job_id and isinstance(code, int) else None
 
 
 class Stopped(Exception):
@@ -253,20 +251,6 @@ class Guard:
         if self.may_raise:
             self.may_raise = False
             raise Stopped
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM come here; ignored ones stay ignored (nohup, `&`)."""
-        before = {
-            number: signal.signal(number, self.on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -294,7 +278,7 @@ def run_job(
             stream.flush()
 
     guard = Guard()
-    with guard.handled():
+    with handled(guard.on_signal, signal.SIGINT, signal.SIGTERM):
         job = submit(script, run)
         say(f"submitted: job {job}, script {script}")
         try:

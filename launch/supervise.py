@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty
 
+from dist_gpt.rundir import EXIT
 from launch import explain
 from launch.facts import CONFIG_HASH, config_digest
 from launch.files import last_words, newest_checkpoint, note_failure, size, tail, why_left
@@ -95,7 +96,7 @@ class Supervisor:
         """Start the ranks, follow them to their end, and leave nothing."""
         spec = self.spec
         spec.log_dir.mkdir(parents=True, exist_ok=True)
-        (spec.log_dir.parent / "exit.json").unlink(missing_ok=True)
+        (spec.log_dir.parent / EXIT).unlink(missing_ok=True)
         for rank in range(spec.ranks):
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
@@ -356,18 +357,19 @@ class Supervisor:
 
 
 @contextmanager
-def handled(job: Supervisor) -> Iterator[None]:
-    """Route the signals that ask the launcher to leave to the job; ignored ones stay ignored (nohup, `&`)."""
+def handled(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Inside, these signals go to `handler`; ignored ones stay ignored (nohup, `&`), and in another thread than the
+    main one nothing happens."""
     before: dict[int, object] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, job.on_signal)
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)  # type: ignore[arg-type]
+        for known, earlier in before.items():
+            signal.signal(known, earlier)  # type: ignore[arg-type]
 
 
 def supervise(
@@ -377,5 +379,5 @@ def supervise(
     128 + signal. `host` is the one address that the watch listens on. `on_code` hears the code and the signals that
     came while they are still handled, and may change the code (a requeue)."""
     job = Supervisor(spec, starter, host)
-    with handled(job):
+    with handled(job.on_signal, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         return on_code(job.run(), job.stops)

@@ -65,9 +65,8 @@ class Optimizer:
         decayed, plain = self._slices()
         groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
-        self.narrow = o.name == "adamw" and (p.state != p.master or p.gradient != p.master)
         betas = (o.betas[0], o.betas[1])
-        if self.narrow:
+        if o.name == "adamw" and (p.state != p.master or p.gradient != p.master):
             return NarrowAdamW(groups, self._gradient_of, o.lr, betas, o.eps, TORCH_DTYPE[p.state])
         if o.name == "adamw":
             return torch.optim.AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=self.fused)
@@ -128,8 +127,8 @@ class Optimizer:
                 self.mesh["embed"].all_reduce(flat.gradient_shard).wait()
 
     def _apply(self, rate: float, divisor: Tensor, bad: Tensor) -> None:
-        for flat, gradient in zip(self.flats, self.gradients, strict=True):
-            if self.offloaded:
+        if self.offloaded:
+            for flat, gradient in zip(self.flats, self.gradients, strict=True):
                 gradient.copy_(flat.gradient_shard)
         divisor, bad = divisor.to(self.device), bad.to(self.device)
         for group in self.engine.param_groups:
@@ -141,12 +140,12 @@ class Optimizer:
         else:  # the kernel's divisor is float32: not for a float64 certificate
             for gradient in self.gradients:
                 gradient.div_(divisor.to(gradient.dtype))
-        if self.fused and not self.narrow:
+        if self.fused and not isinstance(self.engine, NarrowAdamW):
             self.engine.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the kernel, on the device
         with torch.no_grad():
             self.engine.step()
-            for flat, master in zip(self.flats, self.masters, strict=True):
-                if self.separate:
+            if self.separate:
+                for flat, master in zip(self.flats, self.masters, strict=True):
                     flat.parameter_shard.copy_(master)
 
     # --- state ---------------------------------------------------------------------------------------------------

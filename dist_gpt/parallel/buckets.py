@@ -74,10 +74,10 @@ class FlatBucket:
         compute, gradient = TORCH_DTYPE[p.compute], TORCH_DTYPE[p.gradient]
         self.reduce_dtype = TORCH_DTYPE[p.reduce] if p.casts and plan.layout.data > 1 else None
         width = self.stop - self.start
-        self._parameters = Whole(bucket, compute, device, tally, always=self.stage < 3)
-        self._gradients = Whole(bucket, gradient, device, tally, always=self.stage < 2)
-        self.parameters, self.gradients = self._parameters.tensor, self._gradients.tensor
         self.keeps_parameters, self.keeps_gradients = self.stage < 3, self.stage < 2
+        self._parameters = Whole(bucket, compute, device, tally, self.keeps_parameters)
+        self._gradients = Whole(bucket, gradient, device, tally, self.keeps_gradients)
+        self.parameters, self.gradients = self._parameters.tensor, self._gradients.tensor
         self.parameter_shard = (
             self.parameters[self.start : self.stop]
             if self.keeps_parameters
@@ -88,7 +88,7 @@ class FlatBucket:
             if self.keeps_gradients
             else torch.zeros(width, dtype=gradient, device=device)
         )
-        self._pending: list[Pending] = []
+        self._reducing: Pending | None = None
         self._cast: Tensor | None = None
         self._gathering = Pending()
         self.accumulated = False  # the shard holds a micro-batch of this step
@@ -153,17 +153,16 @@ class FlatBucket:
             self.tally.add(source.nbytes)
             self._gradients.give_back()
         if not self.stage:
-            self._pending.append(mesh.data.all_reduce(source))
+            self._reducing = mesh.data.all_reduce(source)
         else:
-            self._pending.append(mesh.shard.reduce_scatter(source[self.start : self.stop], source))
+            self._reducing = mesh.shard.reduce_scatter(source[self.start : self.stop], source)
 
     def finish_reduction(self) -> None:
         """Until the sum is in `gradient_shard`; added to that of earlier micro-batches where only the shard is kept."""
-        if not self._pending:
+        if self._reducing is None:
             return
-        for pending in self._pending:
-            pending.wait()
-        self._pending.clear()
+        self._reducing.wait()
+        self._reducing = None
         source = self._cast if self._cast is not None else self.gradients
         if not self.keeps_gradients or self._cast is not None:
             summed = source[self.start : self.stop]

@@ -100,10 +100,11 @@ def load(folder: str | Path) -> Run:
     run = Run(folder, config, _plan(folder / "plan.json"), layout_of(config))
     if any(run.plan["layout"].get(axis) != getattr(run.layout, axis) for axis in BASE_AXES):
         run.problems.append(f"plan.json is of another layout than config.yaml; the latter's is taken: {run.layout}")
-    run.failed = _failure(folder / "exit.json")
+    end = _end(folder / "exit.json")
+    run.failed = _failure(end)
     if run.failed:
         run.problems.append(f"the run failed: {run.failed}")
-    run.problems += _stopped(folder / "exit.json", config.train.steps)
+    run.problems += _stopped(end, config.train.steps)
     _ranks(run)
     run.problems += engine_sentences(run)
     run.metrics = _metrics(folder / "metrics.jsonl", run.problems)
@@ -128,23 +129,28 @@ def engine_sentences(run: Run) -> list[str]:
     ]
 
 
-def _failure(path: Path) -> str:
+def _end(path: Path) -> dict[str, Any]:
+    """What exit.json says; empty where there is none, or none that can be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return {}
+
+
+def _failure(end: dict[str, Any]) -> str:
     """What exit.json says of an attempt that failed; empty where none did, or it is not over."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        ended = json.loads(path.read_text()) if path.is_file() else {}
-        if ended.get("code") not in ENDED_WELL:
-            return " ".join(str(ended.get("why") or f"exit code {ended['code']}").split())[:400]
-    return ""
+    return _why(end, f"exit code {end['code']}") if end.get("code") not in ENDED_WELL else ""
 
 
-def _stopped(path: Path, steps: int) -> list[str]:
+def _stopped(end: dict[str, Any], steps: int) -> list[str]:
     """That the run was asked to stop before its end."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        ended = json.loads(path.read_text()) if path.is_file() else {}
-        if ended.get("code") == 75:
-            why = " ".join(str(ended.get("why") or "asked to stop").split())[:400]
-            return [f"not finished: stopped after step {ended.get('step')} of {steps}: {why}; saved"]
-    return []
+    if end.get("code") != 75:
+        return []
+    return [f"not finished: stopped after step {end.get('step')} of {steps}: {_why(end, 'asked to stop')}; saved"]
+
+
+def _why(end: dict[str, Any], otherwise: str) -> str:
+    """What exit.json gives as the reason, on one line."""
+    return " ".join(str(end.get("why") or otherwise).split())[:400]
 
 
 def _config(path: Path) -> Config:

@@ -156,8 +156,9 @@ def reduce_scatter_without_the_sum(call: int, original: Any, self: FlatBucket, m
     """Bucket 0 is exchanged, and each rank goes on with its own."""
     own = self.gradient_shard.clone()
     original(self, mesh)
-    if self.bucket.index == 0:
-        self._pending.append(Pending(None, lambda: self.gradient_shard.copy_(own)))
+    summed = self._reducing
+    if self.bucket.index == 0 and summed is not None:
+        self._reducing = Pending(None, lambda: (summed.wait(), self.gradient_shard.copy_(own)))
 
 
 @plant(FlatBucket, "start_reduction")

@@ -89,6 +89,17 @@ class Place:
         out, err = finish(process)
         return Run(process.returncode, out, err, self.folder / run_dir)
 
+    def ask_to_stop(self, argv: list[str], run_dir: str, steps: int) -> Run:
+        """Start a run that would not end, send its launcher SIGTERM after `steps` steps, and see it to its end."""
+        process = self.start(argv)
+        try:
+            wait_until(lambda: len(rows(self.folder / run_dir / "metrics.jsonl")) >= steps, process)
+            process.send_signal(signal.SIGTERM)
+            out, err = finish(process)
+        finally:
+            process.kill()
+        return Run(process.returncode, out, err, self.folder / run_dir)
+
     def torchrun(self, argv: list[str], run_dir: str, ranks: int) -> Run:
         """`torchrun --nproc-per-node RANKS -m dist_gpt ARGV`, on a free port."""
         started = ["--standalone", "--nproc-per-node", str(ranks), "-m", "dist_gpt", *argv]

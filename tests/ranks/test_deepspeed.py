@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from functools import lru_cache
@@ -28,7 +27,7 @@ from dist_gpt.optim.traffic import Traffic
 from dist_gpt.plan.api import plan_document
 from dist_gpt.plan.count import total_parameters
 from dist_gpt.report.load import load as load_run
-from tests.ranks.runs import ROOT, Place, environment, finish, rows, wait_until
+from tests.ranks.runs import ROOT, Place, environment, finish
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 
@@ -287,12 +286,6 @@ def test_a_run_ends_well_and_its_report_tells_what_is_not_accounted_for(place: P
 
 def test_who_asks_it_to_stop_learns_that_nothing_was_saved(place: Place) -> None:
     sets = {**SETS, "train.steps": 1_000_000, "train.eval_batches": 0, "train.eval_every": 0}
-    process = place.start(place.argv("launch", "stopped_deepspeed", sets=sets))
-    try:
-        wait_until(lambda: len(rows(place.folder / "stopped_deepspeed" / "metrics.jsonl")) >= 2, process)
-        process.send_signal(signal.SIGTERM)
-        out, err = finish(process)
-    finally:
-        process.kill()
-    assert process.returncode == 1
-    assert "saves no checkpoints: what was trained is lost" in out + err
+    run = place.ask_to_stop(place.argv("launch", "stopped_deepspeed", sets=sets), "stopped_deepspeed", steps=2)
+    assert run.code == 1
+    assert "saves no checkpoints: what was trained is lost" in run.out + run.err

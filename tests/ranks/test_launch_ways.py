@@ -84,16 +84,10 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(place: Place) -> None:
 def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(place: Place) -> None:
     """Of more steps than it can do; the rate of a step does not depend on how many there are."""
     flat = {**TWO, "optim.decay": "none"}
-    process = place.start(place.argv("launch", "asked", sets={**flat, "train.steps": 1_000_000}))
-    try:
-        wait_until(lambda: len(rows(place.folder / "asked" / "metrics.jsonl")) >= 1, process)
-        process.send_signal(signal.SIGTERM)
-        _, error = finish(process)
-    finally:
-        process.kill()
+    asked = place.ask_to_stop(place.argv("launch", "asked", sets={**flat, "train.steps": 1_000_000}), "asked", steps=1)
     ended = json.loads((place.folder / "asked" / "exit.json").read_text())
-    assert process.returncode == ended["code"] == 75, error
-    assert "asked to save and leave" in error and "preempted: 2 ranks saved and left" in error
+    assert asked.code == ended["code"] == 75, asked.err
+    assert "asked to save and leave" in asked.err and "preempted: 2 ranks saved and left" in asked.err
     whole = {**flat, "train.steps": ended["step"] + 3}
     again = place.run(place.argv("launch", "asked", "--resume", "auto", sets=whole), "asked")
     assert again.code == 0, again.err
