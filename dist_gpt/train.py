@@ -16,6 +16,7 @@ from dist_gpt.checkpoint.resume import AUTO
 from dist_gpt.checkpoint.state import restore, tensors_of
 from dist_gpt.checkpoint.store import Checkpoints
 from dist_gpt.comm.clock import read_clock
+from dist_gpt.comm.probe import Network, network
 from dist_gpt.comm.rendezvous import (
     RankEnv,
     RendezvousError,
@@ -266,16 +267,19 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     rank = make_rank(config, env, store, device)
     parts.callback(rank.close)
     attempt.begins(rank)
+    links = look_at_network(config, rank, store, env)
     checkpoints = Checkpoints(config, run_dir, data.digest, store, env)
     start = begin(rank, checkpoints, resume)
     tracker = Tracker(config, run_dir, env.rank, start.after)
     parts.callback(tracker.close)
     tracker.message(greeting(env, rank))
-    for line in start.lines if env.rank == 0 else ():
+    for line in (*(links.lines() if links is not None else ()), *start.lines) if env.rank == 0 else ():
         tracker.message(line)
     number = agree_on_attempt(store, env, attempts_in(run_dir, env.rank))
     recorder = Recorder(config, rank, replace(env, attempt=number), run_dir, baseline)
     parts.callback(recorder.close)
+    if links is not None:
+        recorder.events.fact("probe", links.fact())
     recorder.clock(read_clock(store, env, "start"))
     trainer = Trainer(config, rank, Batches(data, config), tracker, recorder, checkpoints)
     trainer.step, trainer.skipped = start.step, start.skipped
@@ -287,6 +291,14 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     for line in engine_lines(rank) if env.rank == 0 else ():
         tracker.message(line)
     return settle(store, env, differences, tracker) or (0 if finished else PREEMPTED)
+
+
+def look_at_network(config: Config, rank: Rank, store: Store, env: RankEnv) -> Network | None:
+    """A small collective along every axis, before a run on several nodes; None on one node, and where nobody wants it
+    (launch.preflight: off). To be called by all ranks together."""
+    if env.one_node or config.launch.preflight == "off":
+        return None
+    return network(rank.mesh, rank.device, store, env)
 
 
 def engine_lines(rank: Rank) -> list[str]:

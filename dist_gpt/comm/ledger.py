@@ -171,12 +171,18 @@ class Ledger:
             self.tape.end(mark)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Everything issued inside is control traffic, also within a step (the certificate reading gradients)."""
-        outer = self._phase, self._issued
+    def aside(self, name: str = "") -> Iterator[None]:
+        """Everything issued inside is control traffic, also within a step (the certificate reading gradients).
+
+        `name` is what `position` calls it.
+        """
+        outer, around = (self._phase, self._issued), self._entry
         self._phase, self._issued = CONTROL, None
+        if name:
+            self._entry = (CONTROL, name)
         try:
             yield
+            self._entry = around  # not after an error: `position` then says where it was
         finally:
             self._phase, self._issued = outer
 

@@ -1,22 +1,26 @@
 """A small collective along every axis and a message over every pipeline edge, before training: do they come through,
 and how fast.
 
-`python -m dist_gpt.comm.probe CONFIG` is what each rank of `dist-gpt launch CONFIG --check` runs; rank 0 prints it all.
+Every run on several nodes begins with `network` (launch.preflight); `python -m dist_gpt.comm.probe CONFIG` is what each
+rank of `dist-gpt launch CONFIG --check` runs, and ends after it. Rank 0 has the result, as a table and as rows.
 Bus bandwidth as nccl-tests define it (doc/PERFORMANCE.md): all-reduce 2 (n-1)/n x bytes / time, send bytes / time.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
-from dist_gpt.comm.mesh import COLLECTIVE_AXES, Mesh, build_mesh
+from dist_gpt.comm.mesh import Mesh, build_mesh
 from dist_gpt.comm.rendezvous import (
     RankEnv,
     RendezvousError,
@@ -27,31 +31,64 @@ from dist_gpt.comm.rendezvous import (
     make_backends,
     rank_env,
     roll_call,
+    scoped,
     wait_for,
 )
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import config_hash, load
+from dist_gpt.events import CONTROL
 from dist_gpt.plan.steps import layout_of
 from dist_gpt.schedule.orders import placement
 
-PAYLOAD_BYTES = 1 << 20
+PAYLOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Enough that the time is the wire's and not the call's, on what such devices are connected by."""
 REPEATS = 5
 BAD_INPUT = 2
+SLOW = 3.0
+"""A group that has this many times less than others of its kind is told."""
+ENOUGH = 3
+"""Groups of a kind from which on one of them can be called slow."""
 
 
-def probe(
-    mesh: Mesh, device: torch.device, payload: int = PAYLOAD_BYTES, repeats: int = REPEATS
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Network:
+    """What the probe found. `rows` are of all groups on rank 0, none on the others; `moved` is what this rank issued
+    for it: {axis: {op: {calls, payload_bytes, wire_bytes}}}."""
+
+    rows: list[dict[str, Any]]
+    hosts: dict[int, str]
+    seconds: float
+    moved: dict[str, dict[str, dict[str, int]]]
+
+    def lines(self) -> list[str]:
+        """For people; rank 0's."""
+        return [*table(self.rows).splitlines(), *slow_groups(self.rows, self.hosts)]
+
+    def fact(self) -> dict[str, Any]:
+        """For the events file."""
+        return {"seconds": self.seconds, "comm": self.moved, "groups": self.rows}
+
+
+def network(mesh: Mesh, device: torch.device, store: Store, env: RankEnv) -> Network:
+    """Probe all groups; to be called by all ranks together."""
+    started, before = time.perf_counter(), mesh.ledger.counts(CONTROL).copy()
+    rows = probe(mesh, device)
+    rows, hosts = gather(scoped(store, "probe"), env, rows)
+    moved = mesh.ledger.counts(CONTROL).since(before).as_dict()
+    return Network(rows, hosts, time.perf_counter() - started, moved)
+
+
+def probe(mesh: Mesh, device: torch.device, payload: int | None = None, repeats: int = REPEATS) -> list[dict[str, Any]]:
     """Times every group of this rank; to be called by all ranks together. Control traffic.
 
     For each group of which this rank is the first member, and each edge that it receives from: {axis, op, ranks, bytes,
     seconds (of one call), busbw (bytes/s)}. All groups of an axis work at the same time, as in training.
     """
     found = []
+    payload = PAYLOAD_BYTES[device.type] if payload is None else payload
     tensor = torch.zeros(payload // 4, dtype=torch.float32, device=device)
-    with mesh.ledger.aside():
-        for axis in COLLECTIVE_AXES:
-            group = mesh[axis]
+    with mesh.ledger.aside("network probe"):
+        for axis, group in mesh.groups.items():
             mesh.world.barrier()  # also where this rank has nobody to meet: then it does not run ahead
             if group.size > 1:
                 seconds = _time(lambda group=group: group.all_reduce(tensor).wait(), device, repeats)  # type: ignore[misc]
@@ -107,14 +144,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return f"probe: {rows[0]['bytes'] / 2**20:g} MiB along every axis\n" + "\n".join(lines)
 
 
-def gather(store: Store, env: RankEnv, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All ranks' rows on rank 0, which may host the store and so leaves last; none on the others."""
-    store.set(f"probe/{env.rank}", json.dumps(rows))
+def slow_groups(rows: Sequence[dict[str, Any]], hosts: Mapping[int, str]) -> list[str]:
+    """Groups with far less bandwidth than others of their kind: of their axis, over as many hosts."""
+    kinds: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[row["axis"], len({hosts.get(rank) for rank in row["ranks"]})].append(row)
+    lines = []
+    for (axis, _), alike in kinds.items():
+        usual = median(row["busbw"] for row in alike)
+        for row in alike if len(alike) >= ENOUGH else ():
+            if row["busbw"] * SLOW < usual:
+                where = ", ".join(dict.fromkeys(hosts.get(rank, "?") for rank in row["ranks"]))
+                lines.append(
+                    f"probe: slow: {axis} group of ranks {', '.join(map(str, row['ranks'][:8]))} on {where}: "
+                    f"{row['busbw'] / 1e6:.1f} MB/s, others {usual / 1e6:.1f}; look at these nodes' links and load"
+                )
+    return lines
+
+
+def gather(store: Store, env: RankEnv, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """All ranks' rows and hosts on rank 0, which may host the store and so leaves last; none on the others."""
+    store.set(str(env.rank), json.dumps([socket.gethostname(), rows]))
     if env.rank != 0:
-        return []
-    keys = {rank: f"probe/{rank}" for rank in range(env.world)}
+        return [], {}
+    keys = {rank: str(rank) for rank in range(env.world)}
     wait_for(store, env, keys, "finish the probe", env.left_s())
-    return [row for key in keys.values() for row in json.loads(store.get(key))]
+    found = {rank: json.loads(store.get(key)) for rank, key in keys.items()}
+    return [row for _, theirs in found.values() for row in theirs], {rank: host for rank, (host, _) in found.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,12 +191,12 @@ def main(argv: Sequence[str]) -> int:
     holders = placement(p.schedule, p.pp, p.virtual_stages)
     mesh = build_mesh(layout, env.rank, holders, make_backends(store, env, device, config.launch.timeout_s))
     try:
-        rows = gather(store, env, probe(mesh, device))
+        found = network(mesh, device, store, env)
         mesh.world.barrier()
     finally:
         mesh.close()
     if env.rank == 0:
-        print(table(rows), flush=True)
+        print("\n".join(found.lines()), flush=True)
     return 0
 
 

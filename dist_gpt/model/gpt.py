@@ -24,7 +24,16 @@ from torch.nn import Parameter
 from dist_gpt.comm.group import Group
 from dist_gpt.config.schema import Config
 from dist_gpt.model.core import CoreAgain, merge_heads
-from dist_gpt.model.functions import attention_core, dropout, rms_norm, rotary_table, rotate, seed_of, swiglu
+from dist_gpt.model.functions import (
+    attention_core,
+    dropout,
+    layer_norm,
+    rms_norm,
+    rotary_table,
+    rotate,
+    seed_of,
+    swiglu,
+)
 from dist_gpt.parallel.executor import MicroBatch
 from dist_gpt.parallel.linear import ColumnLinear, RowLinear
 from dist_gpt.parallel.matmul import sum_rows
@@ -93,7 +102,7 @@ class Norm(nn.Module):
         if self.kind == "rmsnorm":
             return rms_norm(x, weight, self.eps)
         bias = use(self.bias, self.sink) if self.bias is not None else None
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.eps)
+        return layer_norm(x, weight, bias, self.eps)
 
 
 class Attention(nn.Module):

@@ -334,7 +334,11 @@ class VirtualCluster:
         self._until(f"job {job} is back in the queue", back, timeout)
 
     def start_now(self, job: int) -> None:
-        """Take away the wait of a requeued job; nothing is done to one that has started."""
+        """Take away the wait of a requeued job; nothing is done to one that has started.
+
+        slurmd counts in seconds: a job that starts in the one in which its former attempt was revoked is refused.
+        """
+        time.sleep(1.1)
         until = time.monotonic() + 15
         while self.job(job)["JobState"] in ("PENDING", "COMPLETING"):
             done = self.run(0, ["scontrol", "update", f"jobid={job}", "StartTime=now"], check=False)

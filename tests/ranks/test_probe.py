@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_gpt.comm import probe as probing
 from dist_gpt.comm.mesh import Backends, FakeBackends, Mesh, build_mesh
+from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.events import CONTROL, TRAIN
 from dist_gpt.layout import Layout
-from tests.ranks.runs import Place
+from tests.ranks.runs import STEPS, Place, Run, finish
 from tests.ranks.threads import on_gloo
 
 LAYOUT = Layout(pp=2, dp=2, tp=2)
@@ -51,6 +55,71 @@ def test_a_single_rank() -> None:
     mesh = build_mesh(Layout(), 0, (0,), FakeBackends())
     assert probing.probe(mesh, CPU) == []
     assert probing.table([]) == "probe: a single rank, nothing to send"
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, tp=2), Layout(dp=4, shard=2)], ids=str)
+def test_rank_0_has_all_groups_and_every_rank_what_it_issued(layout: Layout) -> None:
+    store = dist.HashStore()
+
+    def body(rank: int, backends: Backends) -> probing.Network:
+        mesh = build_mesh(layout, rank, (0,), backends)
+        try:
+            mesh.world.barrier()  # control traffic before is not the probe's
+            return probing.network(mesh, CPU, store, RankEnv(rank, 4, 0, 1, "127.0.0.1", 0, 0, time.monotonic() + 60))
+        finally:
+            mesh.close()
+
+    first, *others = on_gloo(4, body)
+    axes = ["data", "shard", "replica"] if layout.shard else ["data", "tp"]
+    groups = {(axis, layout.group(axis, rank)) for axis in ["world", *axes] for rank in range(4)}
+    assert {(row["axis"], tuple(row["ranks"])) for row in first.rows} == groups
+    assert first.hosts == dict.fromkeys(range(4), socket.gethostname())
+    calls = 1 + probing.REPEATS
+    for found in (first, *others):
+        for axis in axes:
+            assert found.moved[axis]["all_reduce"]["payload_bytes"] == calls * probing.PAYLOAD_BYTES["cpu"]
+        assert found.fact()["comm"] is found.moved and found.seconds > 0
+    assert all(found.rows == [] for found in others)
+
+
+def test_a_group_that_is_slow_is_told_with_its_nodes() -> None:
+    def row(axis: str, ranks: list[int], busbw: float) -> dict[str, Any]:
+        return {"axis": axis, "op": "all_reduce", "ranks": ranks, "bytes": 1, "seconds": 1.0, "busbw": busbw}
+
+    hosts = {rank: f"n{rank // 2}" for rank in range(12)}
+    pairs = [row("tp", [rank, rank + 1], 900e6) for rank in range(0, 12, 2)]
+    across = [row("pp f", [1, 2], 9e6), row("pp f", [0, 1], 800e6), row("pp f", [2, 3], 850e6)]
+    assert probing.slow_groups([*pairs, *across], hosts) == [], "an edge across nodes is not of the kind of one inside"
+    pairs[2]["busbw"] = 299e6
+    (line,) = probing.slow_groups([*pairs, *across], hosts)
+    assert line == (
+        "probe: slow: tp group of ranks 4, 5 on n2: 299.0 MB/s, others 900.0; look at these nodes' links and load"
+    )
+    assert probing.slow_groups(pairs[1:3], hosts) == [], "of two nobody knows which is the usual one"
+
+
+@pytest.mark.parametrize("preflight", ["strict", "off"])
+def test_a_run_on_two_nodes_begins_with_it(preflight: str, tmp_path: Path) -> None:
+    """Two torchruns, as on two nodes, without a launcher of ours."""
+    place = Place(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    argv = place.argv("train", "two", sets={"parallel.dp": 2, "launch.preflight": preflight})
+    way = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    nodes = [
+        place.start([*way, "--node-rank", str(n), "-m", "dist_gpt", *argv], "torch.distributed.run") for n in range(2)
+    ]
+    runs = [Run(node.returncode, *said, tmp_path / "two") for node in nodes for said in [finish(node)]]
+    assert [node.wait() for node in nodes] == [0, 0], runs[0].err + runs[1].err
+    facts = [[row["probe"] for row in runs[0].events(rank) if "probe" in row] for rank in range(2)]
+    heads = [line for line in runs[0].lines if line.startswith("probe: ")]
+    if preflight == "off":
+        assert (facts, heads) == ([[], []], [])
+        return
+    assert heads == ["probe: 1 MiB along every axis"] and any("all_reduce" in line for line in runs[0].lines)
+    assert [len(fact) for fact in facts] == [1, 1]
+    assert [row["axis"] for row in facts[0][0]["groups"]] == ["world", "data"] and not facts[1][0]["groups"]
+    assert len([row for row in runs[0].metrics() if row.get("loss") is not None]) == STEPS
 
 
 def test_as_ranks_run_it(tmp_path: Path) -> None:
