@@ -42,6 +42,20 @@ def wire_bytes(op: str, payload: int, size: int) -> int:
     raise ValueError(f"unknown collective {op!r}")
 
 
+DIRECT_BYTES = 1 << 22
+
+
+def scatters_directly(payload: int, size: int) -> bool:
+    """Whether members of a gloo group send each other the parts of a reduce-scatter of `payload` bytes themselves: half
+    the copies of its all-to-all, and for small messages between many more waking up."""
+    return size == 2 or payload >= DIRECT_BYTES
+
+
+def scatter_room(payload: int, size: int) -> int:
+    """Bytes of the receive buffer that a reduce-scatter of `payload` bytes needs on gloo; see comm.group."""
+    return payload // size * (size - 1) if scatters_directly(payload, size) else payload
+
+
 def leaving_bytes(
     op: str, payload: int, ranks: Sequence[int], index: int, node_of: Sequence[int], emulated: bool = False
 ) -> int:

@@ -7,18 +7,17 @@ after it, without blocking the host).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from queue import SimpleQueue
-from threading import Event, Thread
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_gpt.comm.exchange import Waiter, start_exchange
 from dist_gpt.comm.ledger import Ledger, Numbered
+from dist_gpt.events import scatter_room, scatters_directly
 
-JOIN_S = 1.0
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -68,70 +67,6 @@ class Pending:
         return self._work is None or self._work.is_completed()
 
 
-class WaitedWork:
-    """A gloo send, waited for on a thread of its own: gloo says that one is complete only to who waits."""
-
-    def __init__(self, work: Any) -> None:
-        self.work = work
-        self.error: Exception | None = None
-        self.ended = Event()
-        self._note: Callable[[], object] | None = None
-
-    def run(self) -> None:
-        try:
-            self.work.wait()
-        except Exception as error:  # handed to whoever waits for this send
-            self.error = error
-        self.work = None
-        self._tell()  # before whoever waits goes on
-        self.ended.set()
-
-    def when_done(self, note: Callable[[], object]) -> None:
-        """Call `note` once, at the end, on whatever thread sees it first."""
-        self._note = note
-        if self.ended.is_set():
-            self._tell()
-
-    def _tell(self) -> None:
-        note, self._note = self._note, None
-        if note is not None:
-            note()
-
-    def wait(self) -> None:
-        self.ended.wait()
-        if self.error is not None:
-            raise self.error
-
-    def is_completed(self) -> bool:
-        return self.ended.is_set()
-
-
-class SendWaiter:
-    """Waits for the sends of one edge, in their order, on a daemon thread that starts with the first of them."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[WaitedWork | None] = SimpleQueue()
-        self._thread: Thread | None = None
-
-    def watch(self, work: Any) -> WaitedWork:
-        if self._thread is None:
-            self._thread = Thread(target=self._run, name="send waiter", daemon=True)
-            self._thread.start()
-        waited = WaitedWork(work)
-        self._queue.put(waited)
-        return waited
-
-    def close(self) -> None:
-        """End the thread, so that nothing touches the backend when it goes; one that is stuck is left after JOIN_S."""
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join(JOIN_S)
-
-    def _run(self) -> None:
-        while (waited := self._queue.get()) is not None:
-            waited.run()
-
-
 class Group:
     """The ranks that this rank meets along `axis`. `backend` is a c10d process group, or None for a single rank.
 
@@ -152,7 +87,9 @@ class Group:
         self.scratch_bytes = self.peak_scratch_bytes = 0  # receive buffers of emulated operations under way
         # gloo's own reduce-scatter is an all-reduce inside: twice the wire bytes
         self.emulates_reduce_scatter = backend is not None and backend.name() == "gloo"
-        self._waiter = SendWaiter() if self.emulates_reduce_scatter else None
+        # gloo's own all-gather goes through a buffer of its own; over several nodes its ring sends less between them
+        self.gathers_directly = self.emulates_reduce_scatter and (len(ranks) == 2 or backend.one_node)
+        self._waiter = Waiter() if self.emulates_reduce_scatter else None
 
     @property
     def size(self) -> int:
@@ -181,7 +118,19 @@ class Group:
             if out.data_ptr() != shard.data_ptr():
                 out.copy_(shard.view_as(out))
             return Pending()
+        if self.gathers_directly:
+            return self._issue("all_gather", out.nbytes, lambda: self._send_to_all(out, shard))
         return self._issue("all_gather", out.nbytes, lambda: self.backend._allgather_base(out, shard))
+
+    def _send_to_all(self, out: Tensor, shard: Tensor) -> Any:
+        parts = out.view(self.size, -1).unbind()
+        if parts[self.index].data_ptr() != shard.data_ptr():
+            parts[self.index].copy_(shard.view(-1))
+        return self._exchange(parts, [shard] * self.size)
+
+    def _exchange(self, receive: Sequence[Tensor], send: Sequence[Tensor]) -> Any:
+        waiter = self._waiter = self._waiter or Waiter()
+        return start_exchange(self.backend, self.index, receive, send, waiter)
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:
         """`out` = this rank's part of the sum of `full` over the group, along dim 0. `out` may be a part of `full`."""
@@ -190,24 +139,37 @@ class Group:
                 out.copy_(full.view_as(out))
             return Pending()
         if self.emulates_reduce_scatter:
-            return self._reduce_scatter_by_all_to_all(out, full)
+            return self._reduce_scatter_from_parts(out, full)
         options = dist.ReduceScatterOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         return self._issue("reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options))
 
-    def _reduce_scatter_by_all_to_all(self, out: Tensor, full: Tensor) -> Pending:
+    def _reduce_scatter_from_parts(self, out: Tensor, full: Tensor) -> Pending:
         """The true (n-1)/n bytes: everybody sends everybody its part, and each sums what it got."""
-        parts = torch.empty_like(full)
-        self.scratch_bytes += parts.nbytes
+        directly = scatters_directly(full.nbytes, self.size)
+        room = scatter_room(full.nbytes, self.size)
+        parts = full.new_empty((room // out.nbytes, out.numel()))
+        self.scratch_bytes += room
         self.peak_scratch_bytes = max(self.peak_scratch_bytes, self.scratch_bytes)
+        mine, own = full.view(self.size, -1), self.index
+
+        def start() -> Any:
+            if not directly:
+                return self.backend.alltoall_base(parts.view_as(full), full, [], [])
+            others = iter(parts.unbind())
+            return self._exchange([mine[i] if i == own else next(others) for i in range(self.size)], mine.unbind())
 
         def finish() -> None:
-            torch.sum(parts.view(self.size, *out.shape), dim=0, out=out)
-            self.scratch_bytes -= parts.nbytes
+            total = out.view(-1)
+            if directly:
+                torch.add(mine[own], parts[0], out=total)
+                for part in parts[1:]:
+                    total.add_(part)
+            else:
+                torch.sum(parts, dim=0, out=total)
+            self.scratch_bytes -= room
 
-        return self._issue(
-            "reduce_scatter", full.nbytes, lambda: self.backend.alltoall_base(parts, full, [], []), finish
-        )
+        return self._issue("reduce_scatter", full.nbytes, start, finish)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Pending:
         """`tensor` of the group's member `root` to all, in place."""

@@ -126,7 +126,10 @@ def build_mesh(
 
 
 class GlooGroup(dist.ProcessGroupGloo):
-    """Gloo whose operations end in time also when that is not the time its connections were made in."""
+    """Gloo whose operations end in time also when that is not the time its connections were made in. `one_node`: all
+    its members are on one."""
+
+    one_node = False
 
     def limit(self, timeout: timedelta) -> None:
         """From now on `timeout` is every operation's."""
@@ -159,7 +162,7 @@ class GlooBackends:
     """Gloo on a store that all ranks share, over the interface of address `host` (loopback on one node).
 
     `interfaces` are used instead of `host` where they are named. `timeout_s` is a collective's; a group is created
-    within what `left_s` says is left by then (by default `timeout_s`).
+    within what `left_s` says is left by then (by default `timeout_s`). `one_node`: all ranks are on one node.
     """
 
     def __init__(
@@ -169,12 +172,14 @@ class GlooBackends:
         timeout_s: float,
         interfaces: Sequence[str] = (),
         left_s: Callable[[], float] | None = None,
+        one_node: bool = True,
     ) -> None:
         self.store = store
         self.timeout_s = timeout_s
         self.left_s = left_s or (lambda: timeout_s)
         create = dist.ProcessGroupGloo.create_device
         self.devices = [create(interface=name) for name in interfaces] or [create(hostname=host)]
+        self.one_node = one_node
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
         if len(ranks) == 1:
@@ -186,6 +191,7 @@ class GlooBackends:
         store = dist.PrefixStore(_key(name, ranks), self.store)
         backend = GlooGroup(store, ranks.index(rank), len(ranks), options)
         backend.limit(timedelta(seconds=self.timeout_s))
+        backend.one_node = self.one_node
         return backend
 
 
@@ -230,6 +236,8 @@ class FakeBackends:
 
 class _CalledGloo:
     """A process group that goes by gloo's name."""
+
+    one_node = True
 
     def __init__(self, group: Any) -> None:
         self._group = group

@@ -308,7 +308,7 @@ def make_backends(store: Store, env: RankEnv, device: torch.device, timeout_s: f
         return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s)
     interfaces = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
     host = "" if interfaces else address_towards(env.master_addr, env.master_port)
-    return GlooBackends(store, host, timeout_s, interfaces, env.left_s)
+    return GlooBackends(store, host, timeout_s, interfaces, env.left_s, one_node=False)
 
 
 def address_towards(host: str, port: int) -> str:

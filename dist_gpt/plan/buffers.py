@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dist_gpt.events import scatter_room
 from dist_gpt.plan.buckets import Bucket
 from dist_gpt.plan.steps import RankPlan
 from dist_gpt.schedule.expand import BACKWARD, FREE, GATHER, REDUCE, UPDATE, WEIGHT, Step
@@ -29,7 +30,8 @@ def scatter_bytes(plan: RankPlan, steps: Sequence[Step]) -> int:
     """Receive buffers of reduce-scatters under way, which gloo's need (see comm.group) and NCCL's do not."""
     if not plan.stage or plan.config.launch.backend == "nccl":
         return 0
-    sizes = [plan.buckets[s.bucket or 0].padded * plan.precision.bytes("reduce") for s in steps if s.kind == REDUCE]
+    element, shards = plan.precision.bytes("reduce"), plan.shards
+    sizes = [scatter_room(plan.buckets[s.bucket or 0].padded * element, shards) for s in steps if s.kind == REDUCE]
     together = REDUCTIONS_AHEAD[plan.stage] + 1
     return max((sum(sizes[i : i + together]) for i in range(len(sizes))), default=0)
 

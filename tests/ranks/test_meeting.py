@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from dist_gpt import meeting
 from dist_gpt.comm import rendezvous
-from dist_gpt.comm.group import JOIN_S, Group, SendWaiter
+from dist_gpt.comm.exchange import JOIN_S, Waiter
+from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.mesh import GlooBackends, build_mesh
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, make_backends
@@ -178,7 +179,7 @@ class TestClosing:
         assert sorted(ended) == ["data", "embed", "pp_b", "pp_f", "tp", "world"]
 
     def test_the_thread_of_sends_is_joined(self) -> None:
-        waiter, release = SendWaiter(), threading.Event()
+        waiter, release = Waiter(), threading.Event()
         watched = waiter.watch(SimpleNamespace(wait=release.wait))
         threading.Timer(0.1, release.set).start()
         waiter.close()
@@ -186,7 +187,7 @@ class TestClosing:
         assert waiter._thread is not None and not waiter._thread.is_alive()
 
     def test_a_stuck_send_does_not_hold_the_close(self) -> None:
-        waiter, release = SendWaiter(), threading.Event()
+        waiter, release = Waiter(), threading.Event()
         waiter.watch(SimpleNamespace(wait=release.wait))
         started = time.monotonic()
         waiter.close()
@@ -194,7 +195,7 @@ class TestClosing:
         release.set()
 
     def test_without_sends_nothing_is_joined(self) -> None:
-        waiter = SendWaiter()
+        waiter = Waiter()
         waiter.close()
         assert waiter._thread is None
 
@@ -207,11 +208,17 @@ class TestBackends:
     def made(self, env: RankEnv) -> tuple[str, list[str]]:
         """(host, interfaces) that gloo is given."""
         given: list[tuple[str, list[str]]] = []
+
+        def made(
+            _: Any, host: str, __: float, names: Sequence[str] = (), left_s: Any = None, one_node: bool = True
+        ) -> None:
+            assert one_node == env.one_node
+            given.append((host, list(names)))
+
         with pytest.MonkeyPatch.context() as patch:
-            made = lambda _, host, __, names=(), left_s=None: given.append((host, names))  # noqa: E731
             patch.setattr(rendezvous, "GlooBackends", made)
             make_backends(dist.HashStore(), env, torch.device("cpu"), FAR_S)
-        return given[0][0], list(given[0][1])
+        return given[0]
 
     def test_one_node_is_loopback(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")

@@ -207,7 +207,7 @@ class TestKilledRank:
         lines = killed.err.splitlines()
         assert lines[0].startswith("rank 1 (pp 1, dp 0, cp 0, tp 0) on ")
         assert lines[0].endswith("died: killed by SIGKILL")
-        assert re.match(r"  (in step \d+, train|before the first step)", lines[1]), lines[1]
+        assert re.match(r"  (in step \d+, (train|control)|before the first step)", lines[1]), lines[1]
         assert f"end of {log}:" in lines
         assert [f"  | {line}" for line in log.read_text().splitlines()][-20:] == [
             line for line in lines if line.startswith("  | ")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from dist_gpt.config.schema import Config
+from dist_gpt.events import scatter_room
 from dist_gpt.layout import Layout
 from dist_gpt.params import parameter_table
 from dist_gpt.plan.buffers import peak_transients, scatter_bytes
@@ -233,12 +234,15 @@ def test_transient_buffers_of_one_bucket_each() -> None:
 
 
 def test_receive_buffers_of_gloo() -> None:
-    """Of two reductions in stage 1, of one in stages 2 and 3; NCCL needs none."""
+    """Of two reductions in stage 1, of one in stages 2 and 3, without one's own part where ranks send it themselves:
+    between two, and where it is large; NCCL needs none."""
     for stage, together in (("zero1", 2), ("zero2", 1)):
-        plan = RankPlan(of(*axes(dp=4), f"optim.sharding={stage}"), 0)
-        sizes = [b.padded * 4 for b in plan.buckets]
-        expected = max(sum(sizes[i : i + together]) for i in range(len(sizes)))
-        assert scatter_bytes(plan, plan.steps) == expected
+        for ranks, share in ((2, 0.5), (4, 1.0)):
+            plan = RankPlan(of(*axes(dp=ranks), f"optim.sharding={stage}"), 0)
+            sizes = [b.padded * 4 * share for b in plan.buckets]
+            expected = max(sum(sizes[i : i + together]) for i in range(len(sizes)))
+            assert scatter_bytes(plan, plan.steps) == expected
+    assert [scatter_room(1 << 20, 4), scatter_room(1 << 24, 4)] == [1 << 20, 3 << 22]
     plan = RankPlan(of(*axes(dp=4), "optim.sharding=zero1", "launch.backend=nccl"), 0)
     assert scatter_bytes(plan, plan.steps) == 0
 

@@ -1,0 +1,125 @@
+"""What gloo lacks, or does at the cost of copies, put together from its sends and receives.
+
+A pair's messages come in the order they were sent, and all members of a group issue their collectives in one order, so
+no message needs a name. Everything is under way from the call on; gloo's one thread for the network moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
+
+from torch import Tensor
+
+JOIN_S = 1.0
+
+
+class WaitedWork:
+    """A work that is waited for on a thread of its own: gloo says that a send is complete only to who waits."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+        self.error: Exception | None = None
+        self.ended = Event()
+        self._note: Callable[[], object] | None = None
+
+    def run(self) -> None:
+        try:
+            self.work.wait()
+        except Exception as error:  # handed to whoever waits for it
+            self.error = error
+        self.work = None
+        self._tell()  # before whoever waits goes on
+        self.ended.set()
+
+    def when_done(self, note: Callable[[], object]) -> None:
+        """Call `note` once, at the end, on whatever thread sees it first."""
+        self._note = note
+        if self.ended.is_set():
+            self._tell()
+
+    def _tell(self) -> None:
+        note, self._note = self._note, None
+        if note is not None:
+            note()
+
+    def wait(self) -> None:
+        self.ended.wait()
+        if self.error is not None:
+            raise self.error
+
+    def is_completed(self) -> bool:
+        return self.ended.is_set()
+
+
+class Waiter:
+    """Waits for works of one group, in their order, on a daemon thread that starts with the first of them."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[WaitedWork | None] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def watch(self, work: Any) -> WaitedWork:
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="waiter", daemon=True)
+            self._thread.start()
+        waited = WaitedWork(work)
+        self._queue.put(waited)
+        return waited
+
+    def close(self) -> None:
+        """End the thread, so that nothing touches the backend when it goes; one that is stuck is left after JOIN_S."""
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
+
+    def _run(self) -> None:
+        while (waited := self._queue.get()) is not None:
+            waited.run()
+
+
+class _Works:
+    def __init__(self, works: list[Any]) -> None:
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+class Exchange:
+    """Sends and receives that are one collective. Like a work of the backend, it has a future; who asks for that has
+    the group's waiter wait, since a work of gloo's can be waited for once."""
+
+    def __init__(self, works: list[Any], waiter: Waiter) -> None:
+        self._works: _Works | WaitedWork = _Works(works)
+        self._waiter = waiter
+
+    def wait(self) -> None:
+        self._works.wait()
+
+    def is_completed(self) -> bool:
+        """Not known before somebody has waited, unless the future was asked for."""
+        return isinstance(self._works, WaitedWork) and self._works.is_completed()
+
+    def get_future(self) -> Exchange:
+        self._works = self._waiter.watch(self._works)
+        return self
+
+    def add_done_callback(self, note: Callable[[], object]) -> None:
+        """Of the future: call `note` when all is sent and here."""
+        if isinstance(self._works, WaitedWork):
+            self._works.when_done(note)
+
+
+def start_exchange(
+    backend: Any, index: int, receive: Sequence[Tensor], send: Sequence[Tensor], waiter: Waiter
+) -> Exchange:
+    """Member `index` of a group sends `send[i]` to member i and gets `receive[i]` from it; its own place is left out.
+    Tensors are contiguous."""
+    others = [i for i in range(len(send)) if i != index]
+    works = [backend.recv([receive[i]], i, 0) for i in others]
+    works += [backend.send([send[i]], i, 0) for i in others]
+    return Exchange(works, waiter)
