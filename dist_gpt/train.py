@@ -273,7 +273,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     tracker = Tracker(config, run_dir, env.rank, start.after)
     parts.callback(tracker.close)
     tracker.message(greeting(env, rank))
-    for line in (*(links.lines() if links is not None else ()), *start.lines) if env.rank == 0 else ():
+    for line in start.lines if env.rank == 0 else ():
         tracker.message(line)
     number = agree_on_attempt(store, env, attempts_in(run_dir, env.rank))
     recorder = Recorder(config, rank, replace(env, attempt=number), run_dir, baseline)
@@ -294,11 +294,14 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
 
 
 def look_at_network(config: Config, rank: Rank, store: Store, env: RankEnv) -> Network | None:
-    """A small collective along every axis, before a run on several nodes; None on one node, and where nobody wants it
-    (launch.preflight: off). To be called by all ranks together."""
+    """A small collective along every axis, before a run on several nodes, and what it found on rank 0's output; None on
+    one node, and where nobody wants it (launch.preflight: off). To be called by all ranks together."""
     if env.one_node or config.launch.preflight == "off":
         return None
-    return network(rank.mesh, rank.device, store, env)
+    found = network(config, rank.mesh, rank.device, store, env)
+    if env.rank == 0:
+        print("\n".join(found.lines()), flush=True)
+    return found
 
 
 def engine_lines(rank: Rank) -> list[str]:

@@ -38,13 +38,15 @@ class Pending:
         self._ledger = ledger
         self._record = record
 
-    def wait(self) -> None:
-        """Until the result can be used. May be called again."""
+    def wait(self, and_for: Callable[[], object] | None = None) -> None:
+        """Until the result can be used, and `and_for` has returned. May be called again."""
         ledger, record = self._ledger, self._record
         if ledger is not None and record is not None:
             self._ledger = self._record = None
             ledger.waits(record)
             self._until_done()
+            if and_for is not None:
+                and_for()
             ledger.woken(record)
             self._do_rest()
             ledger.waited(record)

@@ -15,11 +15,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 
+from dist_gpt.comm.group import Pending
 from dist_gpt.comm.mesh import Mesh, build_mesh
 from dist_gpt.comm.rendezvous import (
     RankEnv,
@@ -36,6 +38,7 @@ from dist_gpt.comm.rendezvous import (
 )
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import config_hash, load
+from dist_gpt.config.schema import Config
 from dist_gpt.events import CONTROL
 from dist_gpt.plan.steps import layout_of
 from dist_gpt.schedule.orders import placement
@@ -43,6 +46,7 @@ from dist_gpt.schedule.orders import placement
 PAYLOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Enough that the time is the wire's and not the call's, on what such devices are connected by."""
 REPEATS = 5
+NAME = "network probe"
 BAD_INPUT = 2
 SLOW = 3.0
 """A group that has this many times less than others of its kind is told."""
@@ -65,21 +69,30 @@ class Network:
         return [*table(self.rows).splitlines(), *slow_groups(self.rows, self.hosts)]
 
     def fact(self) -> dict[str, Any]:
-        """For the events file."""
-        return {"seconds": self.seconds, "comm": self.moved, "groups": self.rows}
+        """For the events file: one row an axis, however many groups there are."""
+        slowest = [{**slow, "groups": groups, "busbw_median": usual} for slow, groups, usual in by_axis(self.rows)]
+        return {"seconds": self.seconds, "comm": self.moved, "slowest": slowest}
 
 
-def network(mesh: Mesh, device: torch.device, store: Store, env: RankEnv) -> Network:
-    """Probe all groups; to be called by all ranks together."""
+def network(config: Config, mesh: Mesh, device: torch.device, store: Store, env: RankEnv) -> Network:
+    """Probe all groups that training sends much along; to be called by all ranks together."""
     started, before = time.perf_counter(), mesh.ledger.counts(CONTROL).copy()
-    rows = probe(mesh, device)
-    rows, hosts = gather(scoped(store, "probe"), env, rows)
+    rows = probe(mesh, axes_of(config), device)
+    rows, hosts = gather(scoped(store, "probe"), env, rows, config.launch.timeout_s)
     moved = mesh.ledger.counts(CONTROL).since(before).as_dict()
     return Network(rows, hosts, time.perf_counter() - started, moved)
 
 
-def probe(mesh: Mesh, device: torch.device, payload: int | None = None, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """Times every group of this rank; to be called by all ranks together. Control traffic.
+def axes_of(config: Config) -> tuple[str, ...]:
+    """Axes with collectives of large tensors. On others a large message would have NCCL keep buffers for nothing."""
+    data = ("shard", "replica") if layout_of(config).shard else ("data",)
+    return (*data, *(("embed",) if config.model.tie_embeddings else ()), "tp")
+
+
+def probe(
+    mesh: Mesh, axes: Sequence[str], device: torch.device, payload: int | None = None, repeats: int = REPEATS
+) -> list[dict[str, Any]]:
+    """Times every group of this rank along `axes`, and its edges; to be called by all ranks together. Control traffic.
 
     For each group of which this rank is the first member, and each edge that it receives from: {axis, op, ranks, bytes,
     seconds (of one call), busbw (bytes/s)}. All groups of an axis work at the same time, as in training.
@@ -87,22 +100,21 @@ def probe(mesh: Mesh, device: torch.device, payload: int | None = None, repeats:
     found = []
     payload = PAYLOAD_BYTES[device.type] if payload is None else payload
     tensor = torch.zeros(payload // 4, dtype=torch.float32, device=device)
-    with mesh.ledger.aside("network probe"):
-        for axis, group in mesh.groups.items():
+    with mesh.ledger.aside(NAME):
+        for axis in axes:
+            group = mesh[axis]
             mesh.world.barrier()  # also where this rank has nobody to meet: then it does not run ahead
             if group.size > 1:
-                seconds = _time(lambda group=group: group.all_reduce(tensor).wait(), device, repeats)  # type: ignore[misc]
+                seconds = _time(partial(group.all_reduce, tensor), device, repeats)
                 if group.index == 0:
                     wire = 2 * (group.size - 1) / group.size * payload
                     found.append(_row(axis, "all_reduce", group.ranks, payload, seconds, wire))
         mesh.world.barrier()
-        for (_, _, direction), edge in sorted(
-            mesh.edges.items()
-        ):  # one order for all ranks: no two can wait for each other
-            move = edge.send if edge.index == 0 else edge.recv
-            seconds = _time(lambda move=move: move(tensor).wait(), device, repeats)  # type: ignore[misc]
+        for (_, _, direction), edge in sorted(mesh.edges.items()):  # one order for all: no two wait for each other
+            seconds = _time(partial(edge.send if edge.index == 0 else edge.recv, tensor), device, repeats)
             if edge.index == 1:  # a sender is done when the network has taken it, a receiver when it is here
                 found.append(_row(f"pp {direction}", "send", edge.ranks, payload, seconds, payload))
+        mesh.world.barrier()  # edges are tried one after the other: the last stage comes late
     return found
 
 
@@ -110,35 +122,37 @@ def _row(axis: str, op: str, ranks: Sequence[int], payload: int, seconds: float,
     return {"axis": axis, "op": op, "ranks": list(ranks), "bytes": payload, "seconds": seconds, "busbw": wire / seconds}
 
 
-def _time(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+def _time(call: Callable[[], Pending], device: torch.device, repeats: int) -> float:
     """Seconds of one call, the first one left out: it may open connections."""
-    call()
-    _finish(device)
+    # where a GPU works behind the host, the host waits inside the call: a hang is then seen as one
+    over = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
+    call().wait(over)
     started = time.perf_counter()
     for _ in range(repeats):
-        call()
-    _finish(device)
+        call().wait(over)
     return max(1e-9, (time.perf_counter() - started) / repeats)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def by_axis(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, float]]:
+    """(row of the slowest group, groups, median bus bandwidth) of each axis."""
+    axes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        axes[row["axis"]].append(row)
+    return [
+        (min(found, key=lambda row: float(row["busbw"])), len(found), median(row["busbw"] for row in found))
+        for found in axes.values()
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per axis: how many groups of how many ranks, the slowest one's time and bandwidth, and who is in it."""
     if not rows:
         return "probe: a single rank, nothing to send"
-    axes: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        axes[row["axis"]].append(row)
-    lines = [f"{'axis':7}{'call':12}{'groups':>7}{'ranks':>7}{'ms':>10}{'bus MB/s':>11}  slowest group"]
-    for axis, found in axes.items():
-        slow = min(found, key=lambda row: float(row["busbw"]))
+    lines = [f"{'axis':8}{'call':12}{'groups':>7}{'ranks':>7}{'ms':>10}{'bus MB/s':>11}  slowest group"]
+    for slow, groups, _ in by_axis(rows):
         ranks = ", ".join(map(str, slow["ranks"][:8])) + (", ..." if len(slow["ranks"]) > 8 else "")
         lines.append(
-            f"{axis:7}{slow['op']:12}{len(found):7}{len(slow['ranks']):7}{slow['seconds'] * 1e3:10.3f}"
+            f"{slow['axis']:8}{slow['op']:12}{groups:7}{len(slow['ranks']):7}{slow['seconds'] * 1e3:10.3f}"
             f"{slow['busbw'] / 1e6:11.1f}  {ranks}"
         )
     return f"probe: {rows[0]['bytes'] / 2**20:g} MiB along every axis\n" + "\n".join(lines)
@@ -162,13 +176,15 @@ def slow_groups(rows: Sequence[dict[str, Any]], hosts: Mapping[int, str]) -> lis
     return lines
 
 
-def gather(store: Store, env: RankEnv, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+def gather(
+    store: Store, env: RankEnv, rows: list[dict[str, Any]], timeout_s: float
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """All ranks' rows and hosts on rank 0, which may host the store and so leaves last; none on the others."""
     store.set(str(env.rank), json.dumps([socket.gethostname(), rows]))
     if env.rank != 0:
         return [], {}
     keys = {rank: str(rank) for rank in range(env.world)}
-    wait_for(store, env, keys, "finish the probe", env.left_s())
+    wait_for(store, env, keys, "finish the probe", timeout_s)
     found = {rank: json.loads(store.get(key)) for rank, key in keys.items()}
     return [row for _, theirs in found.values() for row in theirs], {rank: host for rank, (host, _) in found.items()}
 
@@ -191,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     holders = placement(p.schedule, p.pp, p.virtual_stages)
     mesh = build_mesh(layout, env.rank, holders, make_backends(store, env, device, config.launch.timeout_s))
     try:
-        found = network(mesh, device, store, env)
+        found = network(config, mesh, device, store, env)
         mesh.world.barrier()
     finally:
         mesh.close()

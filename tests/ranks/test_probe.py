@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +17,21 @@ from dist_gpt.comm.mesh import Backends, FakeBackends, Mesh, build_mesh
 from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.events import CONTROL, TRAIN
 from dist_gpt.layout import Layout
+from dist_gpt.plan.steps import layout_of
 from tests.ranks.runs import STEPS, Place, Run, finish
+from tests.ranks.test_optim import tiny
 from tests.ranks.threads import on_gloo
 
 LAYOUT = Layout(pp=2, dp=2, tp=2)
 CPU = torch.device("cpu")
+AXES = ("data", "embed", "tp")
 
 
 def test_every_group_and_edge_is_timed_once() -> None:
     def body(rank: int, backends: Backends) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], list[str]]:
         mesh: Mesh = build_mesh(LAYOUT, rank, (0, 1), backends)
         try:
-            rows = probing.probe(mesh, CPU, 4096, 2)
+            rows = probing.probe(mesh, AXES, CPU, 4096, 2)
             mesh.world.barrier()
             counts = mesh.ledger.counts
             return rows, counts(TRAIN).as_dict(), counts(CONTROL).as_dict(), mesh.ledger.differences
@@ -37,7 +41,7 @@ def test_every_group_and_edge_is_timed_once() -> None:
     results = on_gloo(8, body)
     rows = [row for result in results for row in result[0]]
     met = {(row["axis"], tuple(row["ranks"])) for row in rows}
-    expected = {(axis, LAYOUT.group(axis, rank)) for axis in ("world", "data", "embed", "tp") for rank in range(8)}
+    expected = {(axis, LAYOUT.group(axis, rank)) for axis in AXES for rank in range(8)}
     expected |= {("pp f", (rank, rank + 4)) for rank in range(4)} | {("pp b", (rank + 4, rank)) for rank in range(4)}
     assert met == expected and len(rows) == len(expected)
     for row in rows:
@@ -48,38 +52,89 @@ def test_every_group_and_edge_is_timed_once() -> None:
         assert (train, differences) == ({}, [])
         assert control["tp"]["all_reduce"]["calls"] == 3  # one to warm up, two timed
     text = probing.table(rows)
-    assert [line.split()[0] for line in text.splitlines()[2:]] == ["world", "data", "embed", "tp", "pp", "pp"]
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["data", "embed", "tp", "pp", "pp"]
 
 
 def test_a_single_rank() -> None:
     mesh = build_mesh(Layout(), 0, (0,), FakeBackends())
-    assert probing.probe(mesh, CPU) == []
+    assert probing.probe(mesh, AXES, CPU) == []
     assert probing.table([]) == "probe: a single rank, nothing to send"
 
 
-@pytest.mark.parametrize("layout", [Layout(dp=2, tp=2), Layout(dp=4, shard=2)], ids=str)
-def test_rank_0_has_all_groups_and_every_rank_what_it_issued(layout: Layout) -> None:
+PARALLEL: list[tuple[dict[str, int], dict[str, str], list[str]]] = [
+    ({"dp": 2, "tp": 2}, {}, ["data", "tp"]),
+    ({"dp": 4}, {"sharding": "zero3", "shard_group": "node"}, ["shard", "replica"]),
+]
+
+
+@pytest.mark.parametrize(("parallel", "optim", "axes"), PARALLEL, ids=["data and tensor", "inside nodes"])
+def test_rank_0_has_all_groups_and_every_rank_what_it_issued(
+    parallel: dict[str, int], optim: dict[str, str], axes: list[str]
+) -> None:
     store = dist.HashStore()
+    config = tiny(parallel=parallel, **optim)
+    config = config.model_copy(update={"launch": config.launch.model_copy(update={"nodes": 2})})
+    layout = layout_of(config)
 
     def body(rank: int, backends: Backends) -> probing.Network:
         mesh = build_mesh(layout, rank, (0,), backends)
         try:
             mesh.world.barrier()  # control traffic before is not the probe's
-            return probing.network(mesh, CPU, store, RankEnv(rank, 4, 0, 1, "127.0.0.1", 0, 0, time.monotonic() + 60))
+            env = RankEnv(
+                rank, 4, 0, 1, "127.0.0.1", 0, 0, time.monotonic()
+            )  # no time left from the creation of groups
+            return probing.network(config, mesh, CPU, store, env)
         finally:
             mesh.close()
 
     first, *others = on_gloo(4, body)
-    axes = ["data", "shard", "replica"] if layout.shard else ["data", "tp"]
-    groups = {(axis, layout.group(axis, rank)) for axis in ["world", *axes] for rank in range(4)}
+    groups = {(axis, layout.group(axis, rank)) for axis in axes for rank in range(4)}
     assert {(row["axis"], tuple(row["ranks"])) for row in first.rows} == groups
     assert first.hosts == dict.fromkeys(range(4), socket.gethostname())
+    assert [(row["axis"], row["groups"]) for row in first.fact()["slowest"]] == [(axis, 2) for axis in axes]
     calls = 1 + probing.REPEATS
     for found in (first, *others):
+        assert set(found.moved) == {*axes, "world"}
         for axis in axes:
             assert found.moved[axis]["all_reduce"]["payload_bytes"] == calls * probing.PAYLOAD_BYTES["cpu"]
         assert found.fact()["comm"] is found.moved and found.seconds > 0
     assert all(found.rows == [] for found in others)
+
+
+@pytest.mark.parametrize("holders", [(0, 1, 2, 3, 0, 1, 2, 3), (0, 1, 2, 3, 3, 2, 1, 0)], ids=["around", "V"])
+def test_pipelines_with_several_stages_a_rank(holders: tuple[int, ...]) -> None:
+    def body(rank: int, backends: Backends) -> list[dict[str, Any]]:
+        mesh = build_mesh(Layout(pp=4), rank, holders, backends)
+        try:
+            return probing.probe(mesh, AXES, CPU, 4096, 1)
+        finally:
+            mesh.close()
+
+    rows = [row for found in on_gloo(4, body) for row in found if row["op"] == "send"]
+    steps = {(a, b) for a, b in zip(holders, holders[1:], strict=False) if a != b}
+    assert {tuple(row["ranks"]) for row in rows} == steps | {(b, a) for a, b in steps}
+
+
+def test_where_a_rank_is_that_hangs_or_fails_in_it() -> None:
+    mesh = build_mesh(Layout(tp=2), 0, (0,), FakeBackends())
+    seen: list[dict[str, Any]] = []
+
+    def fails(*_: object) -> None:
+        seen.append(mesh.ledger.position())
+        raise RuntimeError("the link is down")
+
+    mesh.tp.backend = SimpleNamespace(allreduce=fails)
+    with pytest.raises(RuntimeError, match="the link is down"):
+        probing.probe(mesh, ("tp",), CPU, 4096, 1)
+    for place in (*seen, mesh.ledger.position()):
+        assert (place["phase"], place["action"], place["axis"], place["op"]) == (
+            CONTROL,
+            "network probe",
+            "tp",
+            "all_reduce",
+        )
+        assert place["state"] == "issuing"
+    assert mesh.ledger.in_collective
 
 
 def test_a_group_that_is_slow_is_told_with_its_nodes() -> None:
@@ -118,7 +173,9 @@ def test_a_run_on_two_nodes_begins_with_it(preflight: str, tmp_path: Path) -> No
         return
     assert heads == ["probe: 1 MiB along every axis"] and any("all_reduce" in line for line in runs[0].lines)
     assert [len(fact) for fact in facts] == [1, 1]
-    assert [row["axis"] for row in facts[0][0]["groups"]] == ["world", "data"] and not facts[1][0]["groups"]
+    (slow,) = facts[0][0]["slowest"]
+    assert (slow["axis"], slow["ranks"], slow["groups"], slow["busbw_median"]) == ("data", [0, 1], 1, slow["busbw"])
+    assert facts[1][0]["slowest"] == [] and facts[1][0]["comm"] == facts[0][0]["comm"]
     assert len([row for row in runs[0].metrics() if row.get("loss") is not None]) == STEPS
 
 
@@ -132,7 +189,7 @@ def test_as_ranks_run_it(tmp_path: Path) -> None:
     assert run.code == 0, run.err
     head, columns, *lines = run.lines
     assert head == "probe: 1 MiB along every axis" and "bus MB/s" in columns
-    assert [line.split()[0] for line in lines] == ["world", "embed", "pp", "pp"]
+    assert [line.split()[0] for line in lines] == ["embed", "pp", "pp"]
 
 
 def test_a_layout_that_was_not_started(tmp_path: Path) -> None:
