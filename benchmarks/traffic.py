@@ -44,9 +44,17 @@ class Traffic(TorchDispatchMode):
         space, _, name = func.name().partition("::")
         name = name.partition(".")[0]
         if space in ("c10d", "_c10d_functional") and name not in NOTHING:
-            whole = max(sum(t.nbytes for t in tensors(arg)) for arg in args[:2])  # the larger of result and input
-            self.sent[name] += FACTORS[name] * (self.ranks - 1) / self.ranks * whole
+            if name == "alltoall_base_" and args[4]:
+                self.sent[name] += _sent_in_pieces(args[1], args[4])
+            else:
+                whole = max(sum(t.nbytes for t in tensors(arg)) for arg in args[:2])  # the larger of result and input
+                self.sent[name] += FACTORS[name] * (self.ranks - 1) / self.ranks * whole
         return func(*args, **(kwargs or {}))
+
+
+def _sent_in_pieces(tensor: Tensor, rows: Sequence[int]) -> float:
+    """Bytes of `tensor` less those of the piece that this rank keeps; `rows` are how long each rank's piece is."""
+    return tensor.nbytes * (1 - rows[dist.get_rank()] / sum(rows)) if sum(rows) else 0.0
 
 
 def tensors(found: object) -> Iterator[Tensor]:
