@@ -24,9 +24,10 @@ CALL_COLUMNS = (
     "step", "index", "channel", "op", "payload", "issue", "issued", "done", "wait", "waited", "cpu", "flags",
 )  # fmt: skip
 SPAN_COLUMNS = ("step", "index", "start", "wall", "cpu")
-EMULATED, BOUND, ESTIMATED = 1, 2, 4
+EMULATED, BOUND, ESTIMATED, DIRECT = 1, 2, 4, 8
 """Flags of a call: the backend has no such operation and another one did its work; `done` is an upper bound; `done` is
-when this rank went on, less the time it was ready and had no processor: it can lie a little early."""
+when this rank went on, less the time it was ready and had no processor: it can lie a little early; every member sent
+every other one its part, and none went round a ring."""
 
 
 def wire_bytes(op: str, payload: int, size: int) -> int:

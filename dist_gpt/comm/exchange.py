@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
+import torch
 from torch import Tensor
 
 JOIN_S = 1.0
+CHUNK = 1 << 18
 
 
 class WaitedWork:
@@ -23,6 +25,7 @@ class WaitedWork:
         self.work = work
         self.error: Exception | None = None
         self.ended = Event()
+        self._noting = Lock()
         self._note: Callable[[], object] | None = None
 
     def run(self) -> None:
@@ -31,19 +34,17 @@ class WaitedWork:
         except Exception as error:  # handed to whoever waits for it
             self.error = error
         self.work = None
-        self._tell()  # before whoever waits goes on
-        self.ended.set()
+        with self._noting:
+            if self._note is not None:
+                self._note()  # before whoever waits goes on
+            self.ended.set()
 
     def when_done(self, note: Callable[[], object]) -> None:
-        """Call `note` once, at the end, on whatever thread sees it first."""
-        self._note = note
-        if self.ended.is_set():
-            self._tell()
-
-    def _tell(self) -> None:
-        note, self._note = self._note, None
-        if note is not None:
-            note()
+        """Call `note` once, at the end, or now where that has come."""
+        with self._noting:
+            self._note = note
+            if self.ended.is_set():
+                note()
 
     def wait(self) -> None:
         self.ended.wait()
@@ -81,12 +82,22 @@ class Waiter:
 
 
 class _Works:
+    """Waited for one after the other. What went wrong once is raised again: a second wait for a receive never ends."""
+
     def __init__(self, works: list[Any]) -> None:
         self.works = works
+        self.error: Exception | None = None
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        if self.error is not None:
+            raise self.error
+        try:
+            for work in self.works:
+                work.wait()
+        except Exception as error:
+            self.error = error
+            raise
+        self.works = []
 
 
 class Exchange:
@@ -94,6 +105,7 @@ class Exchange:
     the group's waiter wait, since a work of gloo's can be waited for once."""
 
     def __init__(self, works: list[Any], waiter: Waiter) -> None:
+        self.messages = len(works)
         self._works: _Works | WaitedWork = _Works(works)
         self._waiter = waiter
 
@@ -112,6 +124,21 @@ class Exchange:
         """Of the future: call `note` when all is sent and here."""
         if isinstance(self._works, WaitedWork):
             self._works.when_done(note)
+
+
+def add_up(parts: Sequence[Tensor], out: Tensor) -> None:
+    """`out` = the sum of `parts`, all (n,); the first may be `out` itself. In 2 bytes it is rounded once."""
+    if len(parts) > 2 and out.element_size() == 2:
+        for start in range(0, len(out), CHUNK):
+            at = slice(start, start + CHUNK)
+            total = parts[0][at].float()
+            for part in parts[1:]:
+                total += part[at]
+            out[at] = total
+        return
+    torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        out.add_(part)
 
 
 def start_exchange(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_gpt.comm.exchange import Waiter, start_exchange
+from dist_gpt.comm.exchange import Waiter, add_up, start_exchange
 from dist_gpt.comm.ledger import Ledger, Numbered
 from dist_gpt.events import scatter_room, scatters_directly
 
@@ -131,8 +131,9 @@ class Group:
         return self._exchange(parts, [shard] * self.size)
 
     def _exchange(self, receive: Sequence[Tensor], send: Sequence[Tensor]) -> Any:
-        waiter = self._waiter = self._waiter or Waiter()
-        return start_exchange(self.backend, self.index, receive, send, waiter)
+        if self._waiter is None:
+            raise ValueError(f"group {self}: exchanges are gloo's")
+        return start_exchange(self.backend, self.index, receive, send, self._waiter)
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:
         """`out` = this rank's part of the sum of `full` over the group, along dim 0. `out` may be a part of `full`."""
@@ -150,7 +151,7 @@ class Group:
         """The true (n-1)/n bytes: everybody sends everybody its part, and each sums what it got."""
         directly = scatters_directly(full.nbytes, self.size)
         room = scatter_room(full.nbytes, self.size)
-        parts = full.new_empty((room // out.nbytes, out.numel()))
+        parts = full.new_empty((self.size - directly, out.numel()))
         self.scratch_bytes += room
         self.peak_scratch_bytes = max(self.peak_scratch_bytes, self.scratch_bytes)
         mine, own = full.view(self.size, -1), self.index
@@ -164,9 +165,7 @@ class Group:
         def finish() -> None:
             total = out.view(-1)
             if directly:
-                torch.add(mine[own], parts[0], out=total)
-                for part in parts[1:]:
-                    total.add_(part)
+                add_up([mine[own], *parts], total)
             else:
                 torch.sum(parts, dim=0, out=total)
             self.scratch_bytes -= room

@@ -127,7 +127,7 @@ def build_mesh(
 
 class GlooGroup(dist.ProcessGroupGloo):
     """Gloo whose operations end in time also when that is not the time its connections were made in. `one_node`: all
-    its members are on one."""
+    of the run is on one."""
 
     one_node = False
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns, thread_time_ns
 from typing import Any, Protocol
 
-from dist_gpt.events import BOUND, CALL, EMULATED, ESTIMATED, OPS, SPAN
+from dist_gpt.events import BOUND, CALL, DIRECT, EMULATED, ESTIMATED, OPS, SPAN
 
 MAX_ROWS = 200_000
 """Calls, and spans, of one step that are kept; what is more is counted as dropped."""
-STOOD_STILL_NS = 5_000
-"""A shorter wait did not block."""
+STOOD_STILL_NS, PER_MESSAGE_NS = 5_000, 10_000
+"""A shorter wait did not block: for a collective of the backend's, and for each message of a `comm.exchange`."""
 _OP = {op: number for number, op in enumerate(OPS)}
 
 
@@ -40,6 +40,7 @@ class Record:
     late: bytes = b""  # what RunDelay said when it began to wait
     index: int = -1
     flags: int = 0
+    messages: int = 0  # of an exchange
     marks: Any = None  # the timer's own
 
     def complete(self, _: Any = None) -> None:
@@ -138,7 +139,7 @@ class HostTimer:
             return
         late = RunDelay.parse(self.delay.raw()) - RunDelay.parse(record.late)
         record.done = max(record.wait, now - late)
-        stood_still = self.delay.known and now - record.wait >= STOOD_STILL_NS
+        stood_still = self.delay.known and now - record.wait >= (PER_MESSAGE_NS * record.messages or STOOD_STILL_NS)
         record.flags |= ESTIMATED if stood_still else BOUND  # else it may have been over before
 
     def waited(self, record: Record) -> None:
@@ -220,7 +221,8 @@ class Tape:
 
     def issued(self, record: Record, work: Any, emulated: bool) -> None:
         record.index = self.index
-        record.flags = EMULATED if emulated else 0
+        record.messages = getattr(work, "messages", 0)
+        record.flags = (EMULATED if emulated else 0) | (DIRECT if record.messages else 0)
         if len(self.records) < self.limit:
             self.records.append(record)
             self.timer.issued(record, work)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_gpt.events import EMULATED, OPS, wire_bytes
+from dist_gpt.events import DIRECT, EMULATED, OPS, wire_bytes
 from dist_gpt.report.budget import Blocked, Spans
 from dist_gpt.report.load import Run
 from dist_gpt.report.match import Calls, Meetings
@@ -123,8 +123,8 @@ def traffic(calls: Calls, parts: Parts, ranks: list[int]) -> dict[str, Any]:
     matrix = np.zeros((count, count))
     mask = parts.counts
     rows = parts.rows[mask]
-    emulated = (calls.flags[rows] & EMULATED) > 0
-    keys = np.stack([calls.gid[rows], parts.op[mask], parts.payload[mask], emulated])
+    to_all = (calls.flags[rows] & (EMULATED | DIRECT)) > 0
+    keys = np.stack([calls.gid[rows], parts.op[mask], parts.payload[mask], to_all])
     unique, counts = np.unique(keys, axis=1, return_counts=True) if rows.size else (keys, np.empty(0, int))
     for (gid, op, payload, all_to_all), total in zip(unique.T.tolist(), counts.tolist(), strict=True):
         members = [place[r] for r in calls.channels[gid][1] if r in place]

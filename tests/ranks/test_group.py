@@ -13,7 +13,6 @@ from torch import Tensor
 from dist_gpt.comm.group import Group, Pending
 from dist_gpt.comm.ledger import MAX_DIFFERENCES, Ledger
 from dist_gpt.comm.mesh import Backends, FakeBackends, build_mesh, edges_of
-from dist_gpt.events import DIRECT_BYTES, scatter_room
 from dist_gpt.layout import Layout
 from tests.ranks.threads import on_gloo
 
@@ -199,43 +198,6 @@ class TestGloo:
 
         extra = size * (size - 1) / 2
         assert on_groups(size, body) == [[[i * size + extra] for i in range(6)]] * size
-
-    @pytest.mark.parametrize("one_node", [True, False])
-    @pytest.mark.parametrize("watched", [True, False])
-    @pytest.mark.parametrize("rows", [7, DIRECT_BYTES // 8])
-    def test_gathers_and_scatters_under_way(self, rows: int, watched: bool, one_node: bool, size: int) -> None:
-        """Of different lengths, some in place, waited for backwards; some of them by the thread that watches."""
-
-        def body(group: Group) -> Any:
-            group.gathers_directly = one_node or size == 2
-            ended: list[int] = []
-            found: list[tuple[Tensor, Pending]] = []
-            for i in range(4):
-                n = rows + i
-                full = torch.arange(float(n * size)) + i + 1000 * group.index
-                part = full[group.index * n :][:n]
-                if i % 2:
-                    found.append((part, group.reduce_scatter(part, full)))
-                else:
-                    found.append((full, group.all_gather(full, part)))
-                work = found[-1][1]._work
-                if watched and hasattr(work, "get_future"):
-                    work.get_future().add_done_callback(lambda *_, i=i: ended.append(i))
-            for _, pending in reversed(found):
-                pending.wait()
-            assert not watched or sorted(ended) == [0, 1, 2, 3]
-            for i, (tensor, _) in enumerate(found):
-                n, column = rows + i, torch.arange(float((rows + i) * size))
-                owners = torch.arange(size).repeat_interleave(n)
-                whole = column + i + 1000 * owners
-                total = size * (column + i) + 1000 * (size * (size - 1) // 2)
-                expected = total[group.index * n :][:n] if i % 2 else whole
-                assert torch.equal(tensor, expected), i
-            assert group.scratch_bytes == 0
-            sizes = [(rows + i) * size * 4 for i in (1, 3)]
-            return group.peak_scratch_bytes == sum(scatter_room(payload, size) for payload in sizes)
-
-        assert all(on_groups(size, body))
 
 
 class TestPair:

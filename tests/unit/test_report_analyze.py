@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_gpt.events import SPAN, wire_bytes
+from dist_gpt.events import DIRECT, SPAN, wire_bytes
 from dist_gpt.report import collectives, stragglers
 from dist_gpt.report.analyze import Profile, analyze, profile
 from dist_gpt.report.identity import _trained
@@ -153,6 +153,19 @@ class TestCollectives:
         senders = np.where(m.op == collectives.SEND, 1, m.size)
         total = float((np.array(each) * senders).sum()) / len(found.budget.steps)
         assert len(calls) and matrix.sum() == pytest.approx(total, rel=1e-6)
+
+    def test_what_goes_from_rank_to_rank_is_drawn_to_everybody(self, tmp_path: Path) -> None:
+        """A gather that went round a ring is seen at the next rank alone; one that did not, at all others."""
+        found, _ = of(tmp_path, "parallel.tp=4", "parallel.sequence_parallel=true")
+        calls, ranks = found.calls, [0, 1, 2, 3]
+        gathers = calls.op == collectives.OPS.index("all_gather")
+        parts = collectives.parts_of(calls, found.meetings, len(found.budget.steps))
+        parts.counts[:] &= gathers[parts.rows]
+        ring = np.array(collectives.traffic(calls, parts, ranks)["wire_bytes"])
+        calls.flags[gathers] |= DIRECT
+        direct = np.array(collectives.traffic(calls, parts, ranks)["wire_bytes"])
+        assert (np.count_nonzero(ring, axis=1) == 1).all() and ring[0, 1] > 0
+        assert np.allclose(direct, (ring.sum() / 12) * (1 - np.eye(4)))
 
     def test_many_ranks_are_drawn_in_blocks(self, tmp_path: Path) -> None:
         _, document = of(tmp_path, "parallel.dp=128", "train.global_batch=128", "optim.sharding=none")
