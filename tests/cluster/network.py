@@ -19,6 +19,8 @@ BRIDGE = "dgpt0"
 VETH = "dgptve"
 NAMESPACE = "dgpt-node"
 SUBNET = "10.77.0"
+SEGMENT = 1448
+"""What Ethernet's 1,500 bytes leave for data: IPv4 20, TCP 20 and its time stamps 12."""
 HEAD, HEAD_ADDRESS = "head77", f"{SUBNET}.254"
 NETNS = Path("/run/netns")
 HOSTS = Path("/etc/hosts")
@@ -44,6 +46,14 @@ def address(node: int) -> str:
 def netns(node: int) -> Path:
     """File of the node's network namespace."""
     return NETNS / f"{NAMESPACE}{node}"
+
+
+def resent_bytes(node: int) -> int:
+    """Bytes that the node's TCP has sent once more so far, by its kernel's count of segments: a loaded machine drops
+    packets even on a link that is none. Of short segments more than they held."""
+    lines = command(["ip", "netns", "exec", netns(node).name, "cat", "/proc/net/snmp"]).splitlines()
+    names, counts = (line.split() for line in lines if line.startswith("Tcp:"))
+    return SEGMENT * int(counts[names.index("RetransSegs")])
 
 
 def make(nodes: int) -> None:

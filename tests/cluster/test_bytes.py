@@ -10,6 +10,7 @@ import pytest
 from dist_gpt.config.load import load
 from dist_gpt.events import leaving_bytes
 from dist_gpt.layout import Layout
+from tests.cluster import network
 from tests.cluster.jobs import Jobs
 from tests.cluster.virtual import VirtualCluster
 from tests.ranks.runs import rows
@@ -25,15 +26,8 @@ PLACED: dict[str, dict[str, object]] = {  # ranks are numbered tensor fastest, p
 SIZES = {"model.num_heads": 8, "model.seq_len": 128, "train.eval_every": 0, "train.eval_batches": 0,
          "optim.warmup": 1}  # fmt: skip
 MOST, MOST_CONTROL = 0.03, 0.01
-HEADER, SEGMENT = 66, 1448
-"""Ethernet 14, IPv4 20, TCP 20 and its time stamps 12; what is left of an MTU of 1,500."""
-
-
-def segments_resent(cluster: VirtualCluster, node: int) -> int:
-    """TCP segments that the node has sent once more, by its kernel's own count."""
-    lines = cluster.run(node, ["cat", "/proc/net/snmp"]).stdout.splitlines()
-    names, counts = (line.split() for line in lines if line.startswith("Tcp:"))
-    return int(counts[names.index("RetransSegs")])
+HEADER = 66
+"""Ethernet 14, IPv4 20, TCP 20 and its time stamps 12."""
 
 
 def by_ledger(run_dir: Path, layout: Layout, per_node: int) -> list[int]:
@@ -57,10 +51,10 @@ def by_ledger(run_dir: Path, layout: Layout, per_node: int) -> list[int]:
 def test_the_link_counts_what_the_ledger_counts(axis: str, cluster: VirtualCluster, tmp_path: Path) -> None:
     jobs = Jobs(cluster, tmp_path)
     before = [cluster.nic(node) for node in (1, 2)]
-    resent = [-segments_resent(cluster, node) for node in (1, 2)]
+    resent = [network.resent_bytes(node) for node in (1, 2)]
     jobs.train("run", "slurm", sets={**SIZES, **PLACED[axis]})
     sent = [cluster.nic(node).since(then) for node, then in zip((1, 2), before, strict=True)]
-    resent = [SEGMENT * (then + segments_resent(cluster, node)) for node, then in zip((1, 2), resent, strict=True)]
+    resent = [network.resent_bytes(node) - then for node, then in zip((1, 2), resent, strict=True)]
     config = load(str(tmp_path / "run" / "config.yaml"))
     p = config.parallel
     assert isinstance(p.dp, int)
