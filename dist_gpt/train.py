@@ -278,8 +278,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     number = agree_on_attempt(store, env, attempts_in(run_dir, env.rank))
     recorder = Recorder(config, rank, replace(env, attempt=number), run_dir, baseline)
     parts.callback(recorder.close)
-    if links is not None:
-        recorder.events.fact("probe", links.fact())
+    recorder.network(links)
     recorder.clock(read_clock(store, env, "start"))
     trainer = Trainer(config, rank, Batches(data, config), tracker, recorder, checkpoints)
     trainer.step, trainer.skipped = start.step, start.skipped

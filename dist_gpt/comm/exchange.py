@@ -6,7 +6,7 @@ no message needs a name. Everything is under way from the call on; gloo's one th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
@@ -142,11 +142,10 @@ def add_up(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def start_exchange(
-    backend: Any, index: int, receive: Sequence[Tensor], send: Sequence[Tensor], waiter: Waiter
+    backend: Any, others: Sequence[int], receive: Iterable[Tensor], send: Iterable[Tensor], waiter: Waiter
 ) -> Exchange:
-    """Member `index` of a group sends `send[i]` to member i and gets `receive[i]` from it; its own place is left out.
-    Tensors are contiguous."""
-    others = [i for i in range(len(send)) if i != index]
-    works = [backend.recv([receive[i]], i, 0) for i in others]
-    works += [backend.send([send[i]], i, 0) for i in others]
+    """Get a tensor of `receive` from each of the members `others` of a group, and send each one of `send`, both in
+    their order. Tensors are contiguous."""
+    works = [backend.recv([tensor], i, 0) for i, tensor in zip(others, receive, strict=True)]
+    works += [backend.send([tensor], i, 0) for i, tensor in zip(others, send, strict=True)]
     return Exchange(works, waiter)

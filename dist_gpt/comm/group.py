@@ -7,16 +7,16 @@ after it, without blocking the host).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_gpt.comm.exchange import Waiter, add_up, start_exchange
+from dist_gpt.comm.exchange import Exchange, Waiter, add_up, start_exchange
 from dist_gpt.comm.ledger import Ledger, Numbered
-from dist_gpt.events import scatter_room, scatters_directly
+from dist_gpt.events import scatters_directly
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -44,20 +44,20 @@ class Pending:
         if ledger is not None and record is not None:
             self._ledger = self._record = None
             ledger.waits(record)
-            self._until_done()
-            if and_for is not None:
-                and_for()
+            self._until_done(and_for)
             ledger.woken(record)
             self._do_rest()
             ledger.waited(record)
         else:
-            self._until_done()
+            self._until_done(and_for)
             self._do_rest()
 
-    def _until_done(self) -> None:
+    def _until_done(self, and_for: Callable[[], object] | None) -> None:
         if self._work is not None:
             self._work.wait()
             self._work = None
+        if and_for is not None:
+            and_for()
 
     def _do_rest(self) -> None:
         if self._finish is not None:
@@ -125,15 +125,20 @@ class Group:
         return self._issue("all_gather", out.nbytes, lambda: self.backend._allgather_base(out, shard))
 
     def _send_to_all(self, out: Tensor, shard: Tensor) -> Any:
-        parts = out.view(self.size, -1).unbind()
+        parts = out.view(self.size, -1)
         if parts[self.index].data_ptr() != shard.data_ptr():
             parts[self.index].copy_(shard.view(-1))
-        return self._exchange(parts, [shard] * self.size)
+        return self._exchange([parts[i] for i in self._others], [shard for _ in self._others])
 
-    def _exchange(self, receive: Sequence[Tensor], send: Sequence[Tensor]) -> Any:
+    @property
+    def _others(self) -> list[int]:
+        return [i for i in range(self.size) if i != self.index]
+
+    def _exchange(self, receive: Iterable[Tensor], send: Iterable[Tensor]) -> Exchange:
+        """With each of the others, in their order."""
         if self._waiter is None:
             raise ValueError(f"group {self}: exchanges are gloo's")
-        return start_exchange(self.backend, self.index, receive, send, self._waiter)
+        return start_exchange(self.backend, self._others, receive, send, self._waiter)
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:
         """`out` = this rank's part of the sum of `full` over the group, along dim 0. `out` may be a part of `full`."""
@@ -150,25 +155,23 @@ class Group:
     def _reduce_scatter_from_parts(self, out: Tensor, full: Tensor) -> Pending:
         """The true (n-1)/n bytes: everybody sends everybody its part, and each sums what it got."""
         directly = scatters_directly(full.nbytes, self.size)
-        room = scatter_room(full.nbytes, self.size)
         parts = full.new_empty((self.size - directly, out.numel()))
-        self.scratch_bytes += room
+        self.scratch_bytes += parts.nbytes
         self.peak_scratch_bytes = max(self.peak_scratch_bytes, self.scratch_bytes)
-        mine, own = full.view(self.size, -1), self.index
+        mine = full.view(self.size, -1)
 
         def start() -> Any:
-            if not directly:
-                return self.backend.alltoall_base(parts.view_as(full), full, [], [])
-            others = iter(parts.unbind())
-            return self._exchange([mine[i] if i == own else next(others) for i in range(self.size)], mine.unbind())
+            if directly:
+                return self._exchange(parts, [mine[i] for i in self._others])
+            return self.backend.alltoall_base(parts.view_as(full), full, [], [])
 
         def finish() -> None:
             total = out.view(-1)
             if directly:
-                add_up([mine[own], *parts], total)
+                add_up([mine[self.index], *parts], total)
             else:
                 torch.sum(parts, dim=0, out=total)
-            self.scratch_bytes -= room
+            self.scratch_bytes -= parts.nbytes
 
         return self._issue("reduce_scatter", full.nbytes, start, finish)
 

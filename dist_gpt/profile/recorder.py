@@ -23,6 +23,7 @@ from dist_gpt import __version__
 from dist_gpt.comm.clock import ClockReading
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
+from dist_gpt.comm.probe import Network
 from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.comm.tape import HostTimer, Tape, Timer
 from dist_gpt.config.errors import ConfigError
@@ -115,6 +116,11 @@ class Recorder:
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint after `step` steps. It communicates over the store alone: no collective."""
         self.events.step(step, SAVE, seconds, Counts())
+
+    def network(self, found: Network | None) -> None:
+        """What was found of the network before the first step."""
+        if found is not None:
+            self.events.fact("probe", found.fact())
 
     def clock(self, reading: ClockReading | None) -> None:
         """This rank's clock against rank 0's."""

@@ -80,9 +80,8 @@ def test_rank_0_has_all_groups_and_every_rank_what_it_issued(
         mesh = build_mesh(layout, rank, (0,), backends)
         try:
             mesh.world.barrier()  # control traffic before is not the probe's
-            env = RankEnv(
-                rank, 4, 0, 1, "127.0.0.1", 0, 0, time.monotonic()
-            )  # no time left from the creation of groups
+            none_left = time.monotonic()  # of the time to create groups in
+            env = RankEnv(rank, 4, 0, 1, "127.0.0.1", 0, 0, none_left)
             return probing.network(config, mesh, CPU, store, env)
         finally:
             mesh.close()
@@ -127,13 +126,8 @@ def test_where_a_rank_is_that_hangs_or_fails_in_it() -> None:
     with pytest.raises(RuntimeError, match="the link is down"):
         probing.probe(mesh, ("tp",), CPU, 4096, 1)
     for place in (*seen, mesh.ledger.position()):
-        assert (place["phase"], place["action"], place["axis"], place["op"]) == (
-            CONTROL,
-            "network probe",
-            "tp",
-            "all_reduce",
-        )
-        assert place["state"] == "issuing"
+        where = [place[key] for key in ("phase", "action", "axis", "op", "state")]
+        assert where == [CONTROL, "network probe", "tp", "all_reduce", "issuing"]
     assert mesh.ledger.in_collective
 
 
