@@ -119,7 +119,9 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
 
     config = Config.model_validate_json(json.dumps(order.tree))
     part = torch.distributed.PrefixStore(f"built{next(built)}", store)
-    rank = Rank(config, number, GlooBackends(part, "127.0.0.1", TIMEOUT_S), torch.device("cpu"))
+    reads = config.launch.single_copy == "auto"
+    backends = GlooBackends(part, "127.0.0.1", TIMEOUT_S, single_copy=reads)
+    rank = Rank(config, number, backends, torch.device("cpu"))
     rank.initialise()
     ledger, silent, events = rank.mesh.ledger, Silent(), EventFile(Path(os.devnull), number, {}, 0)
     tape = Tape(HostTimer(), events.base_ns)

@@ -21,6 +21,8 @@ from dist_gpt.config.deepspeed import require_native
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN
 from dist_gpt.parallel.saved import SavedBytes
+from dist_gpt.plan.buffers import needs_room
+from dist_gpt.plan.steps import RankPlan
 from dist_gpt.profile.memory import parts
 from dist_gpt.rank import Rank
 
@@ -28,8 +30,7 @@ from dist_gpt.rank import Rank
 def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:
     """What rank `rank` does in one training step, counted: the keys of `plan` for that rank."""
     require_native(config, "a dry run counts the steps")
-    gloo = config.launch.backend != "nccl"  # where it is left open, the one that needs more
-    replica = Rank(config, rank, FakeBackends(as_gloo=gloo), torch.device("meta"))
+    replica = Rank(config, rank, FakeBackends(needs_room(RankPlan(config, rank))), torch.device("meta"))
     ids = np.zeros((config.train.micro_batch, config.model.seq_len + 1), dtype=np.int64)
     saved = SavedBytes([b.parameters for b in replica.buffers.buckets] + [b.gradients for b in replica.buffers.buckets])
     replica.executor.after_step, replica.sink.hold = saved.mark, saved.hold

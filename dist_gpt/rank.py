@@ -155,7 +155,7 @@ class DeepSpeedRank(Rank):
         self.plan = RankPlan(config, env.rank)
         self.device = device
         with ExitStack() as undo:
-            backends = make_backends(store, env, device, config.launch.timeout_s)
+            backends = backends_of(config, env, store, device)
             self.mesh = build_mesh(layout_of(config), env.rank, self.plan.holders, backends)
             undo.callback(self.mesh.close)
             self.groups = GlobalGroups(store, env, device, config.launch.timeout_s)
@@ -188,4 +188,9 @@ def make_rank(config: Config, env: RankEnv, store: Store, device: torch.device) 
     """The rank of `env`, by the engine of the configuration."""
     if config.optim.engine == "deepspeed":
         return DeepSpeedRank(config, env, store, device)
-    return Rank(config, env.rank, make_backends(store, env, device, config.launch.timeout_s), device)
+    return Rank(config, env.rank, backends_of(config, env, store, device), device)
+
+
+def backends_of(config: Config, env: RankEnv, store: Store, device: torch.device) -> Backends:
+    """What makes the groups, as `launch` says."""
+    return make_backends(store, env, device, config.launch.timeout_s, config.launch.single_copy)

@@ -323,4 +323,9 @@ def greeting(env: RankEnv, rank: Rank) -> str:
     """Which rank this is and where it computes."""
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
+    if rank.mesh.reads_memory:
+        where += ", single copy within the node"
+    if rank.mesh.refusal:
+        where += f" alone: it may not read other ranks' memory ({rank.mesh.refusal}); the plan counts what gloo needs "
+        where += "for that with --set launch.single_copy=off"
     return f"rank {env.rank}/{env.world} local {env.local_rank}/{env.local_world} ({rank.mesh.coords}) on {where}"

@@ -219,9 +219,11 @@ def main(folder: str) -> None:
     env = rank_env(VERIFY_TIMEOUT_S)
     config = load(str(path / "config.yaml"), world=env.world)
     store = connect_store(env)
-    document = certify(
-        config, env.rank, store, lambda s: make_backends(s, env, torch.device("cpu"), VERIFY_TIMEOUT_S), path
-    )
+
+    def backends(scope: Store) -> Backends:
+        return make_backends(scope, env, torch.device("cpu"), VERIFY_TIMEOUT_S, config.launch.single_copy)
+
+    document = certify(config, env.rank, store, backends, path)
     if document is not None:
         (path / "certificate.json").write_text(json.dumps(document))
     store.set(f"left/{env.rank}", "")

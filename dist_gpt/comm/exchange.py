@@ -19,10 +19,12 @@ CHUNK = 1 << 18
 
 
 class WaitedWork:
-    """A work that is waited for on a thread of its own: gloo says that a send is complete only to who waits."""
+    """What a thread of its own waits for or does: gloo says that a send is complete only to who waits. `messages` of
+    it go straight from member to member."""
 
-    def __init__(self, work: Any) -> None:
-        self.work = work
+    def __init__(self, work: Callable[[], object], messages: int = 0) -> None:
+        self.messages = messages
+        self._work: Callable[[], object] | None = work
         self.error: Exception | None = None
         self.ended = Event()
         self._noting = Lock()
@@ -30,10 +32,11 @@ class WaitedWork:
 
     def run(self) -> None:
         try:
-            self.work.wait()
+            if self._work is not None:
+                self._work()
         except Exception as error:  # handed to whoever waits for it
             self.error = error
-        self.work = None
+        self._work = None
         with self._noting:
             if self._note is not None:
                 self._note()  # before whoever waits goes on
@@ -56,17 +59,17 @@ class WaitedWork:
 
 
 class Waiter:
-    """Waits for works of one group, in their order, on a daemon thread that starts with the first of them."""
+    """Waits for works of one group, or does them, in their order, on a daemon thread that starts with the first."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[WaitedWork | None] = SimpleQueue()
         self._thread: Thread | None = None
 
-    def watch(self, work: Any) -> WaitedWork:
+    def watch(self, work: Callable[[], object], messages: int = 0) -> WaitedWork:
         if self._thread is None:
             self._thread = Thread(target=self._run, name="waiter", daemon=True)
             self._thread.start()
-        waited = WaitedWork(work)
+        waited = WaitedWork(work, messages)
         self._queue.put(waited)
         return waited
 
@@ -117,7 +120,7 @@ class Exchange:
         return isinstance(self._works, WaitedWork) and self._works.is_completed()
 
     def get_future(self) -> Exchange:
-        self._works = self._waiter.watch(self._works)
+        self._works = self._waiter.watch(self._works.wait)
         return self
 
     def add_done_callback(self, note: Callable[[], object]) -> None:

@@ -8,14 +8,16 @@ after it, without blocking the host).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_gpt.comm.exchange import Exchange, Waiter, add_up, start_exchange
+from dist_gpt.comm.exchange import Exchange, WaitedWork, Waiter, add_up, start_exchange
 from dist_gpt.comm.ledger import Ledger, Numbered
+from dist_gpt.comm.nearby import Nearby
 from dist_gpt.events import scatters_directly
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -92,6 +94,8 @@ class Group:
         # gloo's own all-gather goes through a buffer of its own; over several nodes its ring sends less between them
         self.gathers_directly = self.emulates_reduce_scatter and (len(ranks) == 2 or backend.one_node)
         self._waiter = Waiter() if self.emulates_reduce_scatter else None
+        self.near: Nearby | None = getattr(backend, "near", None)  # where its members read each other's memory
+        self.refusal: str = getattr(backend, "refusal", "")
 
     @property
     def size(self) -> int:
@@ -110,6 +114,8 @@ class Group:
         """In place over `tensor` (contiguous). Never MAX over floats that can be NaN: gloo drops them."""
         if self.size == 1:
             return Pending()
+        if self.near is not None:
+            return self._issue("all_reduce", tensor.nbytes, self._reading(self.near.all_reduce, tensor, op))
         options = dist.AllreduceOptions()
         options.reduceOp = _REDUCTIONS[op]  # type: ignore[assignment]
         return self._issue("all_reduce", tensor.nbytes, lambda: self.backend.allreduce([tensor], options))
@@ -120,15 +126,29 @@ class Group:
             if out.data_ptr() != shard.data_ptr():
                 out.copy_(shard.view_as(out))
             return Pending()
+        if self.near is not None:
+            self._own_part(out, shard)
+            return self._issue("all_gather", out.nbytes, self._reading(self.near.all_gather, out, shard))
         if self.gathers_directly:
             return self._issue("all_gather", out.nbytes, lambda: self._send_to_all(out, shard))
         return self._issue("all_gather", out.nbytes, lambda: self.backend._allgather_base(out, shard))
 
     def _send_to_all(self, out: Tensor, shard: Tensor) -> Any:
         parts = out.view(self.size, -1)
-        if parts[self.index].data_ptr() != shard.data_ptr():
-            parts[self.index].copy_(shard.view(-1))
+        self._own_part(out, shard)
         return self._exchange([parts[i] for i in self._others], [shard for _ in self._others])
+
+    def _own_part(self, out: Tensor, shard: Tensor) -> None:
+        """Of a gather's result is there at once."""
+        own = out.view(self.size, -1)[self.index]
+        if own.data_ptr() != shard.data_ptr():
+            own.copy_(shard.view(-1))
+
+    def _reading(self, call: Callable[..., object], *arguments: object) -> Callable[[], WaitedWork]:
+        """Starts `call`, of those that are near, on the waiter."""
+        if self._waiter is None:
+            raise ValueError(f"group {self}: only members on gloo read each other's memory")
+        return partial(self._waiter.watch, partial(call, *arguments), self.size - 1)
 
     @property
     def _others(self) -> list[int]:
@@ -141,11 +161,13 @@ class Group:
         return start_exchange(self.backend, self._others, receive, send, self._waiter)
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:
-        """`out` = this rank's part of the sum of `full` over the group, along dim 0. `out` may be a part of `full`."""
+        """`out` = this rank's part of the sum of `full` over the group, along dim 0; it may be that part of `full`."""
         if self.size == 1:
             if out.data_ptr() != full.data_ptr():
                 out.copy_(full.view_as(out))
             return Pending()
+        if self.near is not None:
+            return self._issue("reduce_scatter", full.nbytes, self._reading(self.near.reduce_scatter, out, full))
         if self.emulates_reduce_scatter:
             return self._reduce_scatter_from_parts(out, full)
         options = dist.ReduceScatterOptions()
@@ -188,7 +210,7 @@ class Group:
 
         def start() -> Any:
             work = self.backend.send([tensor], 1 - self.index, 0)
-            return self._waiter.watch(work) if self._waiter is not None else work
+            return self._waiter.watch(work.wait) if self._waiter is not None else work
 
         return self._issue("send", tensor.nbytes, start)
 
@@ -203,6 +225,8 @@ class Group:
 
     def close(self) -> None:
         """Give the backend back; a process that leaves without it aborts now and then (pytorch PR 179291)."""
+        if self.near is not None:
+            self.near.close()  # wakes the waiter, should it still be in a call
         if self._waiter is not None:
             self._waiter.close()
         if self.backend is not None and hasattr(self.backend, "shutdown"):

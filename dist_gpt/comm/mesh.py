@@ -20,10 +20,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from dist_gpt.comm.connect import Refused, meet
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
+from dist_gpt.comm.nearby import Nearby
 from dist_gpt.layout import Layout
 
+NEAR_AXES = ("data", "embed", "tp", "shard", "replica")
+"""Whose members read each other's memory where they can: those whose collectives are large or many."""
 COLLECTIVE_AXES = ("world", "data", "embed", "tp")
 Edge = tuple[int, int, str]
 
@@ -74,6 +78,16 @@ class Mesh:
     def edge(self, source: int, destination: int, direction: str) -> Group:
         """The pair that carries activations ('f') or gradients ('b') from pp rank `source` to `destination`."""
         return self.edges[source, destination, direction]
+
+    @property
+    def reads_memory(self) -> bool:
+        """Whether members of some group of this rank read each other's memory."""
+        return any(group.near is not None for group in self.groups.values())
+
+    @property
+    def refusal(self) -> str:
+        """Why they do not, though they are on one node; empty where they do, or are not."""
+        return next((group.refusal for group in self.groups.values() if group.refusal), "")
 
     def close(self) -> None:
         """Give every group's backend back, also when one of them fails to go."""
@@ -127,9 +141,11 @@ def build_mesh(
 
 class GlooGroup(dist.ProcessGroupGloo):
     """Gloo whose operations end in time also when that is not the time its connections were made in. `one_node`: all
-    of the run is on one."""
+    of the run is on one. `near`: its members, where they read each other's memory; `refusal`: why they may not."""
 
     one_node = False
+    near: Nearby | None = None
+    refusal = ""
 
     def limit(self, timeout: timedelta) -> None:
         """From now on `timeout` is every operation's."""
@@ -163,6 +179,7 @@ class GlooBackends:
 
     `interfaces` are used instead of `host` where they are named. `timeout_s` is a collective's; a group is created
     within what `left_s` says is left by then (by default `timeout_s`). `one_node`: all ranks are on one node.
+    `single_copy`: members of a group on one node read each other's memory where they may.
     """
 
     def __init__(
@@ -173,13 +190,14 @@ class GlooBackends:
         interfaces: Sequence[str] = (),
         left_s: Callable[[], float] | None = None,
         one_node: bool = True,
+        single_copy: bool = True,
     ) -> None:
         self.store = store
         self.timeout_s = timeout_s
         self.left_s = left_s or (lambda: timeout_s)
         create = dist.ProcessGroupGloo.create_device
         self.devices = [create(interface=name) for name in interfaces] or [create(hostname=host)]
-        self.one_node = one_node
+        self.one_node, self.single_copy = one_node, single_copy
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
         if len(ranks) == 1:
@@ -189,7 +207,13 @@ class GlooBackends:
         options._timeout = timedelta(seconds=self.left_s())
         options._threads = 1
         store = dist.PrefixStore(_key(name, ranks), self.store)
-        backend = GlooGroup(store, ranks.index(rank), len(ranks), options)
+        index = ranks.index(rank)
+        backend = GlooGroup(store, index, len(ranks), options)
+        if self.single_copy and name in NEAR_AXES:
+            try:
+                backend.near = meet(backend, ranks, index, self.timeout_s)
+            except Refused as refusal:
+                backend.refusal = str(refusal)
         backend.limit(timedelta(seconds=self.timeout_s))
         backend.one_node = self.one_node
         return backend

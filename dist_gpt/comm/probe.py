@@ -205,7 +205,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
     holders = placement(p.schedule, p.pp, p.virtual_stages)
-    mesh = build_mesh(layout, env.rank, holders, make_backends(store, env, device, config.launch.timeout_s))
+    mesh = build_mesh(
+        layout, env.rank, holders, make_backends(store, env, device, config.launch.timeout_s, config.launch.single_copy)
+    )
     try:
         found = network(config, mesh, device, store, env)
         mesh.world.barrier()

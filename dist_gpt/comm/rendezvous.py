@@ -293,10 +293,13 @@ def scoped(store: Store, prefix: str) -> Store:
     return dist.PrefixStore(prefix, store)
 
 
-def make_backends(store: Store, env: RankEnv, device: torch.device, timeout_s: float) -> Backends:
+def make_backends(
+    store: Store, env: RankEnv, device: torch.device, timeout_s: float, single_copy: str = "auto"
+) -> Backends:
     """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
 
-    Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective. On several
+    Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective;
+    `single_copy` as in `launch`. On several
     nodes gloo listens on the interfaces that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose
     route leads to MASTER_ADDR: what a host's own name means is often an address that only the host itself can reach.
     """
@@ -304,11 +307,12 @@ def make_backends(store: Store, env: RankEnv, device: torch.device, timeout_s: f
         if env.one_node:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         return NcclBackends(store, device, timeout_s, env.left_s)
+    reads = single_copy == "auto"
     if env.one_node:
-        return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s)
+        return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s, single_copy=reads)
     interfaces = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
     host = "" if interfaces else address_towards(env.master_addr, env.master_port)
-    return GlooBackends(store, host, timeout_s, interfaces, env.left_s, one_node=False)
+    return GlooBackends(store, host, timeout_s, interfaces, env.left_s, one_node=False, single_copy=reads)
 
 
 def address_towards(host: str, port: int) -> str:

@@ -259,6 +259,9 @@ class LaunchConfig(Section):
     """Ranks per node; auto: world / nodes when dp is a number, else one per GPU (without a GPU, tp x pp x cp)."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Who communicates: nccl (GPUs), gloo (CPU), or auto: nccl where GPUs are visible."""
+    single_copy: Literal["auto", "off"] = "auto"
+    """On gloo, members of a group on one node read each other's memory where the system lets them; off: gloo carries
+    everything."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """One deadline for a collective, and for the whole initialisation."""
     silence_s: Annotated[float, Field(ge=1)] = 30.0

@@ -11,6 +11,7 @@ from typing import Any
 from dist_gpt.config.schema import Config
 from dist_gpt.events import Counts
 from dist_gpt.layout import BASE_AXES
+from dist_gpt.plan.buffers import needs_room
 from dist_gpt.plan.count import (
     count_comm,
     count_flops,
@@ -72,7 +73,8 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"
         )
-    if config.launch.backend == "auto" and RankPlan(config, 0).stage:
+    plan = RankPlan(config, 0)
+    if config.launch.backend == "auto" and plan.stage and needs_room(plan):
         notes.append("buffers: counted for gloo; with --set launch.backend=nccl reductions need none")
     return notes
 

@@ -21,14 +21,25 @@ def peak_transients(plan: RankPlan, steps: Sequence[Step]) -> int:
     return walk.peak
 
 
+def needs_room(plan: RankPlan) -> bool:
+    """Whether a reduce-scatter needs a receive buffer (see comm.group): on gloo, unless the ranks that share state are
+    on one node and read each other's memory. Where the backend is left open, gloo, which needs more."""
+    launch = plan.config.launch
+    if launch.backend == "nccl":
+        return False
+    per_node = max(1, plan.layout.world // launch.nodes)
+    nodes = {rank // per_node for rank in plan.layout.group(plan.shard_axis, plan.rank)}
+    return launch.single_copy == "off" or len(nodes) > 1
+
+
 REDUCTIONS_AHEAD = {1: 1, 2: 0, 3: 0}
 """Stage -> reductions that may be under way when another one starts; without sharding all of them may (they need no
 room)."""
 
 
 def scatter_bytes(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Receive buffers of reduce-scatters under way, which gloo's need (see comm.group) and NCCL's do not."""
-    if not plan.stage or plan.config.launch.backend == "nccl":
+    """Receive buffers of reduce-scatters under way."""
+    if not plan.stage or not needs_room(plan):
         return 0
     element, shards = plan.precision.bytes("reduce"), plan.shards
     sizes = [scatter_room(plan.buckets[s.bucket or 0].padded * element, shards) for s in steps if s.kind == REDUCE]

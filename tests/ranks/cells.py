@@ -40,6 +40,7 @@ MIXED: dict[str, tuple[Any, ...]] = {
     "rate": ("constant", "cosine", "linear"),
     "buckets": ("one", "several"),
     "weight_decay": (0.0, 0.1),
+    "single_copy": ("auto", "off"),
 }
 """Options that any layout can have. `clip` 0.01 bites on these models and 100 does not."""
 
@@ -101,6 +102,7 @@ SIX = {
     },
     **{"micro_batches": 6, "micro_batch": 1, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1, "rate": "cosine"},
     **{"buckets": "several", "weight_decay": 0.1},
+    "single_copy": "auto",
 }
 """Two rounds of micro-batches through three interleaved stages: as long as it gets, so it is there once."""
 
@@ -117,6 +119,7 @@ WIDE = {
     },
     **{"micro_batches": 3, "micro_batch": 2, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1, "rate": "linear"},
     **{"buckets": "between", "weight_decay": 0.1},
+    "single_copy": "off",
 }
 """One head per tensor rank. 12 tokens a sequence over 8 ranks: only the micro-batch of two can be split."""
 
@@ -132,6 +135,7 @@ ODD = {
     },
     **{"vocab": 37, "micro_batches": 2, "micro_batch": 2, "optimizer": "sgd", "clip": 0.01, "dropout": 0.1},
     **{"rate": "cosine", "buckets": "between", "weight_decay": 0.0, "seq_len": 11},
+    "single_copy": "off",
 }
 """A token shard ends within a sequence, the embedding is alone on its chunk, and tensor ranks that cut buckets by
 their own sizes would cut them differently, and hang."""
@@ -149,6 +153,7 @@ SHORT = {
     },
     **{"micro_batches": 3, "micro_batch": 2, "optimizer": "sgd_plain", "clip": 100.0, "dropout": 0.0},
     **{"rate": "constant", "buckets": "several", "weight_decay": 0.1, "seq_len": 10},
+    "single_copy": "auto",
 }
 """As ODD, with learned positions and a tied embedding that is alone on its chunk."""
 
@@ -157,11 +162,13 @@ NODES = {
     **{"family": "gpt2", "heads": "full", "tied": True, "sharding": "zero3", "recompute": "full", "layers": "uneven"},
     **{"vocab": 37, "micro_batches": 3, "micro_batch": 2, "optimizer": "adamw", "clip": 0.01, "dropout": 0.1},
     **{"rate": "cosine", "buckets": "several", "weight_decay": 0.1},
+    "single_copy": "off",
 }
 """State sharded inside a node and replicated over two."""
 
 SINGLE = (
-    SIX, WIDE, ODD, SHORT, NODES, {**NODES, "sharding": "zero1", "tp": 1, "sequence_parallel": False},
+    SIX, WIDE, ODD, SHORT, NODES,
+    {**NODES, "sharding": "zero1", "tp": 1, "sequence_parallel": False, "single_copy": "auto"},
     {**NODES, "sharding": "zero2", "tp": 1, "pp": 2, "sequence_parallel": False, "nodes": 4, "recompute": "selective"},
     {**NODES, "sharding": "zero3_kept", "tp": 1, "sequence_parallel": False, "family": "llama", "tied": False},
     {**NODES, "dp": 2, "sharding": "zero1", "nodes": 2, "optimizer": "sgd"},  # alone in its node
@@ -243,8 +250,9 @@ def make_cell(options: dict[str, Any]) -> Cell | None:
         },
         "data": {"source": "synthetic"},
     }
+    config["launch"] = {"single_copy": o.get("single_copy", "auto")}
     if "nodes" in o:
-        config["launch"] = {"nodes": o["nodes"]}
+        config["launch"]["nodes"] = o["nodes"]
         config["optim"]["shard_group"] = "node"
     return Cell(_name(o), o["dp"] * o["tp"] * o["pp"], config, tuple(o.items()))
 
@@ -269,6 +277,7 @@ def _name(o: dict[str, Any]) -> str:
     words += ["dropout" if o["dropout"] else "", o["rate"], BUCKET_WORDS[o["buckets"]]]
     words += [f"t{o['seq_len']}"] if "seq_len" in o else []
     words += [f"nodes{o['nodes']}"] if "nodes" in o else []
+    words += ["sent"] if o.get("single_copy") == "off" else []
     return "-".join(word for word in [*words, "decay" if o["weight_decay"] else ""] if word)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from dist_gpt.comm.exchange import CHUNK, Exchange, Waiter, add_up
 from dist_gpt.comm.group import Group, Pending
 from dist_gpt.events import DIRECT_BYTES, scatter_room
-from tests.ranks.test_group import SIZES, on_groups
+from tests.ranks.test_group import SIZES
+from tests.ranks.threads import on_groups
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -51,7 +52,7 @@ def test_gathers_and_scatters_under_way(rows: int, watched: bool, one_node: bool
         sizes = [(rows + i) * size * 4 for i in (1, 3)]
         return group.peak_scratch_bytes == sum(scatter_room(payload, size) for payload in sizes)
 
-    assert all(on_groups(size, body))
+    assert all(on_groups(size, body, single_copy=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,24 +15,17 @@ from dist_gpt.comm.group import Group, Pending
 from dist_gpt.comm.ledger import MAX_DIFFERENCES, Ledger
 from dist_gpt.comm.mesh import Backends, FakeBackends, build_mesh, edges_of
 from dist_gpt.layout import Layout
-from tests.ranks.threads import on_gloo
+from tests.ranks.threads import on_gloo, on_groups
 
 SIZES = (2, 3)
 Body = Callable[[Group], Any]
+Everyone = Callable[[int, Body], list[Any]]
 
 
-def on_groups(size: int, body: Body) -> list[Any]:
-    """body(group) on each rank of one gloo group along tp."""
-    ranks = tuple(range(size))
-
-    def run(rank: int, backends: Backends) -> Any:
-        backend = backends.create("tp", ranks, rank)
-        try:
-            return body(Group("tp", ranks, rank, backend, Ledger({"tp": size})))
-        finally:
-            backend.shutdown()
-
-    return on_gloo(size, run)
+@pytest.fixture(params=[True, False], ids=["read", "sent"])
+def everyone(request: pytest.FixtureRequest) -> Everyone:
+    """on_groups, by reading each other's memory and by gloo."""
+    return partial(on_groups, single_copy=request.param)
 
 
 def alone() -> Group:
@@ -92,7 +86,7 @@ class TestAlone:
 
 @pytest.mark.parametrize("size", SIZES)
 class TestGloo:
-    def test_all_reduce(self, size: int) -> None:
+    def test_all_reduce(self, size: int, everyone: Everyone) -> None:
         def body(group: Group) -> Any:
             x = torch.tensor([1.0, 10.0, -1.0], dtype=torch.float64) * (group.index + 1)
             largest = x.clone()
@@ -103,9 +97,9 @@ class TestGloo:
         total = size * (size + 1) // 2
         ring = 24 * 2 * (size - 1) // size  # 2(n-1)/n of 24 bytes
         counted = {"all_reduce": tally(2, 48, 2 * ring)}
-        assert on_groups(size, body) == [([total, 10 * total, -total], [size, 10 * size, -1], counted)] * size
+        assert everyone(size, body) == [([total, 10 * total, -total], [size, 10 * size, -1], counted)] * size
 
-    def test_all_gather(self, size: int) -> None:
+    def test_all_gather(self, size: int, everyone: Everyone) -> None:
         def body(group: Group) -> Any:
             mine = torch.tensor([[1.0, 2.0]]) + 10 * group.index
             out = torch.empty(size, 2)
@@ -114,9 +108,9 @@ class TestGloo:
 
         expected = [value + 10 * rank for rank in range(size) for value in (1.0, 2.0)]
         counted = {"all_gather": tally(1, 8 * size, 8 * (size - 1))}
-        assert on_groups(size, body) == [(expected, counted)] * size
+        assert everyone(size, body) == [(expected, counted)] * size
 
-    def test_all_gather_in_place_in_a_view_of_a_buffer(self, size: int) -> None:
+    def test_all_gather_in_place_in_a_view_of_a_buffer(self, size: int, everyone: Everyone) -> None:
         def body(group: Group) -> Any:
             buffer = torch.full((2 + 3 * size,), -1.0)
             out = buffer[1:-1]
@@ -126,9 +120,9 @@ class TestGloo:
             return values(buffer)
 
         inside = [value + 10.0 * rank for rank in range(size) for value in range(3)]
-        assert on_groups(size, body) == [[-1.0, *inside, -1.0]] * size
+        assert everyone(size, body) == [[-1.0, *inside, -1.0]] * size
 
-    def test_reduce_scatter(self, size: int) -> None:
+    def test_reduce_scatter(self, size: int, everyone: Everyone) -> None:
         def body(group: Group) -> Any:
             full = torch.arange(2.0 * size) + 100 * group.index
             kept = full.clone()
@@ -140,9 +134,9 @@ class TestGloo:
         extra = 100 * size * (size - 1) // 2
         counted = {"reduce_scatter": tally(1, 8 * size, 8 * (size - 1))}
         expected = [([size * (2.0 * r) + extra, size * (2.0 * r + 1) + extra], counted) for r in range(size)]
-        assert on_groups(size, body) == expected
+        assert everyone(size, body) == expected
 
-    def test_reduce_scatter_in_place_in_a_view_of_a_buffer(self, size: int) -> None:
+    def test_reduce_scatter_in_place_in_a_view_of_a_buffer(self, size: int, everyone: Everyone) -> None:
         def body(group: Group) -> Any:
             buffer = torch.full((2 + 2 * size,), -1.0)
             full = buffer[1:-1]
@@ -152,9 +146,9 @@ class TestGloo:
             return values(shard), buffer[0].item(), buffer[-1].item()
 
         total = size * (size + 1) / 2
-        assert on_groups(size, body) == [([2 * r * total, (2 * r + 1) * total], -1.0, -1.0) for r in range(size)]
+        assert everyone(size, body) == [([2 * r * total, (2 * r + 1) * total], -1.0, -1.0) for r in range(size)]
 
-    def test_a_gather_undoes_a_scatter_of_rows(self, size: int) -> None:
+    def test_a_gather_undoes_a_scatter_of_rows(self, size: int, everyone: Everyone) -> None:
         """Along dim 0, for the (tokens, hidden) activations of sequence parallel."""
 
         def body(group: Group) -> Any:
@@ -164,18 +158,18 @@ class TestGloo:
             group.all_gather(out, shard).wait()
             return torch.equal(out, size * full)
 
-        assert all(on_groups(size, body))
+        assert all(everyone(size, body))
 
-    def test_broadcast(self, size: int) -> None:
+    def test_broadcast(self, size: int, everyone: Everyone) -> None:
         def body(group: Group) -> Any:
             x = torch.full((2,), float(group.index))
             group.broadcast(x, root=size - 1).wait()
             return values(x), control(group)
 
         counted = {"broadcast": tally(1, 8, 8 * (size - 1) // size)}
-        assert on_groups(size, body) == [([size - 1.0] * 2, counted)] * size
+        assert everyone(size, body) == [([size - 1.0] * 2, counted)] * size
 
-    def test_barrier_waits_and_moves_nothing(self, size: int) -> None:
+    def test_barrier_waits_and_moves_nothing(self, size: int, everyone: Everyone) -> None:
         here: list[int] = []
 
         def body(group: Group) -> Any:
@@ -184,9 +178,9 @@ class TestGloo:
             group.barrier()
             return len(here), control(group)
 
-        assert on_groups(size, body) == [(size, {"barrier": tally(1, 0, 0)})] * size
+        assert everyone(size, body) == [(size, {"barrier": tally(1, 0, 0)})] * size
 
-    def test_several_under_way(self, size: int) -> None:
+    def test_several_under_way(self, size: int, everyone: Everyone) -> None:
         """Issued together, waited for in another order: each result is its own."""
 
         def body(group: Group) -> Any:
@@ -197,7 +191,7 @@ class TestGloo:
             return [t.unique().tolist() for t in tensors]
 
         extra = size * (size - 1) / 2
-        assert on_groups(size, body) == [[[i * size + extra] for i in range(6)]] * size
+        assert everyone(size, body) == [[[i * size + extra] for i in range(6)]] * size
 
 
 class TestPair:

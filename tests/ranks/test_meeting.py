@@ -180,7 +180,7 @@ class TestClosing:
 
     def test_the_thread_of_sends_is_joined(self) -> None:
         waiter, release = Waiter(), threading.Event()
-        watched = waiter.watch(SimpleNamespace(wait=release.wait))
+        watched = waiter.watch(release.wait)
         threading.Timer(0.1, release.set).start()
         waiter.close()
         assert watched.is_completed()
@@ -188,7 +188,7 @@ class TestClosing:
 
     def test_a_stuck_send_does_not_hold_the_close(self) -> None:
         waiter, release = Waiter(), threading.Event()
-        waiter.watch(SimpleNamespace(wait=release.wait))
+        waiter.watch(release.wait)
         started = time.monotonic()
         waiter.close()
         assert JOIN_S * 0.9 <= time.monotonic() - started < 10 * JOIN_S
@@ -210,9 +210,10 @@ class TestBackends:
         given: list[tuple[str, list[str]]] = []
 
         def made(
-            _: Any, host: str, __: float, names: Sequence[str] = (), left_s: Any = None, one_node: bool = True
-        ) -> None:
-            assert one_node == env.one_node
+            _: Any, host: str, __: float, names: Sequence[str] = (), left_s: Any = None, one_node: bool = True,
+            single_copy: bool = False,
+        ) -> None:  # fmt: skip
+            assert one_node == env.one_node and single_copy
             given.append((host, list(names)))
 
         with pytest.MonkeyPatch.context() as patch:
@@ -264,12 +265,18 @@ class TestBackends:
 
     @pytest.mark.parametrize("op", ["all_reduce", "recv", "all_gather", "reduce_scatter", "send"])
     @pytest.mark.parametrize(("creation_s", "later_s"), [(FAR_S, 0.5), (1.0, 1.5)])
-    def test_then_a_collective_has_its_own_timeout(self, op: str, creation_s: float, later_s: float) -> None:
+    @pytest.mark.parametrize("read", [True, False], ids=["read", "sent"])
+    def test_then_a_collective_has_its_own_timeout(
+        self, op: str, creation_s: float, later_s: float, read: bool
+    ) -> None:
         """Rank 1 takes no part."""
         store = dist.HashStore()
-        ends = in_threads(
-            2, lambda rank: GlooBackends(store, LOOPBACK, later_s, left_s=lambda: creation_s).create("tp", (0, 1), rank)
-        )
+
+        def end(rank: int) -> Any:
+            backends = GlooBackends(store, LOOPBACK, later_s, left_s=lambda: creation_s, single_copy=read)
+            return backends.create("tp", (0, 1), rank)
+
+        ends = in_threads(2, end)
         group = Group("tp", (0, 1), 0, ends[0], Ledger({"tp": 2}))
         tensor, part = torch.ones(1 << 22), torch.ones(1 << 21)  # more than a socket's buffers hold
         start = {

@@ -20,7 +20,7 @@ from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.comm.tape import WATCH_EVERY, HostTimer, Record, Tape
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.events import BOUND, CALL, CALL_COLUMNS, EMULATED, ESTIMATED, OPS, SPAN
+from dist_gpt.events import BOUND, CALL, CALL_COLUMNS, DIRECT, EMULATED, ESTIMATED, OPS, SPAN
 from dist_gpt.plan.count import count_memory
 from dist_gpt.plan.kernels import rank_kernels
 from dist_gpt.profile.kernels import kernel_facts
@@ -52,7 +52,8 @@ def small(folder: Path, **sets: object) -> Config:
 
 class TestCalls:
     @pytest.mark.parametrize("op", ["all_reduce", "all_gather", "reduce_scatter", "broadcast"])
-    def test_every_collective_has_its_times_in_order(self, op: str) -> None:
+    @pytest.mark.parametrize("read", [True, False], ids=["read", "sent"])
+    def test_every_collective_has_its_times_in_order(self, read: bool, op: str) -> None:
         def body(rank: int, backends: Backends) -> list[list[int]]:
             group = Group("tp", (0, 1), rank, backends.create("tp", (0, 1), rank), Ledger({"tp": 2}))
             tape = taped(group.ledger)
@@ -71,12 +72,14 @@ class TestCalls:
             group.close()
             return rows
 
-        for call, span in on_gloo(2, body):
+        for call, span in on_gloo(2, body, single_copy=read):
             assert [call[0], call[AT["step"]], call[AT["index"]], call[AT["channel"]]] == [CALL, 3, 7, 0]
             assert OPS[call[AT["op"]]] == op and call[AT["payload"]] == 256
             assert 0 <= call[AT["issued"]] <= call[AT["wait"]] <= call[AT["waited"]]
             assert call[AT["done"]] > 0 and call[AT["cpu"]] >= 0
-            assert call[AT["flags"]] & EMULATED == (EMULATED if op == "reduce_scatter" else 0)
+            flags = {"broadcast": 0, "reduce_scatter": DIRECT if read else EMULATED | DIRECT}
+            kinds = call[AT["flags"]] & (EMULATED | DIRECT)
+            assert kinds == flags.get(op, DIRECT if read or op == "all_gather" else 0)
             assert [span[0], span[1], span[2]] == [SPAN, 3, 7]
             assert span[3] <= call[AT["issue"]] and span[4] >= call[AT["waited"]] and span[5] > 0
 

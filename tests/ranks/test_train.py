@@ -135,7 +135,9 @@ class TestEightRanks:
 
     def test_logs(self, eight: Run) -> None:
         for rank in range(8):
-            where = f"(pp {rank // 4}, dp {rank // 2 % 2}, cp 0, tp {rank % 2}) on CPU, gloo"
+            where = (
+                f"(pp {rank // 4}, dp {rank // 2 % 2}, cp 0, tp {rank % 2}) on CPU, gloo, single copy within the node"
+            )
             log = (eight.run_dir / "logs" / f"rank{rank}.log").read_text()
             assert f"rank {rank}/8 local {rank}/8 {where}\n" in log
             assert "Traceback" not in log and "Error" not in log
@@ -212,7 +214,7 @@ class TestKilledRank:
         assert [f"  | {line}" for line in log.read_text().splitlines()][-20:] == [
             line for line in lines if line.startswith("  | ")
         ]
-        assert "  | rank 1/2 local 1/2 (pp 1, dp 0, cp 0, tp 0) on CPU, gloo" in lines
+        assert "  | rank 1/2 local 1/2 (pp 1, dp 0, cp 0, tp 0) on CPU, gloo, single copy within the node" in lines
 
     def test_leaves_no_process(self, killed: Killed) -> None:
         assert killed.left == []

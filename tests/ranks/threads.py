@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from dist_gpt.comm.group import Group
+from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.mesh import Backends, GlooBackends
 
 TIMEOUT_S = 60.0
@@ -44,7 +46,27 @@ def in_threads(world: int, body: Callable[[int], T]) -> list[T]:
     return [results[rank] for rank in range(world)]
 
 
-def on_gloo(world: int, body: Callable[[int, Backends], T]) -> list[T]:
+def on_gloo(
+    world: int, body: Callable[[int, Backends], T], single_copy: bool = True, timeout_s: float = TIMEOUT_S
+) -> list[T]:
     """body(rank, backends) on `world` gloo ranks that share a store in memory."""
     store = dist.HashStore()
-    return in_threads(world, lambda rank: body(rank, GlooBackends(store, "127.0.0.1", TIMEOUT_S)))
+
+    def run(rank: int) -> T:
+        return body(rank, GlooBackends(store, "127.0.0.1", timeout_s, single_copy=single_copy))
+
+    return in_threads(world, run)
+
+
+def on_groups(size: int, body: Callable[[Group], T], single_copy: bool = True, timeout_s: float = TIMEOUT_S) -> list[T]:
+    """body(group) on each rank of one gloo group along tp."""
+    ranks = tuple(range(size))
+
+    def run(rank: int, backends: Backends) -> T:
+        group = Group("tp", ranks, rank, backends.create("tp", ranks, rank), Ledger({"tp": size}))
+        try:
+            return body(group)
+        finally:
+            group.close()
+
+    return on_gloo(size, run, single_copy, timeout_s)

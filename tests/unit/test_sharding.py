@@ -10,7 +10,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.events import scatter_room
 from dist_gpt.layout import Layout
 from dist_gpt.params import parameter_table
-from dist_gpt.plan.buffers import peak_transients, scatter_bytes
+from dist_gpt.plan.buffers import needs_room, peak_transients, scatter_bytes
 from dist_gpt.plan.count import count_comm, count_memory, count_recomputed, peak_activations, rank_kinds
 from dist_gpt.plan.flops import flops_document
 from dist_gpt.plan.memory import _finished
@@ -235,16 +235,28 @@ def test_transient_buffers_of_one_bucket_each() -> None:
 
 def test_receive_buffers_of_gloo() -> None:
     """Of two reductions in stage 1, of one in stages 2 and 3, without one's own part where ranks send it themselves:
-    between two, and where it is large; NCCL needs none."""
+    between two, and where it is large. NCCL needs none, nor do ranks that read each other's memory."""
     for stage, together in (("zero1", 2), ("zero2", 1)):
         for ranks, share in ((2, 0.5), (4, 1.0)):
-            plan = RankPlan(of(*axes(dp=ranks), f"optim.sharding={stage}"), 0)
+            plan = RankPlan(of(*axes(dp=ranks), f"optim.sharding={stage}", "launch.single_copy=off"), 0)
             sizes = [b.padded * 4 * share for b in plan.buckets]
             expected = max(sum(sizes[i : i + together]) for i in range(len(sizes)))
             assert scatter_bytes(plan, plan.steps) == expected
+            plan = RankPlan(of(*axes(dp=ranks), f"optim.sharding={stage}"), 0)
+            assert scatter_bytes(plan, plan.steps) == 0
     assert [scatter_room(1 << 20, 4), scatter_room(1 << 24, 4)] == [1 << 20, 3 << 22]
     plan = RankPlan(of(*axes(dp=4), "optim.sharding=zero1", "launch.backend=nccl"), 0)
     assert scatter_bytes(plan, plan.steps) == 0
+
+
+def test_ranks_on_several_nodes_do_not_read_each_others_memory() -> None:
+    """Four data ranks with two tensor ranks each, on two nodes: data ranks are on both, unless state is sharded in a
+    node."""
+    wanted = {"data": True, "node": False}
+    for group, room in wanted.items():
+        more = ("optim.sharding=zero1", "launch.nodes=2", "launch.ranks_per_node=4", f"optim.shard_group={group}")
+        plan = RankPlan(of(*axes(dp=4, tp=2), *more), 5)
+        assert needs_room(plan) == room == (scatter_bytes(plan, plan.steps) > 0)
 
 
 @pytest.mark.parametrize("family", [[], LLAMA])
