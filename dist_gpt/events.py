@@ -52,6 +52,10 @@ def scatters_directly(payload: int, size: int) -> bool:
     return size == 2 or payload >= DIRECT_BYTES
 
 
+NEAR_MEMBERS = 128
+"""Most members of a group on one node that read each other's memory: each holds a socket for every other one."""
+
+
 def scatter_room(payload: int, size: int) -> int:
     """Bytes of the receive buffer that a reduce-scatter of `payload` bytes needs on gloo; see comm.group."""
     return payload // size * (size - 1) if scatters_directly(payload, size) else payload

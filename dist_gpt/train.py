@@ -32,6 +32,7 @@ from dist_gpt.events import EVAL, TRAIN, Counts
 from dist_gpt.heap import Heap, keep_freed_memory
 from dist_gpt.meeting import agree_on_attempt, meet, settle
 from dist_gpt.optim.lr import learning_rate
+from dist_gpt.plan.buffers import needs_room
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
 from dist_gpt.profile.recorder import Recorder, attempts_in
@@ -325,7 +326,9 @@ def greeting(env: RankEnv, rank: Rank) -> str:
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
     if rank.mesh.reads_memory:
         where += ", single copy within the node"
-    if rank.mesh.refusal:
-        where += f" alone: it may not read other ranks' memory ({rank.mesh.refusal}); the plan counts what gloo needs "
-        where += "for that with --set launch.single_copy=off"
+    shard = rank.mesh.shard
+    expected = device.type == "cpu" and shard.size > 1 and not needs_room(rank.plan)
+    if rank.mesh.refusal or (expected and shard.near is None):
+        why = rank.mesh.refusal or "they are on several nodes, or cannot see each other's processes"
+        where += f"; ranks do not read each other's memory ({why}): plan with --set launch.single_copy=off"
     return f"rank {env.rank}/{env.world} local {env.local_rank}/{env.local_world} ({rank.mesh.coords}) on {where}"

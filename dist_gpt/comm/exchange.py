@@ -64,8 +64,11 @@ class Waiter:
     def __init__(self) -> None:
         self._queue: SimpleQueue[WaitedWork | None] = SimpleQueue()
         self._thread: Thread | None = None
+        self._closed = False
 
     def watch(self, work: Callable[[], object], messages: int = 0) -> WaitedWork:
+        if self._closed:
+            raise RuntimeError("this group is closed")
         if self._thread is None:
             self._thread = Thread(target=self._run, name="waiter", daemon=True)
             self._thread.start()
@@ -75,6 +78,7 @@ class Waiter:
 
     def close(self) -> None:
         """End the thread, so that nothing touches the backend when it goes; one that is stuck is left after JOIN_S."""
+        self._closed = True
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join(JOIN_S)

@@ -126,6 +126,7 @@ class Group:
             if out.data_ptr() != shard.data_ptr():
                 out.copy_(shard.view_as(out))
             return Pending()
+        self._check_parts(out, shard)
         if self.near is not None:
             self._own_part(out, shard)
             return self._issue("all_gather", out.nbytes, self._reading(self.near.all_gather, out, shard))
@@ -138,6 +139,12 @@ class Group:
         self._own_part(out, shard)
         return self._exchange([parts[i] for i in self._others], [shard for _ in self._others])
 
+    def _check_parts(self, whole: Tensor, part: Tensor) -> None:
+        """Nobody else does: whoever reads or sends has an address and a length."""
+        if part.numel() * self.size != whole.numel() or part.dtype != whole.dtype:
+            parts = f"{self.size} parts of {part.numel()} {part.dtype}"
+            raise ValueError(f"group {self}: {parts} are not {whole.numel()} {whole.dtype}")
+
     def _own_part(self, out: Tensor, shard: Tensor) -> None:
         """Of a gather's result is there at once."""
         own = out.view(self.size, -1)[self.index]
@@ -148,6 +155,8 @@ class Group:
         """Starts `call`, of those that are near, on the waiter."""
         if self._waiter is None:
             raise ValueError(f"group {self}: only members on gloo read each other's memory")
+        if not all(tensor.is_contiguous() for tensor in arguments if isinstance(tensor, Tensor)):
+            raise ValueError(f"group {self}: tensors must be contiguous")
         return partial(self._waiter.watch, partial(call, *arguments), self.size - 1)
 
     @property
@@ -166,6 +175,7 @@ class Group:
             if out.data_ptr() != full.data_ptr():
                 out.copy_(full.view_as(out))
             return Pending()
+        self._check_parts(full, out)
         if self.near is not None:
             return self._issue("reduce_scatter", full.nbytes, self._reading(self.near.reduce_scatter, out, full))
         if self.emulates_reduce_scatter:
@@ -227,6 +237,7 @@ class Group:
         """Give the backend back; a process that leaves without it aborts now and then (pytorch PR 179291)."""
         if self.near is not None:
             self.near.close()  # wakes the waiter, should it still be in a call
+            self.near = None
         if self._waiter is not None:
             self._waiter.close()
         if self.backend is not None and hasattr(self.backend, "shutdown"):

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dist_gpt.comm.connect import Refused, meet
+from dist_gpt.comm.connect import Refused, connect_members
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.nearby import Nearby
@@ -211,7 +211,7 @@ class GlooBackends:
         backend = GlooGroup(store, index, len(ranks), options)
         if self.single_copy and name in NEAR_AXES:
             try:
-                backend.near = meet(backend, ranks, index, self.timeout_s)
+                backend.near = connect_members(backend, ranks, index, self.timeout_s)
             except Refused as refusal:
                 backend.refusal = str(refusal)
         backend.limit(timedelta(seconds=self.timeout_s))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dist_gpt.events import scatter_room
+from dist_gpt.events import NEAR_MEMBERS, scatter_room
 from dist_gpt.plan.buckets import Bucket
 from dist_gpt.plan.steps import RankPlan
 from dist_gpt.schedule.expand import BACKWARD, FREE, GATHER, REDUCE, UPDATE, WEIGHT, Step
@@ -28,8 +28,9 @@ def needs_room(plan: RankPlan) -> bool:
     if launch.backend == "nccl":
         return False
     per_node = max(1, plan.layout.world // launch.nodes)
-    nodes = {rank // per_node for rank in plan.layout.group(plan.shard_axis, plan.rank)}
-    return launch.single_copy == "off" or len(nodes) > 1
+    members = plan.layout.group(plan.shard_axis, plan.rank)
+    nodes = {rank // per_node for rank in members}
+    return launch.single_copy == "off" or len(nodes) > 1 or len(members) > NEAR_MEMBERS
 
 
 REDUCTIONS_AHEAD = {1: 1, 2: 0, 3: 0}
