@@ -100,7 +100,8 @@ class HostTimer:
     rank's computing: 8 % of the demo's step, if every call is watched. A rank that stands still until the end knows it
     too, from when it went on and how long the kernel had let it wait for a processor by then (`RunDelay`). So all calls
     of the first step are watched, and afterwards those that had something computed under them, in every fifth step; in
-    the others such a call that is over before it is waited for has only a bound.
+    the others such a call that is over before it is waited for has only a bound. Calls that a thread of ours carries
+    out (`comm.nearby`, sends) are told by it, always.
     """
 
     def __init__(self) -> None:
@@ -115,7 +116,7 @@ class HostTimer:
     def issued(self, record: Record, work: Any) -> None:
         index, count = self._place
         self._place = record.index, count + 1 if record.index == index else 0
-        when_done = getattr(work, "when_done", None)  # a send, watched by a thread of ours
+        when_done = getattr(work, "when_done", None)  # carried out, or watched, by a thread of ours
         if when_done is not None:
             when_done(record.complete)
             return
