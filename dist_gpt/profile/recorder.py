@@ -245,6 +245,7 @@ def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
         "start_s": round(time.time() - psutil.Process().create_time(), 3),
         "device": torch.cuda.get_device_name(rank.device) if cuda else "cpu",
         "backend": "nccl" if cuda else "gloo",
+        "single_copy": rank.mesh.reads_memory,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "dist_gpt": __version__},

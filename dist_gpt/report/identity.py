@@ -59,6 +59,7 @@ def identity(run: Run, clocks: Clocks, steps: list[int]) -> dict[str, Any]:
         "versions": first.get("versions") or {},
         "environment": first.get("environment") or {},
         "backend": first.get("backend"),
+        "single_copy": bool(first.get("single_copy")),
         "clocks": clocks.table,
         "attempts": max(log.attempts for log in run.ranks.values()),
         "window": first.get("window"),

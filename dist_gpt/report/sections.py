@@ -199,7 +199,8 @@ def _identity_lead(doc: dict[str, Any], part: dict[str, Any], ranks: list[dict[s
     where = f" on {units.count_of(len(hosts), 'host')}" if hosts else ""
     world = units.count_of(int(amount(part.get("world"))), "rank")
     ran = f"Run {short(doc.get('name') or 'without a name', 80)}: {world}{f' ({mesh})' if mesh else ''}{where}"
-    ran += f", backend {short(part['backend'], 20)}." if part.get("backend") else "."
+    ran += f", backend {short(part['backend'], 20)}" if part.get("backend") else ""
+    ran += ", single copy within nodes." if part.get("single_copy") else "."
     window, steps = list_of(part.get("window")), units.plain(part.get("steps_total"))
     profiled = (
         f"Steps {window[0]} to {window[-1]} of {steps} were profiled."

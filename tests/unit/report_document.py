@@ -66,7 +66,7 @@ def poor() -> Document:
                     "bound_by": None, "share": None, "wait_share": None, "culprit": None, "profiling": None},
         "problems": ["the file of rank 3 is missing: events.rank3.jsonl"],
         "identity": {"world": 4, "layout": {"pp": 1, "dp": 4, "cp": 1, "tp": 1}, "changed": [], "ranks": [],
-                     "versions": {}, "environment": {}, "backend": None, "clocks": [], "attempts": 1, "window": None,
+                     "versions": {}, "environment": {}, "backend": None, "single_copy": False, "clocks": [], "attempts": 1, "window": None,
                      "steps_profiled": 0, "steps_total": 40},
         "headline": {"step_s_p50": 0.2, "step_s_p95": None, "tokens_per_s": 1e4, "mfu": None, "peak": None},
         "files": [],
