@@ -1,11 +1,11 @@
-"""What to say when memory runs out: which rank, what it holds by category, and which settings would need less.
+"""What to say when memory runs out: which rank, what it needs by category, and which settings would need less.
 
 The categories are the plan's, which the dry run counts alike; what a kernel needs for a moment is in none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,18 +32,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def explain(config: Config, rank: int, error: BaseException, limit: int | None) -> OutOfMemoryError:
-    """The error to raise instead; `limit` is the GPU's memory in bytes, None on a CPU."""
+def explain(
+    config: Config, rank: int, error: BaseException, limit: int | None, held: Mapping[str, int] | None = None
+) -> OutOfMemoryError:
+    """The error to raise instead; `limit` is the GPU's memory in bytes, None on a CPU. `held`: bytes by category when
+    it happened, None where the model was not built yet."""
     backend = "gloo" if limit is None else "nccl"  # it needs no receive buffers
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"backend": backend})})
     plan = RankPlan(config, rank)
     counted = count_memory(plan, plan.steps)
-    held = ", ".join(f"{name} {_size(size)}" for name, size in counted.items() if size and name not in ("peak", "host"))
+    there = _listed(held) + "; activations and temporaries on top" if held else "not even the whole model"
     lines = [
         f"rank {rank} ({plan.coords}) ran out of memory: {' '.join(str(error).split())[:300]}",
-        f"  counted for this rank: {held}; at once {_size(counted['peak'])}"
+        f"  held when it happened: {there}",
+        f"  the plan's count for its peak: {_listed(counted)}; at once {_size(counted['peak'])}"
         + (f" of {_size(limit)}" if limit else "")
-        + "; what kernels need for a moment comes on top",
+        + "; what kernels need for a moment comes on top"
+        + ("; DeepSpeed holds more than this counts" if config.optim.engine == "deepspeed" else ""),
     ]
     fitting = sorted(_alternatives(config, rank, counted["peak"], limit is not None), key=lambda found: found[1])
     room = int(SPARE * limit) if limit else counted["peak"]
@@ -70,7 +75,7 @@ def _alternatives(config: Config, rank: int, peak: int, on_gpu: bool) -> Iterato
         plan = RankPlan(changed, rank)
         needed = count_memory(plan, plan.steps)["peak"]
         if needed < peak:
-            yield ", ".join(f"{key}: {str(value).lower()}" for key, value in sets.items()), needed
+            yield " ".join(f"--set {key}={str(value).lower()}" for key, value in sets.items()), needed
 
 
 def _sets(config: Config, on_gpu: bool) -> Iterator[dict[str, Any]]:
@@ -88,6 +93,10 @@ def _sets(config: Config, on_gpu: bool) -> Iterator[dict[str, Any]]:
     yield best
     if on_gpu:
         yield {**best, "optim.offload": True}
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in sizes.items() if size and name not in ("peak", "host"))
 
 
 def _size(size: int) -> str:

@@ -81,6 +81,9 @@ def step_line(record: dict[str, Any], steps: int, eta_s: float | None) -> str:
         "loss": "loss {:.4f}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}", "tokens_per_s": "{:.0f} tokens/s",
     }  # fmt: skip
     parts += [text.format(record[key]) for key, text in formats.items() if record.get(key) is not None]
+    if record.get("skipped"):
+        scale = f", loss scale now {record['loss_scale']:g}" if record.get("loss_scale") is not None else ""
+        parts.append(f"skipped{scale}")
     if eta_s is not None:
         parts.append(f"eta {clock(eta_s)}")
     return "  ".join(parts)

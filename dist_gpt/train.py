@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,7 @@ from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.buffers import needs_room
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
+from dist_gpt.profile.memory import held_now
 from dist_gpt.profile.recorder import Recorder, attempts_in
 from dist_gpt.pulse import Pulse
 from dist_gpt.rank import Rank, make_rank
@@ -108,6 +110,10 @@ class Trainer:
     def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
         """Log one step; give up after train.max_skipped steps in a row without finite loss and gradients."""
         tokens = self.config.train.global_batch * self.config.model.seq_len
+        scale, skips = self.rank.optimizer.scale, not (math.isfinite(loss) and math.isfinite(norm))
+        more: dict[str, Any] = {"skipped": True} if skips else {}
+        if scale is not None:
+            more["loss_scale"] = scale.value.item()
         self.tracker.step(
             {
                 "step": step,
@@ -116,12 +122,13 @@ class Trainer:
                 "lr": learning_rate(self.config, step - 1),
                 "tokens_per_s": tokens / elapsed,
                 "step_s": elapsed,
+                **more,
             }
         )
-        self.skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else self.skipped + 1
+        self.skipped = self.skipped + 1 if skips else 0
         if self.skipped == self.config.train.max_skipped:
-            scale, remedy = self.rank.optimizer.scale, "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
-            if scale is not None:
+            remedy = "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
+            if scale is not None and math.isfinite(loss):
                 now, first = scale.value.item(), self.config.train.loss_scale
                 fp16 = f"The loss's scale in fp16 came down to {now:g} from train.loss_scale {first:g}"
                 if now > 1:
@@ -176,11 +183,13 @@ class Attempt:
     def __init__(self, run_dir: Path, env: RankEnv) -> None:
         self.stop = Stop()
         self.pulse = Pulse.from_environ(self.stop)
+        self.rank: Rank | None = None
         self.trainer: Trainer | None = None
         self._record = ExitRecord(run_dir, env.rank)
 
     def begins(self, rank: Rank) -> None:
         """The groups are there."""
+        self.rank = rank
         rank.optimizer.wants_stop = lambda: self.stop.requested
         self.pulse.follow(rank.mesh.ledger)
 
@@ -252,7 +261,8 @@ def main(config: Config, resume: str | None = None) -> int:
                 attempt.fails(error)
                 raise
             device = choose_device(env, config.launch.backend)
-            explained = oom.explain(config, env.rank, error, oom.device_bytes(device))
+            held = held_now(attempt.rank) if attempt.rank is not None else None
+            explained = oom.explain(config, env.rank, error, oom.device_bytes(device), held)
             attempt.fails(explained)
             raise explained from error
 
@@ -316,7 +326,8 @@ def engine_lines(rank: Rank) -> list[str]:
     steps = max(1, facts["steps"])
     for axis, ops in facts["traffic"].get(TRAIN, {}).items():
         for op, row in ops.items():
-            rows.append(f"  {axis} {op}: {row['calls'] / steps:g} calls, {row['payload_bytes'] / steps / 1e6:.3f} MB")
+            payload, wire = (f"{row[key] / steps / 1e6:.3g} MB" for key in ("payload_bytes", "wire_bytes"))
+            rows.append(f"  {axis} {op}: {row['calls'] / steps:.3g} calls, payload {payload}, wire {wire}")
     return rows
 
 
@@ -325,10 +336,10 @@ def greeting(env: RankEnv, rank: Rank) -> str:
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
     if rank.mesh.reads_memory:
-        where += ", single copy within the node"
+        where += "; ranks of a node read each other's memory (launch.single_copy)"
     shard = rank.mesh.shard
     expected = device.type == "cpu" and shard.size > 1 and not needs_room(rank.plan)
     if rank.mesh.refusal or (expected and shard.near is None):
         why = rank.mesh.refusal or "they are on several nodes, or cannot see each other's processes"
-        where += f"; ranks do not read each other's memory ({why}): plan with --set launch.single_copy=off"
+        where += f"; they do not read each other's memory ({why}): plan with --set launch.single_copy=off"
     return f"rank {env.rank}/{env.world} local {env.local_rank}/{env.local_world} ({rank.mesh.coords}) on {where}"

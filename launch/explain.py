@@ -22,6 +22,7 @@ QUIET_S = 4.0
 TOGETHER_S = 0.2
 """Connections that close within this died together."""
 SHOWN = 8
+ERROR_LINES = 10
 Name = Callable[[int], str]
 
 
@@ -180,11 +181,13 @@ class _Case:
         return None
 
     def _failed(self, state: RankState) -> Explanation:
-        error = " ".join(str((state.failed or {}).get("error", "")).split())[:400]
+        said = str((state.failed or {}).get("error", "")).strip().splitlines() or [""]
+        error, *more = [" ".join(line.split())[:400] for line in said[:ERROR_LINES] if line.strip()] or [""]
         written = self.exits.get(state.rank, "")
         if not (state.failed or {}).get("position") and written not in error:  # it had no pulse to say it with
             error += f" ({written})"
-        return self._told("failed", [state.rank], [self._line(state.rank, f"failed: {error}")])
+        lines = [self._line(state.rank, f"failed: {error}"), *(f"    {line}" for line in more)]
+        return self._told("failed", [state.rank], lines)
 
     # --- what says nothing ---------------------------------------------------------------------------------------
 

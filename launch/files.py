@@ -12,6 +12,7 @@ from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, ended, note_end
 from launch.spec import RUN_DIR
 
 TAIL_LINES = 20
+ERROR_CHARACTERS = 1500
 TAIL_BYTES = 64_000
 
 
@@ -32,7 +33,7 @@ def tail(path: Path, start: int) -> list[str]:
 def last_words(path: Path) -> str:
     """The error that a rank wrote down (launch.spec, ERROR_FILE); empty where it wrote none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(path.read_text())["error"])[:400]
+        return str(json.loads(path.read_text())["error"])[:ERROR_CHARACTERS]
     return ""
 
 
@@ -47,7 +48,9 @@ def go_on(run_dir: Path, via: str) -> str:
     command = shlex.join(["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via, "--resume", "auto"])
     mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
     script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""
-    return f"{f'saved: {newest}' if newest else 'no checkpoint yet'}; go on: {command}{script}"
+    if not newest:
+        return f"no checkpoint yet: from the beginning: {command}{script}"
+    return f"saved: {newest}; go on: {command}{script}"
 
 
 def why_left(run_dir: Path) -> str:

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from dist_gpt.comm.global_groups import GlobalGroups
 from dist_gpt.comm.mesh import Mesh
+from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.events import EVAL, TRAIN
 from dist_gpt.model.gpt import Stage
@@ -31,6 +32,19 @@ from dist_gpt.params import SHARDED, Param, parameter_table, params_of_blocks
 from dist_gpt.plan.precision import STAGES
 from dist_gpt.plan.steps import RankPlan, calls_by_key
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, UPDATE
+
+
+def _imported() -> Any:
+    """The package. Raises ConfigError where it is installed and cannot be imported."""
+    try:
+        import deepspeed
+    except Exception as error:
+        raise ConfigError([
+            "optim.engine: got deepspeed, which is installed and cannot be imported "
+            f"({type(error).__name__}: {error}); pip install --force-reinstall 'dist-gpt[deepspeed]', "
+            "or set optim.engine=native"
+        ]) from error  # fmt: skip
+    return deepspeed
 
 
 class DeepSpeedEngine:
@@ -66,8 +80,7 @@ class DeepSpeedEngine:
     def start(self) -> None:
         """Hand the model over."""
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else it looks for one, and says what it found
-        import deepspeed
-
+        deepspeed = _imported()
         # DeepSpeed calls torch's collectives by the names they had before torch 2.13
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         self._watch()

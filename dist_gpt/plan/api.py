@@ -73,7 +73,17 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"
         )
-    plan = RankPlan(config, 0)
+    o, t, plan = config.optim, config.train, RankPlan(config, 0)
+    if t.dtype in ("bf16", "fp16") and config.launch.backend != "nccl":
+        notes.append(
+            f"activations: a CPU without units for {t.dtype} computes attention in float32, and keeps more of it"
+        )
+    if plan.stage and plan.layout.data == 1:
+        notes.append(f"optim.sharding {o.sharding} with one data rank: there is nobody to share state with")
+    if o.shard_group == "node" and config.launch.nodes == 1:
+        notes.append("optim.shard_group node on one node: all its data ranks, as with shard_group data")
+    if o.offload and config.launch.backend != "nccl":
+        notes.append("host: on a CPU it is the same memory; offload saves none there")
     if config.launch.backend == "auto" and plan.stage and needs_room(plan):
         notes.append("buffers: counted for gloo; with --set launch.backend=nccl reductions need none")
     return notes

@@ -21,6 +21,10 @@ def certificate_config(config: Config, full: bool, parameters: int) -> tuple[Con
         notes.append(f"train.dtype {config.train.dtype} -> fp64")
     if config.model.attention_dropout:
         notes.append(f"model.attention_dropout {config.model.attention_dropout} -> 0 (its mask is drawn per rank)")
+    if config.optim.warmup:
+        notes.append(f"optim.warmup {config.optim.warmup} -> 0")
+    if config.launch.backend != "gloo":
+        notes.append(f"launch.backend {config.launch.backend} -> gloo")
     narrow = dict.fromkeys(("grad_dtype", "reduce_dtype", "state_dtype"))
     notes += [f"optim.{k} {getattr(config.optim, k)} -> null" for k in narrow if getattr(config.optim, k) is not None]
     changes: dict[str, dict[str, Any]] = {

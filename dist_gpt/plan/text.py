@@ -112,6 +112,7 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
     split = "sequence parallel" if at["sequence_parallel"] else "no sequence parallelism"
     mesh = " x ".join(f"{axis} {at[axis]}" for axis in BASE_AXES)
     job, own = si(total["model_flops"]), si(doc["model_flops"])
+    again = doc["recompute_flops"]
     return _table(
         [
             ("layout", f"  {mesh}, {split}"),
@@ -123,6 +124,7 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
                 "model FLOPs",
                 f"  {job}FLOP a step in the job, {total['model_flops'] // tokens:,} per token; rank {rank}: {own}FLOP",
             ),
+            *([("recomputed", f"  {si(again)}FLOP on top on rank {rank}")] if again else []),
         ],
         right=(),
     )

@@ -1,6 +1,7 @@
 """The rank's products measured alone, and what this device can do at most: the two sides of a roofline.
 
-Each is the fastest of several runs: what disturbs a run only makes it longer.
+Each is the fastest of several runs: what disturbs a run only makes it longer. Products are made as training makes them
+(`parallel.matmul`): on a CPU without units for 2 bytes in float32, whose speed is then the ceiling.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from dist_gpt.config.schema import Config
 from dist_gpt.parallel.buckets import TORCH_DTYPE
+from dist_gpt.parallel.matmul import in_float, product
 from dist_gpt.plan.kernels import ATTENTION, Kernel, rank_kernels
 
 BUDGET_S, TOTAL_S = 0.12, 3.0
@@ -52,6 +54,8 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def _square(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     square = torch.randn(side, side, device=device).to(dtype)
+    if in_float(square):
+        square = square.float()
     out = torch.empty_like(square)
     return lambda: torch.mm(square, square, out=out)
 
@@ -66,8 +70,12 @@ def runner(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Callable
         q = random(1, kernel.batch, kernel.m, kernel.k)
         k, v = (random(1, kernel.kv_batch, kernel.m, kernel.k) for _ in range(2))
         grouped = kernel.kv_batch != kernel.batch
+        if in_float(q):
+            q, k, v = q.float(), k.float(), v.float()
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     a, weight = random(kernel.m, kernel.k), random(kernel.n, kernel.k)
+    if in_float(a):
+        return lambda: product(a, weight.t())
     out = torch.empty(kernel.m, kernel.n, dtype=dtype, device=device)
     return lambda: torch.mm(a, weight.t(), out=out)
 

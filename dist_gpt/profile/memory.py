@@ -67,6 +67,16 @@ class MemoryWatch:
         }
 
 
+def held_now(rank: Rank) -> dict[str, int]:
+    """What `rank` holds at this moment but for activations, by the plan's categories; nothing where another engine
+    trains it."""
+    if rank.config.optim.engine != "native":
+        return {}
+    found = parts(rank, 0, rank.mesh.shard.scratch_bytes)
+    transient = rank.buffers.tally
+    return {**found, "buffers": found["buffers"] - transient.peak + transient.live}
+
+
 def parts(rank: Rank, activations: int, scratch: int) -> dict[str, int]:
     """What `rank` holds, by the plan's categories; `scratch` are receive buffers of reductions under way."""
     flats = rank.buffers.buckets

@@ -118,14 +118,14 @@ def engine_sentences(run: Run) -> list[str]:
         return []
     steps = max(1, log.engine["steps"])
     moved = [
-        f"{axis} {op} {row['calls'] / steps:.4g} calls of together {row['payload_bytes'] / steps / 1e6:.4g} MB"
+        f"{axis} {op} {row['calls'] / steps:.3g} calls, {row['payload_bytes'] / steps / 1e6:.3g} MB of payload"
         for axis, ops in (log.engine["traffic"].get("train") or {}).items()
         for op, row in ops.items()
     ]
     return [
-        f"{log.engine['name']} {log.engine['version']} reduced, sharded and stepped by itself: that traffic is in no "
-        "table here and in no accounting, and its time counts as backward and optimizer. Counted at its own seam, rank "
-        f"{log.rank} in a training step: {'; '.join(moved) or 'nothing'}"
+        f"{log.engine['name']} {log.engine['version']} moved by itself, rank {log.rank} in a training step: "
+        f"{'; '.join(moved) or 'nothing'}. That traffic, counted at its own seam, is in no table "
+        "here and in no accounting, and its time counts as backward and optimizer"
     ]
 
 

@@ -87,6 +87,10 @@ class Section:
     missing: bool = False
 
 
+WINDOW = "a profiling window (`--set profile.steps=[10,20]`) and the event files of all ranks"
+"""What most measurements need."""
+
+
 def missing(id: str, title: str, why: str) -> Section:
     """A section of which nothing is known, and the sentence that says why."""
     return Section(id, title, "", [Note(why, "missing")], missing=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -75,7 +76,8 @@ def _steps(spans: Spans) -> list[int]:
 
 
 def _actions(run: Run, calls: Calls, spans: Spans, stood: Blocked, rank: int, step: int) -> Times:
-    """The F, B and W of a rank in one step."""
+    """The F, B and W of a rank in one step. What is computed again, layer by layer between the layers of a backward,
+    is part of it, as in the schedule."""
     here = spans.of(rank)
     rows = np.flatnonzero((spans.step[here] == step) & (spans.kind[here] <= KINDS.index("recompute"))) + here.start
     of = calls.of(rank)
@@ -87,6 +89,8 @@ def _actions(run: Run, calls: Calls, spans: Spans, stood: Blocked, rank: int, st
         *(column[rows].tolist() for column in (spans.index, spans.start, spans.end)), strict=True
     ):
         action = entries[index].action
+        if action.op == Op.R:
+            action = replace(action, op=Op.B)
         inside = int(lost[(begun >= start) & (begun < end)].sum())
         first, last, before = found.get(action, (start, end, 0))
         found[action] = min(first, start), max(last, end), before + inside

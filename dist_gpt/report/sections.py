@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_gpt.report import palette, units
 from dist_gpt.report.parts import (
+    WINDOW,
     Cell,
     Facts,
     Note,
@@ -41,7 +42,6 @@ from dist_gpt.report.sections_cost import (
 )  # fmt: skip
 from dist_gpt.report.units import amount, number
 
-WINDOW = "a profiling window (`--set profile.steps=[10,20]`) and the event files of all ranks"
 MOST_ROWS = 64
 """Rows of a table over ranks; the rest is in report.json."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_gpt.report import units
 from dist_gpt.report.parts import (
+    WINDOW,
     Cell,
     Note,
     Part,
@@ -25,8 +26,6 @@ from dist_gpt.report.parts import (
     text,
 )  # fmt: skip
 from dist_gpt.report.units import amount, number
-
-WINDOW = "a profiling window (`--set profile.steps=[10,20]`) and the event files of all ranks"
 
 
 def collectives(doc: dict[str, Any]) -> Section:
@@ -53,11 +52,18 @@ def collectives(doc: dict[str, Any]) -> Section:
         caption = "How many calls of which size a rank makes in one step: many small ones cost latency."
         parts.append(Picture("sizes", caption, half=True))
     if not parts:
-        why = "No collective was recorded: either the run has a single rank, or no rank finished a step."
+        alone = "No collective was recorded: either the run has a single rank, or no rank finished a step."
+        why = f"Collectives one by one need {WINDOW}." if _counted(doc) else alone
         return missing("collectives", "Collectives", why)
     if not rows:
         parts.insert(0, Note(f"Times per collective need {WINDOW}.", "missing"))
     return Section("collectives", "Collectives", _collective_lead(rows), parts)
+
+
+def _counted(doc: dict[str, Any]) -> bool:
+    """Whether any rank counted a call, which needs no window."""
+    rows = rows_of(doc.get("predicted"))
+    return any(", calls of all ranks" in str(row.get("what")) and amount(row.get("measured")) > 0 for row in rows)
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_gpt.report import palette, units
 from dist_gpt.report.parts import (
+    WINDOW,
     Cell,
     Note,
     Part,
@@ -70,9 +71,14 @@ def _memory_lead(ranks: list[dict[str, Any]]) -> str:
     worst = max(ranks, key=lambda row: (_peak(row, "measured"), _peak(row, "predicted")))
     predicted, measured = _peak(worst, "predicted"), _peak(worst, "measured")
     if measured <= 0:
-        return f"Not measured; the plan expects at most {units.size(max(_peak(r, 'predicted') for r in ranks))} a rank."
+        most = units.size(max(_peak(r, "predicted") for r in ranks))
+        return f"Not measured, which needs {WINDOW}; the plan expects at most {most} a rank."
     beside = f"; {units.size(predicted)} were predicted" if predicted > 0 else ""
-    return f"The highest peak is {units.size(measured)} on rank {short(worst.get('rank'), 8)}{beside}."
+    where = f"on rank {short(worst.get('rank'), 8)}"
+    lead = f"The highest peak of what is counted is {units.size(measured)} {where}{beside}."
+    if (whole := amount(worst.get("allocated_peak"))) > measured:
+        lead += f" The allocator's own peak there is {units.size(whole)}: temporaries inside a block come on top."
+    return lead
 
 
 def _signed(error: float | None) -> str:

@@ -92,8 +92,11 @@ def _rows(rows: list[list[str]]) -> str:
 
 def _inline(value: Any) -> str:
     """Text that means nothing to Markdown; backticks keep their meaning, but HTML cannot get in."""
-    flat = " ".join(str(value).split())
-    return re.sub(r"([\\*\[\]|$])", r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;"))
+    flat = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    parts = re.split(r"(`[^`]+`)", flat)  # every second one is code, in which a table's bar alone means something
+    parts[::2] = [re.sub(r"([\\*\[\]|$])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]
+    return "".join(parts)
 
 
 # --- the terminal ------------------------------------------------------------------------------------

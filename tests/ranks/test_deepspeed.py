@@ -23,6 +23,7 @@ from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.config.deepspeed import require_deepspeed
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
+from dist_gpt.optim import deepspeed
 from dist_gpt.optim.traffic import Traffic
 from dist_gpt.plan.api import plan_document
 from dist_gpt.plan.count import total_parameters
@@ -224,6 +225,8 @@ REFUSED = {
     "train.dtype=bf16 optim.sharding=none": "set sharding: zero1",
     "train.dtype=bf16 optim.grad_dtype=bf16": "leave grad_dtype out",
     "optim.sharding=zero3 optim.reshard=step": "leave reshard out",
+    "optim.grad_dtype=bf16": "leave grad_dtype out",
+    "optim.sharding=zero1 optim.reshard=step": "leave reshard out",
 }
 
 
@@ -233,6 +236,8 @@ def test_what_it_cannot_serve_is_refused_with_a_way_out(config_file: Path, sets:
         load(str(config_file), sets.split())
     told = [message for message in error.value.problems if "optim.engine deepspeed" in message]
     assert len(told) == 1
+    key = told[0].split()[0]
+    assert [message for message in error.value.problems if message.startswith(key)] == told, "one word on each key"
     assert REFUSED[sets] in told[0]
     assert "optim.engine: native" in told[0]
     assert not [m for m in problems_of_native(config_file, sets) if "deepspeed" in m]
@@ -252,6 +257,12 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     require_deepspeed("native")
     with pytest.raises(ConfigError, match=r"pip install 'dist-gpt\[deepspeed\]'"):
         require_deepspeed("deepspeed")
+
+
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"installed and cannot be imported \(ModuleNotFoundError.*engine=native"):
+        deepspeed._imported()
 
 
 @pytest.mark.parametrize("verb", ["verify", "dryrun"])

@@ -33,10 +33,10 @@ def test_what_is_named_would_fit() -> None:
     text = str(explain(config, 3, MemoryError("no room"), limit))
     assert text.startswith("rank 3 (pp 0, dp 3, cp 0, tp 0) ran out of memory: no room")
     assert "parameters" in text and "activations" in text and "would fit:" in text
-    offers = re.findall(r"^  (\S+: \S+(?:, \S+: \S+)*): ([0-9.]+) (GB|MB)$", text, re.MULTILINE)
+    offers = re.findall(r"^  ((?:--set \S+ ?)+): ([0-9.]+) (GB|MB)$", text, re.MULTILINE)
     assert 1 <= len(offers) <= 4
     for what, size, unit in offers:
-        sets = [pair.replace(": ", "=") for pair in what.split(", ")]
+        sets = what.replace("--set ", "").split()
         changed = of("optim.sharding=none", *sets)
         needed = count_memory(RankPlan(changed, 3), RankPlan(changed, 3).steps)["peak"]
         assert needed <= SPARE * limit
@@ -45,7 +45,11 @@ def test_what_is_named_would_fit() -> None:
 
 def test_without_a_limit_what_needs_less_is_named() -> None:
     text = str(explain(of(), 0, MemoryError(), None))
-    assert "would need less:" in text and "train.recompute: full" in text
+    assert "would need less:" in text and "--set train.recompute=full" in text
+    assert "held when it happened: not even the whole model" in text
+    held = {"parameters": 5_000_000, "activations": 0, "peak": 5_000_000}
+    text = str(explain(of(), 0, MemoryError(), None, held))
+    assert "held when it happened: parameters 5.0 MB; activations and temporaries on top" in text
 
 
 def test_nothing_that_would_not_fit_is_named() -> None:

@@ -30,6 +30,7 @@ Comm = dict[str, dict[str, dict[str, int]]]
 
 
 MAX_SKIPPED = 4
+READS = "ranks of a node read each other's memory (launch.single_copy)"
 
 
 def add_up(parts: list[Comm], times: int = 1) -> Comm:
@@ -135,9 +136,7 @@ class TestEightRanks:
 
     def test_logs(self, eight: Run) -> None:
         for rank in range(8):
-            where = (
-                f"(pp {rank // 4}, dp {rank // 2 % 2}, cp 0, tp {rank % 2}) on CPU, gloo, single copy within the node"
-            )
+            where = f"(pp {rank // 4}, dp {rank // 2 % 2}, cp 0, tp {rank % 2}) on CPU, gloo; {READS}"
             log = (eight.run_dir / "logs" / f"rank{rank}.log").read_text()
             assert f"rank {rank}/8 local {rank}/8 {where}\n" in log
             assert "Traceback" not in log and "Error" not in log
@@ -214,7 +213,7 @@ class TestKilledRank:
         assert [f"  | {line}" for line in log.read_text().splitlines()][-20:] == [
             line for line in lines if line.startswith("  | ")
         ]
-        assert "  | rank 1/2 local 1/2 (pp 1, dp 0, cp 0, tp 0) on CPU, gloo, single copy within the node" in lines
+        assert f"  | rank 1/2 local 1/2 (pp 1, dp 0, cp 0, tp 0) on CPU, gloo; {READS}" in lines
 
     def test_leaves_no_process(self, killed: Killed) -> None:
         assert killed.left == []
@@ -267,7 +266,7 @@ class TestTrainer:
         with pytest.raises(RuntimeError, match=rf"{MAX_SKIPPED} steps in a row, up to step {MAX_SKIPPED}.*optim\.lr"):
             self.train(place, tmp_path, always, **{"train.steps": 50, "train.max_skipped": MAX_SKIPPED})
         metrics = rows(tmp_path / "metrics.jsonl")
-        assert len(metrics) == MAX_SKIPPED and all(row["grad_norm"] is None for row in metrics)
+        assert len(metrics) == MAX_SKIPPED and all(row["grad_norm"] is None and row["skipped"] for row in metrics)
 
     def test_overflow_at_every_step_names_the_scale(self, place: Place, tmp_path: Path) -> None:
         def always(rank: Rank) -> None:
@@ -277,6 +276,17 @@ class TestTrainer:
         said = r"3 steps in a row.*came down to 8 from train.loss_scale 64, and may have to come down further"
         with pytest.raises(RuntimeError, match=said):
             self.train(place, tmp_path, always, **sets)
+        assert [row["loss_scale"] for row in rows(tmp_path / "metrics.jsonl")] == [32, 16, 8]
+
+    def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(self, place: Place, tmp_path: Path) -> None:
+        def always(rank: Rank) -> None:
+            rank.optimizer.statistics[0] = math.nan
+            rank.buffers.buckets[0].gradient_shard[0] = math.inf
+
+        sets = {"train.dtype": "fp16", "train.loss_scale": 64.0, "train.max_skipped": 3, "train.steps": 50}
+        with pytest.raises(RuntimeError, match=r"loss \(nan\).*Lower optim\.lr") as error:
+            self.train(place, tmp_path, always, **sets)
+        assert "loss_scale" not in str(error.value)
 
     def test_overflow_at_scale_1_is_of_the_gradients(self, place: Place, tmp_path: Path) -> None:
         def always(rank: Rank) -> None:
@@ -297,6 +307,7 @@ class TestTrainer:
 
         metrics = self.train(place, tmp_path, mostly, **{"train.steps": steps, "train.max_skipped": MAX_SKIPPED})
         assert [row["step"] for row in metrics if row["grad_norm"] is not None] == [MAX_SKIPPED, steps]
+        assert [row["step"] for row in metrics if "skipped" not in row] == [MAX_SKIPPED, steps]
         assert all(math.isfinite(row["loss"]) for row in metrics)
 
     def test_the_world_must_fit_the_layout(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

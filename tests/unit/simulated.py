@@ -19,7 +19,18 @@ from dist_gpt.events import BOUND, EMULATED, OPS
 from dist_gpt.plan.count import count_comm, count_memory
 from dist_gpt.plan.steps import RankPlan, layout_of, p2p_direction
 from dist_gpt.schedule.action import Action, Op
-from dist_gpt.schedule.expand import BACKWARD, FORWARD, GATHER, RECV, REDUCE, SEND, UPDATE, WEIGHT, Step
+from dist_gpt.schedule.expand import (
+    BACKWARD,
+    FORWARD,
+    GATHER,
+    RECOMPUTE,
+    RECV,
+    REDUCE,
+    SEND,
+    UPDATE,
+    WEIGHT,
+    Step,
+)  # fmt: skip
 
 COLLECTIVE_AXES = ("world", "data", "embed", "tp")
 
@@ -253,7 +264,8 @@ class Simulation:
             self._now[rank] += late.ns
             self._idle[rank] += late.ns
         more = late.ns if late is not None and not late.asleep else 0
-        whole = {FORWARD: self.times.forward, BACKWARD: self.times.backward, WEIGHT: self.times.weight}.get(step.kind)
+        t = self.times
+        whole = {FORWARD: t.forward, BACKWARD: t.backward, WEIGHT: t.weight, RECOMPUTE: t.forward}.get(step.kind)
         if whole is None:
             return (self.times.update if step.kind == UPDATE else 0) + more
         factor = self.times.slow.get(plan.coords.pp, 1.0)

@@ -99,6 +99,15 @@ def test_nothing_wrong() -> None:
     assert Table().set(*range(8), bye=0, closed=NOW - 1.0).explain() is None
 
 
+def test_an_error_of_several_lines_is_told_whole() -> None:
+    """As that of memory that ran out, whose last lines say what would fit."""
+    lines = ["MemoryError: no room", "  would fit:", *(f"  --set a={i}: {i} GB" for i in range(4))]
+    found = Table().fail(3, NOW - 0.5, inside=False, text="\n".join(lines)).found()
+    assert "failed: MemoryError: no room" in found.text
+    for line in lines[1:]:
+        assert f"\n    {line.strip()}" in found.text
+
+
 @pytest.mark.parametrize("victim", range(8))
 def test_a_death_beats_the_errors_of_its_peers(victim: int) -> None:
     table = hung_on(victim).set(victim, closed=NOW - 0.5)

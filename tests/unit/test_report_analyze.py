@@ -195,6 +195,20 @@ class TestPipeline:
         assert [len(row) for row in measured] == [len(row) for row in ideal] == [2 * m] * p
         assert [[a for _, _, a in row] for row in measured] == [[a for _, _, a in row] for row in ideal]
 
+    @pytest.mark.parametrize(("p", "m", "layers"), [(2, 4, 2), (4, 8, 3)])
+    def test_what_is_computed_again_is_part_of_its_backward(self, p: int, m: int, layers: int, tmp_path: Path) -> None:
+        """It comes layer by layer, between those of the backward: counted apart, both would be counted twice."""
+        spread = "[" + ", ".join([str(layers)] * p) + "]"
+        sets = (f"parallel.pp={p}", f"model.num_layers={p * layers}", f"parallel.layers={spread}")
+        _, document = of(tmp_path, *sets, f"train.global_batch={m}", "train.recompute=full")
+        pipeline = document["pipeline"]
+        assert pipeline["bubble"]["measured"] == pytest.approx((p - 1) / (m + p - 1), abs=0.02)
+        assert pipeline["bubble"]["measured"] == pytest.approx(pipeline["bubble"]["simulated"], abs=0.02)
+        assert all(0 < stage["busy"] < 1 for stage in pipeline["stages"])
+        assert [[a for _, _, a in row] for row in pipeline["measured"]] == [
+            [a for _, _, a in row] for row in pipeline["ideal"]
+        ]
+
     def test_a_slow_stage_is_named(self, tmp_path: Path) -> None:
         sets = ("parallel.pp=4", "model.num_layers=4", "parallel.layers=[1, 1, 1, 1]")
         _, document = of(tmp_path, *sets, times=Times(slow={2: 2.0}))

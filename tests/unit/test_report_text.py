@@ -12,7 +12,7 @@ import pytest
 from dist_gpt.report import units
 from dist_gpt.report.parts import LONGEST, clean, listing, short
 from dist_gpt.report.sections import summary
-from dist_gpt.report.text import markdown, terminal
+from dist_gpt.report.text import _inline, markdown, terminal
 from tests.unit import report_document
 
 
@@ -163,3 +163,9 @@ def test_texts_need_no_matplotlib() -> None:
         "sys.exit(bool({'matplotlib', 'jinja2', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_commands_in_markdown_can_be_copied() -> None:
+    """What is in backticks stands as it is, but for what would end a table's cell, or be HTML."""
+    assert _inline("*a* [b] `--set profile.steps=[10,20]` *c*") == r"\*a\* \[b\] `--set profile.steps=[10,20]` \*c\*"
+    assert _inline("`a|b` <i> `<i>`") == r"`a\|b` &lt;i> `&lt;i>`"

@@ -42,3 +42,13 @@ def test_what_is_changed_is_said() -> None:
     config = load(*CASES["zero3, bf16"])
     _, notes = certificate_config(config, False, total_parameters(config))
     assert {"train.dtype bf16 -> fp64", "optim.grad_dtype bf16 -> null", "optim.state_dtype bf16 -> null"} <= set(notes)
+
+
+def test_every_change_is_said() -> None:
+    config = load("demo")
+    small, notes = certificate_config(config, True, total_parameters(config))
+    said = {note.split()[0] for note in notes}
+    for section in ("model", "parallel", "optim", "train", "launch"):
+        was, now = getattr(config, section).model_dump(), getattr(small, section).model_dump()
+        assert {f"{section}.{key}" for key in was if was[key] != now[key]} <= said
+    assert {"optim.warmup", "launch.backend", "train.dtype"} <= said
