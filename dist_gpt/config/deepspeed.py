@@ -8,7 +8,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 
 NATIVE = "or set optim.engine: native"
-REFUSED = ("optim.grad_dtype", "optim.reduce_dtype", "optim.state_dtype", "optim.reshard")
+REFUSED = ("parallel.cp", "optim.grad_dtype", "optim.reduce_dtype", "optim.state_dtype", "optim.reshard")
 """Settings that DeepSpeed refuses whatever they are set to: no other reason is worth telling."""
 
 
