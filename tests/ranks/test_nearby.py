@@ -205,6 +205,9 @@ def test_another_network_is_another_place() -> None:
     for network in ([], ["--net"]):  # without the rights of root a new user namespace is a part of it each time
         unshare = ["unshare", *network] if not os.geteuid() else ["unshare", "--map-root-user", *network]
         print_place = [*unshare, sys.executable, "-c", code]
-        found.append(int(subprocess.run(print_place, capture_output=True, text=True, check=True).stdout))
+        done = subprocess.run(print_place, capture_output=True, text=True, check=False)
+        if done.returncode and os.geteuid():
+            pytest.skip("this user may make no namespaces here")
+        found.append(int(done.stdout))
     assert found[0] != found[1] and 0 not in found
     assert os.geteuid() or found[0] == int(here)
