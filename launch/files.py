@@ -48,9 +48,8 @@ def go_on(run_dir: Path, via: str) -> str:
     command = shlex.join(["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via, "--resume", "auto"])
     mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
     script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""
-    if not newest:
-        return f"no checkpoint yet: from the beginning: {command}{script}"
-    return f"saved: {newest}; go on: {command}{script}"
+    saved = f"saved: {newest}" if newest else "no checkpoint yet, so it begins anew"
+    return f"{saved}; go on: {command}{script}"
 
 
 def why_left(run_dir: Path) -> str:

@@ -96,7 +96,7 @@ def test_who_follows_a_job_that_said_nothing_is_told_how_to_go_on(
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert go_on(tmp_path, "local").startswith("no checkpoint yet: from the beginning: dist-gpt launch ")
+    assert go_on(tmp_path, "local").startswith("no checkpoint yet, so it begins anew; go on: dist-gpt")
 
 
 def followed(fake: Slurm, folder: Path) -> tuple[Any, list[str], str]:
