@@ -181,8 +181,8 @@ class _Case:
         return None
 
     def _failed(self, state: RankState) -> Explanation:
-        said = str((state.failed or {}).get("error", "")).strip().splitlines() or [""]
-        error, *more = [" ".join(line.split())[:400] for line in said[:ERROR_LINES] if line.strip()] or [""]
+        said = str((state.failed or {}).get("error", "")).strip().split("\n  ")[:ERROR_LINES]  # indented: to be kept
+        error, *more = [" ".join(line.split())[:400] for line in said]
         written = self.exits.get(state.rank, "")
         if not (state.failed or {}).get("position") and written not in error:  # it had no pulse to say it with
             error += f" ({written})"
