@@ -299,9 +299,9 @@ def make_backends(
     """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
 
     Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective;
-    `single_copy` as in `launch`. On several
-    nodes gloo listens on the interfaces that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose
-    route leads to MASTER_ADDR: what a host's own name means is often an address that only the host itself can reach.
+    `single_copy` as in `launch`. On several nodes gloo listens on the interfaces that GLOO_SOCKET_IFNAME names (with
+    commas between), else on the one whose route leads to MASTER_ADDR: what a host's own name means is often an address
+    that only the host itself can reach.
     """
     if device.type == "cuda":
         if env.one_node:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_gpt.comm.group import Group, Pending
 from dist_gpt.comm.ledger import MAX_DIFFERENCES, Ledger
 from dist_gpt.comm.mesh import Backends, FakeBackends, build_mesh, edges_of
+from dist_gpt.events import wire_bytes
 from dist_gpt.layout import Layout
 from tests.ranks.threads import on_gloo, on_groups
 
@@ -300,6 +301,7 @@ class TestLedger:
         for _ in range(2):
             group.all_reduce(torch.zeros(5, dtype=torch.uint8))  # 4/3 of 5 = 6.67
         assert control(group) == {"all_reduce": tally(2, 10, 12)}
+        assert wire_bytes("all_gather", 4, 3) == 2  # 2/3 of 4 = 2.67; as a call such parts are refused
 
 
 class TestFake:
