@@ -89,13 +89,14 @@ class Recorder:
                 stack.enter_context(self.torch.step(number))
             self.ledger.begin(number)
             self.ledger.tape = self.tape  # not for what happens between steps
-            started = time.perf_counter_ns()
+            started, processor = time.perf_counter_ns(), time.thread_time_ns()
             try:
                 yield taken
             except BaseException as error:
                 record_failure(error)
                 self._failed(number)
                 raise
+            processor = time.thread_time_ns() - processor
             taken.seconds = (time.perf_counter_ns() - started) / 1e9
             self._over(number)
         self.trained += 1
@@ -104,6 +105,7 @@ class Recorder:
             number, TRAIN, taken.seconds, self.ledger.counts(TRAIN).since(before),
             start_ns=started - self.events.base_ns,
             blocked_s={axis: ns / 1e9 for axis, ns in spent.blocked_ns.items()}, data_s=spent.data_ns / 1e9,
+            **({"cpu_s": processor / 1e9} if self.rank.device.type == "cpu" else {}),
         )  # fmt: skip
         if memory is not None:
             self.events.fact("memory", memory.fact(number))

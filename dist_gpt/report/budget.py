@@ -8,7 +8,8 @@ call, or in the wait for it), or inside an entry of the step list, or in neither
     ... and until this rank went on         descheduled: the operating system had not woken it
     in an entry, not blocked                forward, backward, weight, recompute, optimizer, data: the thread's CPU time
     ... and not on a processor either       descheduled (on a CPU; a GPU runs what it is given)
-    neither                                 unexplained
+    in neither, not on a processor          descheduled (on a CPU)
+    in neither                              unexplained
 
 The drain of a pipeline is bubble too: waiting in any collective behind a rank's own last action, until the last action
 of its pipeline has ended.
@@ -16,7 +17,9 @@ of its pipeline has ended.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +32,7 @@ from dist_gpt.schedule.expand import BACKWARD, FORWARD, FREE, GATHER, RECOMPUTE,
 COMPUTE = ("forward", "backward", "weight", "recompute", "optimizer")
 ALWAYS = ("bubble", "data", "checkpoint", "descheduled", "unexplained")
 KINDS = ("forward", "backward", "weight", "recompute", "optimizer", "data", "message")
-"""Of spans, by number. What a message's entry takes besides its call is left unexplained."""
+"""Of spans, by number. What a message's entry computes besides its call is left unexplained."""
 _KIND = {FORWARD: 0, BACKWARD: 1, WEIGHT: 2, RECOMPUTE: 3, REDUCE: 4, UPDATE: 4, GATHER: 4, FREE: 4, SEND: 6, RECV: 6}
 _DATA, _MESSAGE, _OPTIMIZER = KINDS.index("data"), KINDS.index("message"), KINDS.index("optimizer")
 _RECV = OPS.index("recv")
@@ -183,8 +186,7 @@ def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
     for kind, name in enumerate(KINDS[: _DATA + 1]):
         mask = spans.kind == kind
         parts[name] = summed(spans.rank[mask], spans.step[mask], running[mask])
-    counted = spans.kind != _MESSAGE
-    late = summed(spans.rank[counted], spans.step[counted], (own - running)[counted])
+    late = summed(spans.rank, spans.step, own - running)
     parts["descheduled"] = late + summed(calls.rank, calls.step, stood.late)
     parts["bubble"] = summed(calls.rank, calls.step, stood.bubble)
     for number, axis in enumerate(calls.axes):
@@ -193,7 +195,13 @@ def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
         parts[f"wait.{axis}"] = summed(calls.rank[mask], calls.step[mask], stood.wait[mask])
     parts["checkpoint"] = np.zeros(shape)
     parts = {name: np.where(wall > 0, part, 0.0) for name, part in parts.items()}
-    parts["unexplained"] = wall - sum(parts.values())
+    rest = wall - sum(parts.values())
+    message = spans.kind == _MESSAGE
+    between = _processor(run, ranks, steps) - summed(spans.rank, spans.step, spans.cpu)
+    computing = summed(spans.rank[message], spans.step[message], running[message]) + np.clip(between, 0, None)
+    off = np.clip(rest - computing, 0, None)
+    parts["descheduled"] += off
+    parts["unexplained"] = rest - off
     order = [*COMPUTE, *sorted(name for name in parts if "." in name), *ALWAYS]
     return Budget(ranks, steps, wall, {name: parts[name] for name in order})
 
@@ -201,12 +209,27 @@ def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
 def _walls(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
     """ns of every profiled step as its rank measured it."""
     wall = np.zeros((len(ranks), len(steps)))
-    column = {step: i for i, step in enumerate(steps)}
+    for row, column, fact in _facts(run, ranks, steps):
+        wall[row, column] = fact["step_s"] * 1e9
+    return wall
+
+
+def _facts(run: Run, ranks: list[int], steps: list[int]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(row, column, what the rank says of it) of every profiled step."""
+    columns = {step: i for i, step in enumerate(steps)}
     for row, rank in enumerate(ranks):
         for fact in run.ranks[rank].steps:
-            if fact["phase"] == "train" and fact["step"] in column:
-                wall[row, column[fact["step"]]] = fact["step_s"] * 1e9
-    return wall
+            if fact["phase"] == "train" and fact["step"] in columns:
+                yield row, columns[fact["step"]], fact
+
+
+def _processor(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
+    """ns of processor time that the rank's thread used in every profiled step; inf where it did not say."""
+    found = np.full((len(ranks), len(steps)), np.inf)
+    for row, column, fact in _facts(run, ranks, steps):
+        if fact["cpu_s"] is not None:
+            found[row, column] = fact["cpu_s"] * 1e9
+    return found
 
 
 def _inside(calls: Calls, spans: Spans, stood: Blocked) -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_gpt.events import DIRECT, SPAN, wire_bytes
+from dist_gpt.events import CALL, CALL_COLUMNS, DIRECT, SPAN, SPAN_COLUMNS, wire_bytes
 from dist_gpt.report import collectives, stragglers
 from dist_gpt.report.analyze import Profile, analyze, profile
 from dist_gpt.report.identity import _trained
 from dist_gpt.report.load import load
 from dist_gpt.report.verdict import losses
+from dist_gpt.schedule.expand import RECV, SEND
 from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write
 
 CUBE = ("parallel.dp=2", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
@@ -30,6 +31,7 @@ LAYOUTS = {
     "interleaved": ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2"),
 }
 LATE_NS = 4 * MS
+ISSUED, WALL, CPU = 1 + CALL_COLUMNS.index("issued"), 1 + SPAN_COLUMNS.index("wall"), 1 + SPAN_COLUMNS.index("cpu")
 
 
 def of(folder: Path, *sets: str, **planted: Any) -> tuple[Profile, dict[str, Any]]:
@@ -63,6 +65,56 @@ class TestBudget:
         assert document["verdict"]["bound_by"] == "compute"
         assert document["collectives"] == [] and document["pipeline"] is None
         assert all(value == 0 for name, value in document["budget_s"].items() if name.startswith(("wait", "transfer")))
+
+    def test_a_rank_without_a_processor_between_two_entries_is_descheduled(self, tmp_path: Path) -> None:
+        """Rank 1's step lasts 4 ms longer than its entries, and its thread computed for 1 ms of that."""
+        write(tmp_path, small("parallel.tp=2"))
+        before = profile(load(tmp_path))
+        lines = (tmp_path / "events.rank1.jsonl").read_text().split("\n")
+        inside = [json.loads(lines[i]) for i in places(lines, SPAN, 3)]
+
+        def longer(lines: list[str]) -> list[str]:
+            at = next(i for i, line in enumerate(lines) if line.startswith('{"step":3,"phase":"train"'))
+            fact = json.loads(lines[at])
+            fact["step_s"] += 4e-3
+            fact["cpu_s"] = sum(row[-1] for row in inside) / SECOND + 1e-3
+            return [*lines[:at], json.dumps(fact), *lines[at + 1 :]]
+
+        edit(tmp_path, 1, longer)
+        after = profile(load(tmp_path))
+        at = before.budget.ranks.index(1), before.budget.steps.index(3)
+
+        def grown(name: str) -> float:
+            return float(after.budget.parts[name][at] - before.budget.parts[name][at]) / 1e9
+
+        had = float(before.budget.parts["unexplained"][at]) / 1e9
+        assert grown("descheduled") == pytest.approx(3e-3 + had, abs=1e-6)
+        assert float(after.budget.parts["unexplained"][at]) / 1e9 == pytest.approx(1e-3, abs=1e-6)
+        assert all(grown(name) == 0 for name in before.budget.parts if name not in ("descheduled", "unexplained"))
+
+    def test_the_entry_of_a_message_is_descheduled_where_it_had_no_processor(self, tmp_path: Path) -> None:
+        """All of its time is around the call: once the thread computed meanwhile, once it had no processor."""
+        write(tmp_path, small("parallel.pp=2"))
+        plan = load(tmp_path).plan_of(0)
+        messages = {i for i, step in enumerate(plan.steps) if step.kind in (SEND, RECV)}
+
+        def around(lines: list[str], computed: bool) -> list[str]:
+            for kind, column in ((CALL, ISSUED), (SPAN, CPU)):
+                for at in places(lines, kind, 3):
+                    row = json.loads(lines[at])
+                    if row[2] in messages:
+                        row[column] = row[WALL] if kind == SPAN and computed else 0
+                        lines[at] = json.dumps(row, separators=(",", ":"))
+            return lines
+
+        edit(tmp_path, 0, lambda lines: around(lines, computed=True))
+        computed = profile(load(tmp_path))
+        edit(tmp_path, 0, lambda lines: around(lines, computed=False))
+        waited = profile(load(tmp_path))
+        at = waited.budget.ranks.index(0), waited.budget.steps.index(3)
+        moved = computed.budget.parts["unexplained"][at] - waited.budget.parts["unexplained"][at]
+        assert moved > 0
+        assert waited.budget.parts["descheduled"][at] - computed.budget.parts["descheduled"][at] == pytest.approx(moved)
 
     def test_clocks_do_not_move_time_between_categories(self, tmp_path: Path) -> None:
         shifted = {rank: Clock(ns=rank * SECOND, drift_ppm=7.0 * rank, error_ns=5_000) for rank in range(1, 8)}
