@@ -75,9 +75,9 @@ def connect() -> None:
     """The global process group, which both peers want: gloo as everybody gets it. And the C heap as ours sets it: 10 to
     15 % of a peer's processor time went into faulting freed pages in again, which says nothing about sharding."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
-    from dist_gpt.heap import keep_freed_memory
+    from dist_gpt.heap import prepare_heap
 
-    keep_freed_memory()
+    prepare_heap()
     env = rank_env(TIMEOUT_S)
     timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=connect_store(env), rank=env.rank, world_size=env.world, timeout=timeout)
@@ -104,9 +104,9 @@ def count(run: Callable[[], object]) -> dict[str, float]:
 def share() -> tuple[Build, Callable[[], None]]:
     """One rank's micro-batches through the plain GPT, and the update of `options["part"]` of every parameter (1 / ranks
     where the optimizer's state is sharded): no rank can do less. Nothing is communicated."""
-    from dist_gpt.heap import keep_freed_memory
+    from dist_gpt.heap import prepare_heap
 
-    keep_freed_memory()
+    prepare_heap()
     return _share, lambda: None
 
 

@@ -95,9 +95,9 @@ def token_ids(config: dict[str, Any], step: int) -> np.ndarray:
 def ours() -> tuple[Build, Callable[[], None]]:
     """One rank, as the trainer makes it; and how it leaves."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
-    from dist_gpt.heap import keep_freed_memory
+    from dist_gpt.heap import prepare_heap
 
-    keep_freed_memory()
+    prepare_heap()
     env = rank_env(TIMEOUT_S)
     store = connect_store(env)
 

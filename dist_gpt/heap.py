@@ -1,27 +1,67 @@
-"""The C heap of a process on a CPU: it keeps freed memory, and says how much of it is in use.
+"""The C heap of a process on a CPU: it keeps freed memory, in huge pages, and says how much of it is in use.
 
 A step frees all its activations and asks for them again in the next one. glibc gives them back to the system in
 between, and every page is then faulted in anew: 50,000 faults and 3 to 6 % of a step were measured at hidden size 512.
+And a page of 2 MiB is found 512 times as rarely as one of 4 kB: reading another rank's memory is 3 to 4 times as fast.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
+from pathlib import Path
 
-# glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# glibc's malloc.h and Linux's mman.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
+DEFAULT_MMAP_MAX = 65_536
+MADV_HUGEPAGE = 14
+HUGE = 2 << 20
+NEVER_OVERCOMMIT = "2"
+
+
+def prepare_heap() -> None:
+    """Before training on a CPU, once: it is a setting of the whole process."""
+    if keep_freed_memory():
+        use_huge_pages()
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to shrink the heap, and to take blocks up to 32 MiB from it. False where there is no glibc.
-
-    It is a setting of the whole process; call it once, before training.
-    """
+    """Tell glibc not to shrink the heap, and to take blocks up to 32 MiB from it. False where there is no glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     return bool(mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))
+
+
+def use_huge_pages(reserve: int | None = None) -> bool:
+    """Have the next `reserve` bytes of a heap that keeps what is freed (default: half of the machine's memory) in huge
+    pages, where the system has them for who asks. It takes addresses, no memory.
+
+    False, and nothing is done, where addresses are counted: under a limit of them (ulimit -v, -d), or where the system
+    promises no more than it has.
+    """
+    libc = ctypes.CDLL(None)
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+        return False
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    if not overcommit.is_file() or overcommit.read_text().strip() == NEVER_OVERCOMMIT:
+        return False
+    size = reserve or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mallopt(M_MMAP_MAX, 0)  # one block at the end of the heap; freed, it is where the next ones come from
+    block = libc.malloc(size)
+    libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+    if block is None:
+        return False
+    first, end = -(-block // HUGE) * HUGE, (block + size) // HUGE * HUGE
+    advised = end > first and libc.madvise(first, end - first, MADV_HUGEPAGE) == 0
+    libc.free(block)
+    return advised
 
 
 class _MallInfo(ctypes.Structure):

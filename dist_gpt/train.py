@@ -30,7 +30,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
 from dist_gpt.events import EVAL, TRAIN, Counts
-from dist_gpt.heap import Heap, keep_freed_memory
+from dist_gpt.heap import Heap, prepare_heap
 from dist_gpt.meeting import agree_on_attempt, meet, settle
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.buffers import needs_room
@@ -271,7 +271,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     """From the first meeting of the ranks to the last; what is to be closed goes to `parts`."""
     run_dir, device = Path(str(config.run_dir)), choose_device(env, config.launch.backend)
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_heap()
     data, env = meet(config, store, env)
     parts.enter_context(attempt.stop.listen())  # before, there is nothing to save: signals end the process
     baseline = Heap().bytes_in_use()

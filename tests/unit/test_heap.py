@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,47 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
 
     # 5 x 20 MiB are 25,600 pages of 4 KiB
     assert faults("keep") < 2_000 < faults("leave")
+
+
+HUGE = """
+import re, resource, sys
+from pathlib import Path
+from dist_gpt.heap import Heap, keep_freed_memory, use_huge_pages
+if sys.argv[1] == "limited":
+    resource.setrlimit(resource.RLIMIT_AS, (64 << 30, resource.RLIM_INFINITY))
+assert keep_freed_memory()
+before = Heap().bytes_in_use()
+reserve = 1 << 60 if sys.argv[1] == "too much" else None
+took = use_huge_pages(reserve)
+assert Heap().bytes_in_use() - before < 1 << 20, "addresses, no memory"
+blocks = [bytearray(20 << 20) for _ in range(4)]
+for block in blocks:
+    block[::4096] = b"x" * (5 << 10)
+huge = re.search(r"AnonHugePages: *([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text())
+print(took, int(huge[1]))
+"""
+
+
+def huge_pages(mode: str) -> tuple[bool, int]:
+    """Whether they were asked for, and kB that 80 MiB of blocks got."""
+    done = subprocess.run([sys.executable, "-c", HUGE, mode], capture_output=True, text=True, check=True)
+    took, kb = done.stdout.split()
+    return took == "True", int(kb)
+
+
+def _given_to_who_asks() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    counted = Path("/proc/sys/vm/overcommit_memory")
+    return setting.is_file() and "[madvise]" in setting.read_text() and counted.read_text().strip() != "2"
+
+
+@pytest.mark.skipif(not _given_to_who_asks(), reason="this system gives huge pages to all or to nobody")
+def test_the_heap_is_in_huge_pages() -> None:
+    took, kb = huge_pages("as it is")
+    assert took and kb > 70 << 10
+
+
+@pytest.mark.skipif(not _given_to_who_asks(), reason="this system gives huge pages to all or to nobody")
+@pytest.mark.parametrize("mode", ["limited", "too much"])
+def test_where_addresses_are_short_the_heap_stays_as_it_is(mode: str) -> None:
+    assert huge_pages(mode) == (False, 0)
