@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from benchmarks.products import share_products
 from benchmarks.workers import TIMEOUT_S, Build, Order, Side, copy_our_weights, nothing_sent
 from tests.reference.plain_gpt import Batch, PlainConfig, PlainGPT
 
@@ -72,12 +73,14 @@ def work_of(order: Order) -> Work:
 
 
 def connect() -> None:
-    """The global process group, which both peers want: gloo as everybody gets it. And the C heap as ours sets it: 10 to
-    15 % of a peer's processor time went into faulting freed pages in again, which says nothing about sharding."""
+    """The global process group, which both peers want: gloo as everybody gets it. And the C heap and the products that
+    ours has: 10 to 15 % of a peer's processor time went into faulting freed pages in again, and half of what is left
+    into a slower matmul, which says nothing about sharding."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
     from dist_gpt.heap import prepare_heap
 
     prepare_heap()
+    share_products()
     env = rank_env(TIMEOUT_S)
     timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=connect_store(env), rank=env.rank, world_size=env.world, timeout=timeout)
@@ -107,6 +110,7 @@ def share() -> tuple[Build, Callable[[], None]]:
     from dist_gpt.heap import prepare_heap
 
     prepare_heap()
+    share_products()
     return _share, lambda: None
 
 
@@ -229,6 +233,7 @@ def _deepspeed(order: Order) -> Side:
         model=model, optimizer=work.optimizer_of(model), config=deepspeed_document(work, options),
         dist_init_required=False,
     )  # fmt: skip
+    share_products()  # stage 3 has put its own in the place
     if options["true_reduce_scatter"] and options["stage"] in (1, 2):
         scatter_truly(engine.optimizer)
 

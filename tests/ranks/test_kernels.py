@@ -26,7 +26,7 @@ class Factors(TorchDispatchMode):
         self.seen: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(word in func.name() for word in ("mm", "attention")):
+        if any(word in func.name() for word in ("mm", "linear", "attention")):
             self.seen |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
         return func(*args, **(kwargs or {}))
 

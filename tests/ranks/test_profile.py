@@ -314,7 +314,7 @@ class TestRecorder:
 
     def test_without_a_window_nothing_is_measured_apart(self, tmp_path: Path) -> None:
         rows = self.run(tmp_path)
-        always = {"phase", "step", "step_s", "comm", "start_ns", "blocked_s", "data_s"}
+        always = {"phase", "step", "step_s", "comm", "start_ns", "blocked_s", "data_s", "cpu_s"}
         assert [set(row) for row in rows[1:-1]] == [always] * 5
 
     def test_memory_is_watched_behind_a_window_that_starts_at_once(self, tmp_path: Path) -> None:

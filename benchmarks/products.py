@@ -1,0 +1,43 @@
+"""Our products for who trains with `torch.nn.functional.linear`: where `sharding` compares what is sent and kept,
+nobody shall win by a faster matmul, which says nothing about sharding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_gpt.parallel.matmul import affine, column_sums, product
+
+
+class _Linear(torch.autograd.Function):
+    """x (..., in) times weight (out, in) transposed, plus bias (out,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        rows = x.reshape(-1, x.shape[-1])
+        y = affine(bias, rows, weight.t()) if bias is not None else product(rows, weight.t())
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_out = grads[0].reshape(-1, weight.shape[0])
+        grad_x = product(grad_out, weight).view(x.shape)
+        grad_weight = product(grad_out.t(), x.reshape(-1, x.shape[-1]))
+        return grad_x, grad_weight, column_sums(grad_out) if ctx.has_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `torch.nn.functional.linear`."""
+    result: Tensor = _Linear.apply(x, weight, bias)
+    return result
+
+
+def share_products() -> None:
+    """From now on every linear layer of this process makes its products as ours does."""
+    torch.nn.functional.linear = linear  # type: ignore[assignment]

@@ -1,0 +1,127 @@
+"""Products by oneDNN against float64, whatever the operands look like in memory; and who is asked when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.products import linear
+from dist_gpt.parallel import matmul
+
+M, K, N = 96, 192, 160  # more than WORTH_ONEDNN
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "rows of a wider one": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "every other row": lambda x: torch.stack([x, x], dim=1).view(-1, x.shape[1])[::2],
+    "not at a multiple of 64 bytes": lambda x: torch.cat([x.new_zeros(3), x.reshape(-1)])[3:].view(x.shape),
+    "one row for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked, whatever processor this is."""
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def near(found: Tensor, exact: Tensor) -> bool:
+    """To the rounding of float32 in a sum of K products."""
+    return bool((found.double() - exact).abs().max() < 1e-5 * exact.abs().max())
+
+
+@pytest.mark.usefixtures("onednn")
+class TestOneDNN:
+    @pytest.mark.parametrize("of_b", LAYOUTS)
+    @pytest.mark.parametrize("of_a", LAYOUTS)
+    def test_any_layout(self, of_a: str, of_b: str) -> None:
+        a, b, bias = LAYOUTS[of_a](random(M, K)), LAYOUTS[of_b](random(K, N)), random(N)
+        assert matmul.asks_onednn(a, b)
+        exact = a.double() @ b.double()
+        assert near(matmul.product(a, b), exact)
+        assert near(matmul.affine(bias, a, b), exact + bias.double())
+        out = torch.full((M, N), float("nan"))
+        matmul.accumulate(out, a, b, first=True)
+        matmul.accumulate(out, a, b, first=False)
+        assert near(out, 2 * exact)
+
+    def test_a_wider_place_for_the_sum(self) -> None:
+        a, b, out = random(M, K), random(K, N), torch.ones(M, N, dtype=torch.float64)
+        matmul.accumulate(out, a, b, first=False)
+        assert near(out, a.double() @ b.double() + 1)
+
+    def test_two_bytes_are_multiplied_in_float32_and_rounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(matmul, "_native", lambda dtype: False)
+        a, b = random(M, K, dtype=torch.bfloat16), random(K, N, dtype=torch.bfloat16)
+        found = matmul.product(a, b)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, matmul.product(a.float(), b.float()).bfloat16())
+
+    def test_the_same_twice(self) -> None:
+        a, b = random(M, K), random(K, N)
+        assert torch.equal(matmul.product(a, b), matmul.product(a.clone(), b.clone()))
+
+    @pytest.mark.parametrize(
+        ("m", "k", "n", "dtype", "asked"),
+        [
+            (M, K, N, torch.float32, True),
+            (M, K, N, torch.float64, False),
+            (M, K, N, torch.bfloat16, False),
+            (8, 16, 8, torch.float32, False),
+        ],
+    )
+    def test_who_is_asked(self, m: int, k: int, n: int, dtype: torch.dtype, asked: bool) -> None:
+        assert matmul.asks_onednn(random(m, k, dtype=dtype), random(k, n, dtype=dtype)) is asked
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_the_other_trainers_get_is_torchs_linear(bias: bool) -> None:
+    x, weight = random(2, 3, 5, dtype=torch.float64), random(4, 5, dtype=torch.float64)
+    operands = (x, weight, random(4, dtype=torch.float64)) if bias else (x, weight)
+    leaves = [operand.requires_grad_() for operand in operands]
+    assert torch.equal(linear(*leaves), torch.nn.functional.linear(*leaves))
+    assert torch.autograd.gradcheck(linear, leaves)
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def amd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(matmul.Path, "is_file", lambda path: True)
+        monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : AuthenticAMD")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+    @staticmethod
+    def chosen() -> bool:
+        return matmul.onednn_is_faster.__wrapped__()
+
+    def test_amd_with_wide_units(self) -> None:
+        assert self.chosen()
+
+    def test_not_on_intels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : GenuineIntel")
+        assert not self.chosen()
+
+    def test_not_without_wide_units(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        assert not self.chosen()
+
+    @pytest.mark.parametrize("failure", [AttributeError, RuntimeError, TypeError])
+    def test_an_operation_that_is_gone_or_changed_is_left_alone(
+        self, failure: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def changed(*operands: object) -> Tensor:
+            raise failure("no such operation")
+
+        monkeypatch.setattr(matmul, "_onednn", changed)
+        assert not self.chosen()
+
+    def test_nor_one_that_gives_something_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(matmul, "_onednn", lambda a, b, bias=None: torch.addmm(bias, a, b) + 1e-3)
+        assert not self.chosen()
