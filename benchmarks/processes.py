@@ -102,7 +102,7 @@ class Team:
     ) -> None:
         self.workers: list[Worker] = []
         self.cpu_s, self.steps = 0.0, 0  # processor time of the mean rank, all its threads, and the steps it went into
-        ranks = config.world_size if side != "plain" else 1
+        ranks = config.world_size if side not in ("plain", "stock") else 1
         order = {
             "side": side, "threads": threads, "same_weights": same_weights, "config": config.model_dump(mode="json"),
             "options": dict(options or {}),

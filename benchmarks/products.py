@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_gpt.parallel.matmul import affine, column_sums, product
+from dist_gpt.parallel.matmul import affine, column_sums, onednn_is_faster, product
 
 
 class _Linear(torch.autograd.Function):
@@ -39,5 +39,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def share_products() -> None:
-    """From now on every linear layer of this process makes its products as ours does."""
-    torch.nn.functional.linear = linear  # type: ignore[assignment]
+    """From now on every linear layer of this process makes its products as ours does, if ours are not torch's."""
+    if onednn_is_faster():
+        torch.nn.functional.linear = linear  # type: ignore[assignment]

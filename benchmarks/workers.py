@@ -119,8 +119,7 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
 
     config = Config.model_validate_json(json.dumps(order.tree))
     part = torch.distributed.PrefixStore(f"built{next(built)}", store)
-    reads = config.launch.single_copy == "auto"
-    backends = GlooBackends(part, "127.0.0.1", TIMEOUT_S, single_copy=reads)
+    backends = GlooBackends(part, "127.0.0.1", TIMEOUT_S, single_copy=config.launch.reads_memory)
     rank = Rank(config, number, backends, torch.device("cpu"))
     rank.initialise()
     ledger, silent, events = rank.mesh.ledger, Silent(), EventFile(Path(os.devnull), number, {}, 0)
@@ -154,7 +153,18 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
 
 
 def plain() -> tuple[Build, Callable[[], None]]:
-    """The independent plain-PyTorch GPT; `same_weights` gives it our first weights, so that losses can be compared."""
+    """The independent plain-PyTorch GPT, with the C heap and the products that ours has; `same_weights` gives it our
+    first weights, so that losses can be compared."""
+    from benchmarks.products import share_products
+    from dist_gpt.heap import prepare_heap
+
+    prepare_heap()
+    share_products()
+    return _plain, lambda: None
+
+
+def stock() -> tuple[Build, Callable[[], None]]:
+    """The same as torch makes it."""
     return _plain, lambda: None
 
 
@@ -213,6 +223,7 @@ def timed_steps(step: Step, tree: dict[str, Any], first: int, count: int, mode: 
 SIDES = {
     "ours": ("dist_gpt.rank", "benchmarks.workers:ours"),
     "plain": ("tests.reference.plain_gpt", "benchmarks.workers:plain"),
+    "stock": ("tests.reference.plain_gpt", "benchmarks.workers:stock"),
     "share": ("tests.reference.plain_gpt", "benchmarks.peers:share"),
     "fsdp": ("torch.distributed.fsdp", "benchmarks.peers:fully_sharded"),
     "deepspeed": ("deepspeed", "benchmarks.peers:deepspeed"),
@@ -221,7 +232,10 @@ SIDES = {
 
 
 def forget_peak() -> None:
-    """`VmHWM` counts from now."""
+    """`VmHWM` counts from now, and nothing that is free does."""
+    from dist_gpt.heap import give_back
+
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
 
 

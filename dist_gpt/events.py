@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,15 @@ def total(parts: Iterable[Counts]) -> Counts:
     for part in parts:
         result.merge(part)
     return result
+
+
+def moved_by_engine(engine: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, float]]:
+    """(axis, operation, calls, payload bytes, wire bytes) of a training step, as the fact `engine` has them: what an
+    engine that communicates by itself counted."""
+    steps = max(1, engine["steps"])
+    for axis, ops in (engine["traffic"].get(TRAIN) or {}).items():
+        for op, row in ops.items():
+            yield axis, op, row["calls"] / steps, row["payload_bytes"] / steps, row["wire_bytes"] / steps
 
 
 class EventFile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 # glibc's malloc.h and Linux's mman.h
@@ -29,30 +30,24 @@ def prepare_heap() -> None:
 
 def keep_freed_memory() -> bool:
     """Tell glibc not to shrink the heap, and to take blocks up to 32 MiB from it. False where there is no glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))
+    libc = _glibc()
+    return libc is not None and bool(
+        libc.mallopt(M_TRIM_THRESHOLD, -1) and libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    )
 
 
 def use_huge_pages(reserve: int | None = None) -> bool:
     """Have the next `reserve` bytes of a heap that keeps what is freed (default: half of the machine's memory) in huge
-    pages, where the system has them for who asks. It takes addresses, no memory.
+    pages, where the system has them for who asks. It takes addresses, no memory; but larger blocks are then taken from
+    the heap and kept, too, which costs what lies between them.
 
-    False, and nothing is done, where addresses are counted: under a limit of them (ulimit -v, -d), or where the system
-    promises no more than it has.
+    False, and nothing changes, where addresses are counted (a limit as of ulimit -v or -d, a system that promises no
+    more than it has), or where the environment tunes glibc's heap, which may fill each block that it hands out.
     """
-    libc = ctypes.CDLL(None)
-    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
-    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
-        return False
-    overcommit = Path("/proc/sys/vm/overcommit_memory")
-    if not overcommit.is_file() or overcommit.read_text().strip() == NEVER_OVERCOMMIT:
+    libc = _glibc()
+    if libc is None or _addresses_count() or _tuned(os.environ):
         return False
     size = reserve or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.mallopt(M_MMAP_MAX, 0)  # one block at the end of the heap; freed, it is where the next ones come from
     block = libc.malloc(size)
     libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
@@ -62,6 +57,42 @@ def use_huge_pages(reserve: int | None = None) -> bool:
     advised = end > first and libc.madvise(first, end - first, MADV_HUGEPAGE) == 0
     libc.free(block)
     return advised
+
+
+def give_back() -> None:
+    """Return what is free in the heap to the system, for once."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """glibc itself, also where another allocator was loaded in front of it."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+        libc.free.argtypes, libc.malloc_trim.argtypes = [ctypes.c_void_p], [ctypes.c_size_t]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        return libc if hasattr(libc, "mallopt") else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _addresses_count() -> bool:
+    """Whether addresses without memory behind them are counted."""
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == NEVER_OVERCOMMIT
+    except OSError:
+        return True
+
+
+def _tuned(environ: Mapping[str, str]) -> bool:
+    return "glibc.malloc" in environ.get("GLIBC_TUNABLES", "") or any(
+        name.startswith("MALLOC_") and name.endswith("_") for name in environ
+    )
 
 
 class _MallInfo(ctypes.Structure):

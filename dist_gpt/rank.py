@@ -193,4 +193,4 @@ def make_rank(config: Config, env: RankEnv, store: Store, device: torch.device) 
 
 def backends_of(config: Config, env: RankEnv, store: Store, device: torch.device) -> Backends:
     """What makes the groups, as `launch` says."""
-    return make_backends(store, env, device, config.launch.timeout_s, config.launch.single_copy)
+    return make_backends(store, env, device, config.launch.timeout_s, config.launch.reads_memory)

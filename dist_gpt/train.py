@@ -29,7 +29,7 @@ from dist_gpt.comm.rendezvous import (
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
-from dist_gpt.events import EVAL, TRAIN, Counts
+from dist_gpt.events import EVAL, TRAIN, Counts, moved_by_engine
 from dist_gpt.heap import Heap, prepare_heap
 from dist_gpt.meeting import agree_on_attempt, meet, settle
 from dist_gpt.optim.lr import learning_rate
@@ -323,11 +323,8 @@ def engine_lines(rank: Rank) -> list[str]:
         f"{facts['name']} {facts['version']} moves its own messages, outside of what is accounted for; rank "
         f"{rank.mesh.rank} in a step:"
     ]
-    steps = max(1, facts["steps"])
-    for axis, ops in facts["traffic"].get(TRAIN, {}).items():
-        for op, row in ops.items():
-            payload, wire = (f"{row[key] / steps / 1e6:.3g} MB" for key in ("payload_bytes", "wire_bytes"))
-            rows.append(f"  {axis} {op}: {row['calls'] / steps:.3g} calls, payload {payload}, wire {wire}")
+    for axis, op, calls, payload, wire in moved_by_engine(facts):
+        rows.append(f"  {axis} {op}: {calls:.3g} calls, payload {payload / 1e6:.3g} MB, wire {wire / 1e6:.3g} MB")
     return rows
 
 

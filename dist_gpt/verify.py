@@ -221,7 +221,7 @@ def main(folder: str) -> None:
     store = connect_store(env)
 
     def backends(scope: Store) -> Backends:
-        return make_backends(scope, env, torch.device("cpu"), VERIFY_TIMEOUT_S, config.launch.single_copy)
+        return make_backends(scope, env, torch.device("cpu"), VERIFY_TIMEOUT_S, config.launch.reads_memory)
 
     document = certify(config, env.rank, store, backends, path)
     if document is not None:

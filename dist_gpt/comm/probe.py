@@ -205,9 +205,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
     holders = placement(p.schedule, p.pp, p.virtual_stages)
-    mesh = build_mesh(
-        layout, env.rank, holders, make_backends(store, env, device, config.launch.timeout_s, config.launch.single_copy)
-    )
+    backends = make_backends(store, env, device, config.launch.timeout_s, config.launch.reads_memory)
+    mesh = build_mesh(layout, env.rank, holders, backends)
     try:
         found = network(config, mesh, device, store, env)
         mesh.world.barrier()

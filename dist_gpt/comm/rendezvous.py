@@ -58,10 +58,12 @@ class RankEnv:
 
 
 def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> RankEnv:
-    """Read torchrun's variables; without RANK this is a single process."""
+    """Read torchrun's variables; without RANK this is a single process, as is the one rank of a world of 1 that was
+    told no place to meet (`python -m launch.worker`)."""
     env = os.environ if environ is None else environ
     deadline = time.monotonic() + timeout_s
-    if "RANK" not in env:
+    alone = (env.get("RANK"), env.get("WORLD_SIZE")) == ("0", "1") and "MASTER_ADDR" not in env
+    if "RANK" not in env or alone:
         return RankEnv(0, 1, 0, 1, LOOPBACK, 0, 0, deadline)
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
@@ -294,25 +296,24 @@ def scoped(store: Store, prefix: str) -> Store:
 
 
 def make_backends(
-    store: Store, env: RankEnv, device: torch.device, timeout_s: float, single_copy: str = "auto"
+    store: Store, env: RankEnv, device: torch.device, timeout_s: float, single_copy: bool = True
 ) -> Backends:
     """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
 
     Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective;
-    `single_copy` as in `launch`. On several nodes gloo listens on the interfaces that GLOO_SOCKET_IFNAME names (with
-    commas between), else on the one whose route leads to MASTER_ADDR: what a host's own name means is often an address
-    that only the host itself can reach.
+    `single_copy`: whether ranks of a node read each other's memory where they may. On several nodes gloo listens on the
+    interfaces that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose route leads to MASTER_ADDR:
+    what a host's own name means is often an address that only the host itself can reach.
     """
     if device.type == "cuda":
         if env.one_node:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         return NcclBackends(store, device, timeout_s, env.left_s)
-    reads = single_copy == "auto"
     if env.one_node:
-        return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s, single_copy=reads)
+        return GlooBackends(store, LOOPBACK, timeout_s, left_s=env.left_s, single_copy=single_copy)
     interfaces = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
     host = "" if interfaces else address_towards(env.master_addr, env.master_port)
-    return GlooBackends(store, host, timeout_s, interfaces, env.left_s, one_node=False, single_copy=reads)
+    return GlooBackends(store, host, timeout_s, interfaces, env.left_s, one_node=False, single_copy=single_copy)
 
 
 def address_towards(host: str, port: int) -> str:

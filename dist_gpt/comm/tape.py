@@ -72,6 +72,10 @@ class Timer(Protocol):
 
     def mark(self) -> Any: ...
 
+    def late_ns(self) -> int | None:
+        """How long this thread was ready and had no processor, since it began; None where nobody says, or it is not
+        what computes."""
+
     def issued(self, record: Record, work: Any) -> None: ...
 
     def waits(self, record: Record) -> None: ...
@@ -112,6 +116,9 @@ class HostTimer:
 
     def mark(self) -> tuple[int, int]:
         return perf_counter_ns(), thread_time_ns()
+
+    def late_ns(self) -> int | None:
+        return RunDelay.parse(self.delay.raw()) if self.delay.known else None
 
     def issued(self, record: Record, work: Any) -> None:
         index, count = self._place
@@ -200,9 +207,26 @@ class Tape:
     index: int = -1
     records: list[Record] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    between_ns: int = 0  # between entries of this step, ready without a processor
+    _left: int | None = None  # how late this thread was in all when it left the last entry; None: in one, or not known
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.between_ns, self._left = 0, self.timer.late_ns()
+
+    def finish(self) -> None:
+        """The step is over; `between_ns` is known."""
+        self._enter()
+
+    def _enter(self) -> None:
+        """What is between two entries is over."""
+        if self._left is not None:
+            self.between_ns += (self.timer.late_ns() or 0) - self._left
+            self._left = None
 
     def start(self, index: int, name: object) -> Mark:
         """Entry `index` of the step list begins."""
+        self._enter()
         note = self.annotate(str(name)) if self.annotate is not None else None
         if note is not None:
             note.__enter__()
@@ -212,6 +236,8 @@ class Tape:
 
     def end(self, mark: Mark) -> None:
         ended = self.timer.mark()
+        if mark.outer < 0:
+            self._left = self.timer.late_ns()
         self.index = mark.outer
         if len(self.spans) < self.limit:
             self.spans.append(Span(mark.index, mark.began, ended))

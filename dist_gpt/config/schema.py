@@ -284,6 +284,11 @@ class LaunchConfig(Section):
     elastic: bool = False
     """Go on with fewer ranks after a failure."""
 
+    @property
+    def reads_memory(self) -> bool:
+        """Whether ranks of a node shall read each other's memory where they may."""
+        return self.single_copy == "auto"
+
 
 class Config(Section):
     """A whole run."""

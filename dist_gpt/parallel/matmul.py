@@ -10,6 +10,7 @@ torch brings as well, was 2.2 times as fast on an AMD EPYC. Products that are la
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import Tensor
 LOW = (torch.bfloat16, torch.float16)
 WORTH_ONEDNN = 1 << 21
 """Multiplications of a product below which oneDNN's call, 15 us, takes longer than it saves."""
+WIDE = 4
+"""How much larger the left operand may be than the right one before it is the other one that is copied."""
 
 
 @lru_cache(maxsize=4)
@@ -71,11 +74,14 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def asks_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN makes the product a (m, k) @ b (k, n)."""
+    """Whether oneDNN makes the product a (m, k) @ b (k, n): not where autograd would have to know of it, nor where `b`
+    has gaps, for which it has slow kernels alone."""
     return (
         a.dtype == torch.float32
         and a.device.type == "cpu"
         and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH_ONEDNN
+        and (b.is_contiguous() or b.t().is_contiguous())
+        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
         and onednn_is_faster()
     )
 
@@ -84,11 +90,14 @@ def asks_onednn(a: Tensor, b: Tensor) -> bool:
 def onednn_is_faster() -> bool:
     """Whether this is a processor for which MKL has no wide kernels, and torch has oneDNN's product. That is one of
     torch's inner operations: it is tried once, and left alone where it is not what it was."""
-    cpus = Path("/proc/cpuinfo")
-    amd = cpus.is_file() and "AuthenticAMD" in cpus.read_text()
-    if not (amd and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
+    cpus = ""
+    with suppress(OSError):
+        cpus = Path("/proc/cpuinfo").read_text()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not ("AuthenticAMD" in cpus and wide and torch.backends.mkl.is_available()):
         return False
-    a, b, bias = (torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 2, 8).view(4, 2), torch.ones(2))
+    a, b, bias = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (12, 8, 2))
+    a, b = a.view(3, 4), b.view(4, 2)
     try:
         return torch.allclose(_onednn(a, b, bias), torch.addmm(bias, a, b))
     except (AttributeError, RuntimeError, TypeError):
@@ -96,7 +105,10 @@ def onednn_is_faster() -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (m, k) @ b (k, n), plus bias (n,). Autograd knows nothing of it: layers have their own backward."""
+    """a (m, k) @ b (k, n), plus bias (n,). It copies `a` where that is a view with other strides."""
+    if bias is None and not a.is_contiguous() and a.shape[0] > WIDE * b.shape[1]:
+        return _onednn(b.t(), a.t()).t()  # of a head's gradient: copies the hidden states, not the logits
+    bias = bias.contiguous() if bias is not None else None  # it reads on from the first, whatever the strides
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return result
 

@@ -70,8 +70,7 @@ class GradSink:
         return None
 
     def add_product(self, parameter: Parameter, grad_out: Tensor, inputs: Tensor) -> Tensor | None:
-        """gradient of a weight (out, in) += grad_out (tokens, out)^T @ inputs (tokens, in), without a temporary where
-        the gradient is of their dtype."""
+        """gradient of a weight (out, in) += grad_out (tokens, out)^T @ inputs (tokens, in)."""
         buffer, first = self._target(parameter)
         accumulate(buffer, grad_out.t(), inputs, first)
         return None

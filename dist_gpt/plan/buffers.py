@@ -30,7 +30,7 @@ def needs_room(plan: RankPlan) -> bool:
     per_node = max(1, plan.layout.world // launch.nodes)
     members = plan.layout.group(plan.shard_axis, plan.rank)
     nodes = {rank // per_node for rank in members}
-    return launch.single_copy == "off" or len(nodes) > 1 or len(members) > NEAR_MEMBERS
+    return not launch.reads_memory or len(nodes) > 1 or len(members) > NEAR_MEMBERS
 
 
 REDUCTIONS_AHEAD = {1: 1, 2: 0, 3: 0}

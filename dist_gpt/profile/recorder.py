@@ -89,23 +89,24 @@ class Recorder:
                 stack.enter_context(self.torch.step(number))
             self.ledger.begin(number)
             self.ledger.tape = self.tape  # not for what happens between steps
-            started, processor = time.perf_counter_ns(), time.thread_time_ns()
+            if self.tape is not None:
+                self.tape.begin()
+            started = time.perf_counter_ns()
             try:
                 yield taken
             except BaseException as error:
                 record_failure(error)
                 self._failed(number)
                 raise
-            processor = time.thread_time_ns() - processor
             taken.seconds = (time.perf_counter_ns() - started) / 1e9
-            self._over(number)
+            late = self._over(number)
         self.trained += 1
         spent = self.ledger.end()
         self.events.step(
             number, TRAIN, taken.seconds, self.ledger.counts(TRAIN).since(before),
             start_ns=started - self.events.base_ns,
             blocked_s={axis: ns / 1e9 for axis, ns in spent.blocked_ns.items()}, data_s=spent.data_ns / 1e9,
-            **({"cpu_s": processor / 1e9} if self.rank.device.type == "cpu" else {}),
+            **late,
         )  # fmt: skip
         if memory is not None:
             self.events.fact("memory", memory.fact(number))
@@ -185,10 +186,14 @@ class Recorder:
             with suppress(Exception):
                 self.torch.stop()
 
-    def _over(self, number: int) -> None:
+    def _over(self, number: int) -> dict[str, float]:
+        """A step is over; returns what the tape says of it as a whole."""
         self.ledger.tape = None
-        if self.tape is not None:
-            self.events.rows(self.tape.rows(number))
+        if self.tape is None:
+            return {}
+        self.tape.finish()
+        self.events.rows(self.tape.rows(number))
+        return {"late_s": self.tape.between_ns / 1e9}
 
     def _close(self, number: int) -> None:
         if self.window is not None and number >= self.window[1]:

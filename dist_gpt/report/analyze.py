@@ -16,7 +16,7 @@ import numpy as np
 
 from dist_gpt.events import OPS, TRAIN
 from dist_gpt.report import collectives, pipeline, predicted, stragglers
-from dist_gpt.report.budget import COMPUTE, KINDS, Blocked, Budget, Spans, blocked, budget, read_spans
+from dist_gpt.report.budget import KINDS, Blocked, Budget, Spans, blocked, budget, read_spans
 from dist_gpt.report.clocks import Clocks, align
 from dist_gpt.report.headline import headline, waterfall
 from dist_gpt.report.identity import accounting, definitions, files, flat, identity
@@ -122,7 +122,7 @@ def _window_sections(p: Profile) -> dict[str, Any]:
         "overlap": collectives.overlap(p.run, p.calls, p.meetings, p.stood, parts, p.spans),
         "timeline": _timeline(p, drawn),
         **_replayed(p, drawn),
-        "stragglers": stragglers.document(charges, p.budget, _computing(p)),
+        "stragglers": stragglers.document(charges, p.budget, p.budget.computing),
         "pipeline": pipeline.pipeline_document(p.run, p.calls, p.spans, p.stood, drawn),
     }
 
@@ -133,19 +133,6 @@ def _spread(found: Budget) -> dict[str, float]:
     if count < 2:
         return {}
     return {name: float(part.mean(axis=0).std(ddof=1)) / math.sqrt(count) / 1e9 for name, part in found.parts.items()}
-
-
-def _computing(p: Profile) -> np.ndarray:
-    """ns by (rank, step) in entries of the step list that were not blocked, on a processor or not: how long a rank
-    takes for its own work is what makes others wait."""
-    own = sum(p.budget.parts[name] for name in COMPUTE)
-    late = np.zeros(p.budget.wall.shape)
-    place = {rank: i for i, rank in enumerate(p.budget.ranks)}
-    for rank in p.budget.ranks:
-        of = p.calls.of(rank)
-        columns = np.searchsorted(p.budget.steps, p.calls.step[of])
-        late[place[rank]] = np.bincount(columns, weights=p.stood.late[of], minlength=len(p.budget.steps))
-    return np.asarray(own + p.budget.parts["descheduled"] - late)
 
 
 def _replayed(p: Profile, step: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ call, or in the wait for it), or inside an entry of the step list, or in neither
     ... and until this rank went on         descheduled: the operating system had not woken it
     in an entry, not blocked                forward, backward, weight, recompute, optimizer, data: the thread's CPU time
     ... and not on a processor either       descheduled (on a CPU; a GPU runs what it is given)
-    in neither, not on a processor          descheduled (on a CPU)
+    in neither, ready without a processor   descheduled (on a CPU)
     in neither                              unexplained
 
 The drain of a pipeline is bubble too: waiting in any collective behind a rank's own last action, until the last action
@@ -146,12 +146,14 @@ def last_actions(run: Run, spans: Spans) -> tuple[dict[tuple[int, int], int], di
 
 @dataclass
 class Budget:
-    """ns by (rank, step) and category. `wall` is the sum of all categories."""
+    """ns by (rank, step) and category. `wall` is the sum of all categories. `computing`: in entries that compute, and
+    not blocked, on a processor or not: what makes others wait."""
 
     ranks: list[int]
     steps: list[int]
     wall: np.ndarray  # (ranks, steps); 0 where a step is not known
     parts: dict[str, np.ndarray]
+    computing: np.ndarray
 
     def mean_s(self) -> dict[str, float]:
         """Seconds of a step, mean over ranks and steps."""
@@ -197,13 +199,14 @@ def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
     parts = {name: np.where(wall > 0, part, 0.0) for name, part in parts.items()}
     rest = wall - sum(parts.values())
     message = spans.kind == _MESSAGE
-    between = _processor(run, ranks, steps) - summed(spans.rank, spans.step, spans.cpu)
-    computing = summed(spans.rank[message], spans.step[message], running[message]) + np.clip(between, 0, None)
-    off = np.clip(rest - computing, 0, None)
+    between = rest - summed(spans.rank[message], spans.step[message], running[message])
+    off = np.clip(np.minimum(between, _late(run, ranks, steps)), 0, None)
     parts["descheduled"] += off
     parts["unexplained"] = rest - off
     order = [*COMPUTE, *sorted(name for name in parts if "." in name), *ALWAYS]
-    return Budget(ranks, steps, wall, {name: parts[name] for name in order})
+    computes = spans.kind <= _OPTIMIZER
+    computing = summed(spans.rank[computes], spans.step[computes], own[computes])
+    return Budget(ranks, steps, wall, {name: parts[name] for name in order}, computing)
 
 
 def _walls(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
@@ -223,12 +226,11 @@ def _facts(run: Run, ranks: list[int], steps: list[int]) -> Iterator[tuple[int, 
                 yield row, columns[fact["step"]], fact
 
 
-def _processor(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
-    """ns of processor time that the rank's thread used in every profiled step; inf where it did not say."""
-    found = np.full((len(ranks), len(steps)), np.inf)
+def _late(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
+    """ns of every profiled step between entries for which the rank was ready and had no processor; 0 if not known."""
+    found = np.zeros((len(ranks), len(steps)))
     for row, column, fact in _facts(run, ranks, steps):
-        if fact["cpu_s"] is not None:
-            found[row, column] = fact["cpu_s"] * 1e9
+        found[row, column] = (fact["late_s"] or 0.0) * 1e9
     return found
 
 

@@ -24,6 +24,7 @@ from dist_gpt.config import explain, yaml_io
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import resolve
 from dist_gpt.config.schema import Config
+from dist_gpt.events import moved_by_engine
 from dist_gpt.layout import AXES, BASE_AXES, Layout
 from dist_gpt.plan.steps import RankPlan, layout_of
 from dist_gpt.report.facts import fits
@@ -116,11 +117,9 @@ def engine_sentences(run: Run) -> list[str]:
     log = next((log for log in run.ranks.values() if log.engine is not None), None)
     if log is None or log.engine is None:
         return []
-    steps = max(1, log.engine["steps"])
     moved = [
-        f"{axis} {op} {row['calls'] / steps:.3g} calls, {row['payload_bytes'] / steps / 1e6:.3g} MB of payload"
-        for axis, ops in (log.engine["traffic"].get("train") or {}).items()
-        for op, row in ops.items()
+        f"{axis} {op} {calls:.3g} calls, {payload / 1e6:.3g} MB of payload"
+        for axis, op, calls, payload, _ in moved_by_engine(log.engine)
     ]
     return [
         f"{log.engine['name']} {log.engine['version']} moved by itself, rank {log.rank} in a training step: "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.products import linear
 from dist_gpt.parallel import matmul
@@ -20,6 +22,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "not at a multiple of 64 bytes": lambda x: torch.cat([x.new_zeros(3), x.reshape(-1)])[3:].view(x.shape),
     "one row for all": lambda x: x[:1].expand(x.shape),
 }
+
+
+WITH_GAPS = ("rows of a wider one", "every other row", "one row for all")
 
 
 @pytest.fixture
@@ -42,15 +47,43 @@ class TestOneDNN:
     @pytest.mark.parametrize("of_b", LAYOUTS)
     @pytest.mark.parametrize("of_a", LAYOUTS)
     def test_any_layout(self, of_a: str, of_b: str) -> None:
-        a, b, bias = LAYOUTS[of_a](random(M, K)), LAYOUTS[of_b](random(K, N)), random(N)
-        assert matmul.asks_onednn(a, b)
+        a, b = LAYOUTS[of_a](random(M, K)), LAYOUTS[of_b](random(K, N))
+        assert matmul.asks_onednn(a, b) is (of_b not in WITH_GAPS)
         exact = a.double() @ b.double()
         assert near(matmul.product(a, b), exact)
-        assert near(matmul.affine(bias, a, b), exact + bias.double())
         out = torch.full((M, N), float("nan"))
         matmul.accumulate(out, a, b, first=True)
         matmul.accumulate(out, a, b, first=False)
         assert near(out, 2 * exact)
+
+    @pytest.mark.parametrize("step", [0, 1, 2])
+    def test_any_bias(self, step: int) -> None:
+        a, b, bias = random(M, K), random(K, N), random(2 * N).as_strided((N,), (step,))
+        assert near(matmul.affine(bias, a, b), a.double() @ b.double() + bias.double())
+
+    def test_of_two_operands_the_smaller_one_is_copied(self) -> None:
+        """A head's gradient: logits' gradients (tokens, vocabulary) transposed, times hidden states."""
+        grad, hidden = random(K, 8 * N), random(K, N)
+        assert near(matmul.product(grad.t(), hidden), grad.double().t() @ hidden.double())
+        copied = []
+
+        class Copies(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if "linear" in func.name():
+                    copied.append(args[0].shape)
+                return func(*args, **(kwargs or {}))
+
+        with Copies():
+            matmul.product(grad.t(), hidden)
+        assert copied == [hidden.t().shape]
+
+    def test_what_autograd_has_to_know_of_is_torchs(self) -> None:
+        a, b = random(M, K).requires_grad_(), random(K, N)
+        assert not matmul.asks_onednn(a, b)
+        matmul.product(a, b).sum().backward()
+        assert a.grad is not None and near(a.grad, b.double().sum(1).expand(M, K))
+        with torch.no_grad():
+            assert matmul.asks_onednn(a, b)
 
     def test_a_wider_place_for_the_sum(self) -> None:
         a, b, out = random(M, K), random(K, N), torch.ones(M, N, dtype=torch.float64)
@@ -92,7 +125,6 @@ def test_what_the_other_trainers_get_is_torchs_linear(bias: bool) -> None:
 class TestChoice:
     @pytest.fixture(autouse=True)
     def amd(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(matmul.Path, "is_file", lambda path: True)
         monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : AuthenticAMD")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)

@@ -102,6 +102,26 @@ class TestCalls:
         assert recv[AT["wait"]] <= recv[AT["done"]] <= recv[AT["waited"]]
         assert send[AT["index"]] == recv[AT["index"]] == -1, "outside of any entry"
 
+    def test_late_is_what_happens_between_entries(self) -> None:
+        """The stand-in's delays: 5 before the first entry, 100 inside each, 7 and 11 behind them."""
+        ledger = Ledger({"tp": 2})
+        tape = taped(ledger)
+        said = iter([1000, 1005, 1105, 1112, 1212, 1223])
+        tape.timer.late_ns = lambda: next(said)  # type: ignore[method-assign]
+        tape.begin()
+        for index in range(2):
+            with ledger.step("train", "B0", {}, index=index), ledger.step("train", "inner", {}, index=index):
+                pass
+        tape.finish()
+        assert tape.between_ns == 5 + 7 + 11
+
+    def test_nobody_says_how_late(self) -> None:
+        tape = taped(Ledger({"tp": 2}))
+        tape.timer.late_ns = lambda: None  # type: ignore[method-assign]
+        tape.begin()
+        tape.finish()
+        assert tape.between_ns == 0
+
     def test_only_what_has_computing_under_it_is_watched_and_not_in_every_step(self) -> None:
         """gloo calls Python at the end of a watched collective, which costs more than all the rest."""
 
@@ -314,7 +334,7 @@ class TestRecorder:
 
     def test_without_a_window_nothing_is_measured_apart(self, tmp_path: Path) -> None:
         rows = self.run(tmp_path)
-        always = {"phase", "step", "step_s", "comm", "start_ns", "blocked_s", "data_s", "cpu_s"}
+        always = {"phase", "step", "step_s", "comm", "start_ns", "blocked_s", "data_s"}  # late_s: in a window
         assert [set(row) for row in rows[1:-1]] == [always] * 5
 
     def test_memory_is_watched_behind_a_window_that_starts_at_once(self, tmp_path: Path) -> None:

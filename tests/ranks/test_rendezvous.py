@@ -72,6 +72,10 @@ class TestRankEnv:
         assert (env.rank, env.world, env.local_rank, env.local_world, env.attempt) == (0, 1, 0, 1, 0)
         assert env.one_node
 
+    def test_a_worker_that_nobody_started_is_a_single_process(self) -> None:
+        env = rank_env(5.0, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+        assert (env.rank, env.world) == (0, 1) and env.one_node
+
     def test_torchruns_variables(self) -> None:
         given = {**FULL, **LOCAL, "TORCHELASTIC_RESTART_COUNT": "4"}
         env = rank_env(5.0, given)

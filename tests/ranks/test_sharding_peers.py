@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.contenders import MICRO_BATCHES, Case, Size, contenders
+from benchmarks.contenders import MICRO_BATCHES, OURS, Case, Size, contenders
 from benchmarks.processes import Team
 from benchmarks.settings import Settings
 from dist_gpt.plan.steps import RankPlan
@@ -80,3 +80,32 @@ def test_peak_memory_is_that_of_the_steps_alone(tried: Tried) -> None:
     team.build(wide, {})
     team.run(1)
     assert max(team.step_memory(1)) - small > 3 * psi
+
+
+def test_weights_that_are_sharded_and_products_that_are_large() -> None:
+    """DeepSpeed shares out what has more than 1e5 elements, and only large products are not torch's own."""
+    case = Case(Size("wider", "wider", 256, 1, 4, 64, 512, 1), RANKS, "zero3")
+    losses = {}
+    for contender in contenders(case):
+        if contender.name in (OURS, "DeepSpeed", "fully_shard"):
+            choice = contender.choices[0]
+            team = Team(contender.side, case.config(Settings(), choice.bucket_mb), 1, options=choice.options)
+            try:
+                losses[contender.name] = [team.run(1).loss for _ in range(STEPS)]
+            finally:
+                team.close()
+    assert len(losses) == 3 and len(set(losses[OURS])) == STEPS
+    assert all(found == pytest.approx(losses[OURS], abs=1e-5) for found in losses.values())
+
+
+def test_one_process_of_ours_trains_as_the_plain_gpt_does() -> None:
+    """What `one-process` compares."""
+    config = Case(TINY, 1, "none").config(Settings())
+    losses = []
+    for side in ("ours", "plain"):
+        team = Team(side, config, 1)
+        try:
+            losses.append([team.run(1).loss for _ in range(STEPS)])
+        finally:
+            team.close()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(set(losses[0])) == STEPS

@@ -81,7 +81,7 @@ def run_cell(cell: dict[str, Any], rank: int, store: Store) -> dict[str, Any]:
     scope = scoped(store, cell["id"])
     scope.set_timeout(timedelta(seconds=TIMEOUT_S * 3))
     with hand_written(cell["grid"], config), planted(cell["plant"]) as hits:
-        reads = config.launch.single_copy == "auto"
+        reads = config.launch.reads_memory
         backends = lambda s: GlooBackends(s, "127.0.0.1", TIMEOUT_S, single_copy=reads)  # noqa: E731
         result = certify(config, rank, scope, backends, Path(cell["folder"]))
     return {"result": result, "hits": len(hits)}

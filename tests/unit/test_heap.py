@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ assert keep_freed_memory()
 before = Heap().bytes_in_use()
 reserve = 1 << 60 if sys.argv[1] == "too much" else None
 took = use_huge_pages(reserve)
+after = Path("/proc/self/status").read_text()
+assert int(re.search(r"VmHWM:[^0-9]*([0-9]+) kB", after)[1]) < 200 << 10, "addresses, no memory"
 assert Heap().bytes_in_use() - before < 1 << 20, "addresses, no memory"
 blocks = [bytearray(20 << 20) for _ in range(4)]
 for block in blocks:
@@ -49,17 +52,20 @@ print(took, int(huge[1]))
 """
 
 
-def huge_pages(mode: str) -> tuple[bool, int]:
+def huge_pages(mode: str, **environ: str) -> tuple[bool, int]:
     """Whether they were asked for, and kB that 80 MiB of blocks got."""
-    done = subprocess.run([sys.executable, "-c", HUGE, mode], capture_output=True, text=True, check=True)
+    env = {**os.environ, **environ}
+    done = subprocess.run([sys.executable, "-c", HUGE, mode], capture_output=True, text=True, check=True, env=env)
     took, kb = done.stdout.split()
     return took == "True", int(kb)
 
 
 def _given_to_who_asks() -> bool:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    counted = Path("/proc/sys/vm/overcommit_memory")
-    return setting.is_file() and "[madvise]" in setting.read_text() and counted.read_text().strip() != "2"
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        return "[madvise]" in setting and Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
+    except OSError:
+        return False
 
 
 @pytest.mark.skipif(not _given_to_who_asks(), reason="this system gives huge pages to all or to nobody")
@@ -72,3 +78,29 @@ def test_the_heap_is_in_huge_pages() -> None:
 @pytest.mark.parametrize("mode", ["limited", "too much"])
 def test_where_addresses_are_short_the_heap_stays_as_it_is(mode: str) -> None:
     assert huge_pages(mode) == (False, 0)
+
+
+@pytest.mark.skipif(not _given_to_who_asks(), reason="this system gives huge pages to all or to nobody")
+@pytest.mark.parametrize("setting", [{"MALLOC_PERTURB_": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}])
+def test_where_somebody_else_tunes_the_heap_it_stays_as_it_is(setting: dict[str, str]) -> None:
+    """Filling every block that is handed out would make the reserve memory."""
+    assert huge_pages("as it is", **setting) == (False, 0)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this system has no glibc")
+def test_what_is_free_can_be_given_back() -> None:
+    code = """
+import re
+from pathlib import Path
+from dist_gpt.heap import give_back, keep_freed_memory
+resident = lambda: int(re.search(r"VmRSS:[^0-9]*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+keep_freed_memory()
+blocks = [bytearray(20 << 20) for _ in range(3)]
+for block in blocks: block[::4096] = b"x" * (5 << 10)
+del block, blocks
+held = resident()
+give_back()
+print(held - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 50 << 10

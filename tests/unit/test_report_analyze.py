@@ -66,31 +66,33 @@ class TestBudget:
         assert document["collectives"] == [] and document["pipeline"] is None
         assert all(value == 0 for name, value in document["budget_s"].items() if name.startswith(("wait", "transfer")))
 
-    def test_a_rank_without_a_processor_between_two_entries_is_descheduled(self, tmp_path: Path) -> None:
-        """Rank 1's step lasts 4 ms longer than its entries, and its thread computed for 1 ms of that."""
-        write(tmp_path, small("parallel.tp=2"))
+    @pytest.mark.parametrize(("late_ms", "charged_ms"), [(3, 3), (50, 4), (None, 0)])
+    def test_a_rank_without_a_processor_between_two_entries_is_descheduled(
+        self, late_ms: int | None, charged_ms: int, tmp_path: Path
+    ) -> None:
+        """Rank 1's step lasts 4 ms longer than its entries; its thread was ready without a processor for `late_ms`."""
+        write(tmp_path, small("parallel.tp=2", "parallel.dp=2"))
         before = profile(load(tmp_path))
-        lines = (tmp_path / "events.rank1.jsonl").read_text().split("\n")
-        inside = [json.loads(lines[i]) for i in places(lines, SPAN, 3)]
 
         def longer(lines: list[str]) -> list[str]:
             at = next(i for i, line in enumerate(lines) if line.startswith('{"step":3,"phase":"train"'))
             fact = json.loads(lines[at])
-            fact["step_s"] += 4e-3
-            fact["cpu_s"] = sum(row[-1] for row in inside) / SECOND + 1e-3
-            return [*lines[:at], json.dumps(fact), *lines[at + 1 :]]
+            late = {} if late_ms is None else {"late_s": late_ms / 1e3}
+            return [*lines[:at], json.dumps({**fact, "step_s": fact["step_s"] + 4e-3, **late}), *lines[at + 1 :]]
 
         edit(tmp_path, 1, longer)
         after = profile(load(tmp_path))
         at = before.budget.ranks.index(1), before.budget.steps.index(3)
 
-        def grown(name: str) -> float:
-            return float(after.budget.parts[name][at] - before.budget.parts[name][at]) / 1e9
+        def grown_ms(name: str) -> float:
+            return float(after.budget.parts[name][at] - before.budget.parts[name][at]) / 1e6
 
-        had = float(before.budget.parts["unexplained"][at]) / 1e9
-        assert grown("descheduled") == pytest.approx(3e-3 + had, abs=1e-6)
-        assert float(after.budget.parts["unexplained"][at]) / 1e9 == pytest.approx(1e-3, abs=1e-6)
-        assert all(grown(name) == 0 for name in before.budget.parts if name not in ("descheduled", "unexplained"))
+        had_ms = float(before.budget.parts["unexplained"][at]) / 1e6
+        assert had_ms < 0.1
+        assert grown_ms("descheduled") == pytest.approx(charged_ms, abs=had_ms + 1e-3)
+        assert grown_ms("descheduled") + grown_ms("unexplained") == pytest.approx(4, abs=1e-3)
+        assert all(grown_ms(name) == 0 for name in before.budget.parts if name not in ("descheduled", "unexplained"))
+        assert (after.budget.computing == before.budget.computing).all(), "it is not slow at computing"
 
     def test_the_entry_of_a_message_is_descheduled_where_it_had_no_processor(self, tmp_path: Path) -> None:
         """All of its time is around the call: once the thread computed meanwhile, once it had no processor."""
