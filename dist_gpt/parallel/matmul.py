@@ -106,7 +106,7 @@ def onednn_is_faster() -> bool:
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) @ b (k, n), plus bias (n,). It copies `a` where that is a view with other strides."""
-    if bias is None and not a.is_contiguous() and a.shape[0] > WIDE * b.shape[1]:
+    if bias is None and a.t().is_contiguous() and a.shape[0] > WIDE * b.shape[1]:
         return _onednn(b.t(), a.t()).t()  # of a head's gradient: copies the hidden states, not the logits
     bias = bias.contiguous() if bias is not None else None  # it reads on from the first, whatever the strides
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
