@@ -1,5 +1,5 @@
-"""Our products for who trains with `torch.nn.functional.linear`: where `sharding` compares what is sent and kept,
-nobody shall win by a faster matmul, which says nothing about sharding.
+"""Our products for who trains with `torch.nn.functional.linear`: where `sharding` compares what is sent and kept, and
+`one-process` and `layouts` what the machinery costs, nobody shall win by a faster matmul.
 """
 
 from __future__ import annotations

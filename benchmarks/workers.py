@@ -132,9 +132,11 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
         for group in (*rank.mesh.groups.values(), *rank.mesh.edges.values()):
             group.ledger = chosen
         ledger.tape = tape if mode == "window" else None
+        tape.begin()
         rank.train_step(number, lambda first, count: ids[first : first + count])
         loss, _ = rank.optimizer.statistics.tolist()
         if mode == "window":
+            tape.finish()
             events.rows(tape.rows(number))
         return float(loss)
 

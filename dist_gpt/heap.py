@@ -20,6 +20,8 @@ DEFAULT_MMAP_MAX = 65_536
 MADV_HUGEPAGE = 14
 HUGE = 2 << 20
 NEVER_OVERCOMMIT = "2"
+_reserves: list[int] = []
+"""Bytes of this process's heap that were asked for in huge pages, the last ones at the end."""
 
 
 def prepare_heap() -> None:
@@ -56,14 +58,19 @@ def use_huge_pages(reserve: int | None = None) -> bool:
     first, end = -(-block // HUGE) * HUGE, (block + size) // HUGE * HUGE
     advised = end > first and libc.madvise(first, end - first, MADV_HUGEPAGE) == 0
     libc.free(block)
+    if advised:
+        _reserves.append(size)
     return advised
 
 
 def give_back() -> None:
-    """Return what is free in the heap to the system, for once."""
+    """Return what is free in the heap to the system, for once; what was reserved for huge pages is so again."""
     libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
+    if libc is None:
+        return
+    libc.malloc_trim(0)
+    if _reserves:
+        use_huge_pages(_reserves[-1])
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -90,6 +97,7 @@ def _addresses_count() -> bool:
 
 
 def _tuned(environ: Mapping[str, str]) -> bool:
+    """Whether somebody sets what mallopt sets (MALLOC_PERTURB_ and the like, glibc.malloc.perturb)."""
     return "glibc.malloc" in environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") and name.endswith("_") for name in environ
     )

@@ -214,9 +214,11 @@ class Tape:
         """A step begins."""
         self.between_ns, self._left = 0, self.timer.late_ns()
 
-    def finish(self) -> None:
-        """The step is over; `between_ns` is known."""
+    def finish(self) -> int | None:
+        """The step is over: ns between its entries for which this thread was ready without a processor."""
+        known = self._left is not None
         self._enter()
+        return self.between_ns if known else None
 
     def _enter(self) -> None:
         """What is between two entries is over."""
@@ -257,6 +259,7 @@ class Tape:
             self.dropped += 1
 
     def waits(self, record: Record) -> None:
+        self._enter()  # a wait behind the last entry is late by its own account
         self.timer.waits(record)
 
     def woken(self, record: Record) -> None:
@@ -264,6 +267,8 @@ class Tape:
 
     def waited(self, record: Record) -> None:
         self.timer.waited(record)
+        if self.index < 0:
+            self._left = self.timer.late_ns()
 
     def rows(self, step: int) -> list[list[int]]:
         """The rows of training step `step` as `events` describes them; the tape is empty afterwards."""

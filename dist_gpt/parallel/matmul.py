@@ -21,7 +21,8 @@ LOW = (torch.bfloat16, torch.float16)
 WORTH_ONEDNN = 1 << 21
 """Multiplications of a product below which oneDNN's call, 15 us, takes longer than it saves."""
 WIDE = 4
-"""How much larger the left operand may be than the right one before it is the other one that is copied."""
+"""How much larger the left operand may be than the right one before it is the other one that is copied, if that saves
+more than it costs to have the result transposed."""
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +39,7 @@ def in_float(tensor: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) @ b (k, n)."""
+    """a (m, k) @ b (k, n); its rows need not lie one behind the other."""
     if in_float(a):
         return product(a.float(), b.float()).to(a.dtype)
     if asks_onednn(a, b):
@@ -106,7 +107,8 @@ def onednn_is_faster() -> bool:
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) @ b (k, n), plus bias (n,). It copies `a` where that is a view with other strides."""
-    if bias is None and a.t().is_contiguous() and a.shape[0] > WIDE * b.shape[1]:
+    (m, k), n = a.shape, b.shape[1]
+    if bias is None and a.t().is_contiguous() and m > WIDE * n and k > n:
         return _onednn(b.t(), a.t()).t()  # of a head's gradient: copies the hidden states, not the logits
     bias = bias.contiguous() if bias is not None else None  # it reads on from the first, whatever the strides
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")

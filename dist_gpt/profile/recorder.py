@@ -191,9 +191,9 @@ class Recorder:
         self.ledger.tape = None
         if self.tape is None:
             return {}
-        self.tape.finish()
+        late = self.tape.finish()
         self.events.rows(self.tape.rows(number))
-        return {"late_s": self.tape.between_ns / 1e9}
+        return {"late_s": late / 1e9} if late is not None else {}
 
     def _close(self, number: int) -> None:
         if self.window is not None and number >= self.window[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -101,26 +102,6 @@ class TestCalls:
         assert (OPS[recv[AT["op"]]], recv[AT["payload"]]) == ("recv", 0) and recv[AT["flags"]] in (BOUND, ESTIMATED)
         assert recv[AT["wait"]] <= recv[AT["done"]] <= recv[AT["waited"]]
         assert send[AT["index"]] == recv[AT["index"]] == -1, "outside of any entry"
-
-    def test_late_is_what_happens_between_entries(self) -> None:
-        """The stand-in's delays: 5 before the first entry, 100 inside each, 7 and 11 behind them."""
-        ledger = Ledger({"tp": 2})
-        tape = taped(ledger)
-        said = iter([1000, 1005, 1105, 1112, 1212, 1223])
-        tape.timer.late_ns = lambda: next(said)  # type: ignore[method-assign]
-        tape.begin()
-        for index in range(2):
-            with ledger.step("train", "B0", {}, index=index), ledger.step("train", "inner", {}, index=index):
-                pass
-        tape.finish()
-        assert tape.between_ns == 5 + 7 + 11
-
-    def test_nobody_says_how_late(self) -> None:
-        tape = taped(Ledger({"tp": 2}))
-        tape.timer.late_ns = lambda: None  # type: ignore[method-assign]
-        tape.begin()
-        tape.finish()
-        assert tape.between_ns == 0
 
     def test_only_what_has_computing_under_it_is_watched_and_not_in_every_step(self) -> None:
         """gloo calls Python at the end of a watched collective, which costs more than all the rest."""
@@ -332,9 +313,27 @@ class TestRecorder:
         assert [row["memory"]["step"] for row in rows if "memory" in row] == [1]
         assert "ceiling" in rows[-8] and "end" in rows[-1]
 
+    def test_steps_of_the_window_say_how_late_their_rank_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It loses 1 s whenever somebody looks: when it leaves an entry, and when it comes to the next one."""
+        looks = count()
+        monkeypatch.setattr(HostTimer, "late_ns", lambda timer: next(looks) * 1_000_000_000)
+        rows = self.run(tmp_path, **{"profile.steps": "[2, 3]"})
+        entries = {step: sum(isinstance(row, list) and row[:2] == [SPAN, step] for row in rows) for step in (2, 3)}
+        assert {row["step"]: row["late_s"] for row in rows if "late_s" in row} == {
+            step: many + 1 for step, many in entries.items()
+        }
+
+    def test_where_nobody_tells_how_late_they_say_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(HostTimer, "late_ns", lambda timer: None)
+        assert not any("late_s" in row for row in self.run(tmp_path, **{"profile.steps": "[2, 3]"}))
+
     def test_without_a_window_nothing_is_measured_apart(self, tmp_path: Path) -> None:
         rows = self.run(tmp_path)
-        always = {"phase", "step", "step_s", "comm", "start_ns", "blocked_s", "data_s"}  # late_s: in a window
+        always = {"phase", "step", "step_s", "comm", "start_ns", "blocked_s", "data_s"}
         assert [set(row) for row in rows[1:-1]] == [always] * 5
 
     def test_memory_is_watched_behind_a_window_that_starts_at_once(self, tmp_path: Path) -> None:

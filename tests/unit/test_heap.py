@@ -104,3 +104,20 @@ print(held - resident())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 50 << 10
+
+
+@pytest.mark.skipif(not _given_to_who_asks(), reason="this system gives huge pages to all or to nobody")
+def test_what_was_reserved_is_so_again_afterwards() -> None:
+    code = """
+import re
+from pathlib import Path
+from dist_gpt.heap import give_back, keep_freed_memory, use_huge_pages
+keep_freed_memory()
+assert use_huge_pages()
+give_back()
+blocks = [bytearray(20 << 20) for _ in range(4)]
+for block in blocks: block[::4096] = b"x" * (5 << 10)
+print(re.search(r"AnonHugePages: *([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 70 << 10
