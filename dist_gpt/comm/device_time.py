@@ -56,8 +56,8 @@ class CudaTimer:
         self._used.append(event)
         return event
 
-    def late_ns(self) -> None:
-        """The host runs ahead: when it had no processor says nothing of the device."""
+    def cpu_ns(self) -> None:
+        """The host runs ahead: what it computes says nothing of the device."""
 
     def issued(self, record: Record, work: Any) -> None:
         arrival = self.mark()

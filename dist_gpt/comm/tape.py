@@ -72,9 +72,8 @@ class Timer(Protocol):
 
     def mark(self) -> Any: ...
 
-    def late_ns(self) -> int | None:
-        """How long this thread was ready and had no processor, since it began; None where nobody says, or it is not
-        what computes."""
+    def cpu_ns(self) -> int | None:
+        """What this thread has computed so far; None where it is not what computes."""
 
     def issued(self, record: Record, work: Any) -> None: ...
 
@@ -117,8 +116,8 @@ class HostTimer:
     def mark(self) -> tuple[int, int]:
         return perf_counter_ns(), thread_time_ns()
 
-    def late_ns(self) -> int | None:
-        return RunDelay.parse(self.delay.raw()) if self.delay.known else None
+    def cpu_ns(self) -> int | None:
+        return thread_time_ns()
 
     def issued(self, record: Record, work: Any) -> None:
         index, count = self._place
@@ -207,15 +206,15 @@ class Tape:
     index: int = -1
     records: list[Record] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    between_ns: int = 0  # between entries of this step, ready without a processor
-    _left: int | None = None  # how late this thread was in all when it left the last entry; None: in one, or not known
+    between_ns: int = 0  # computed between entries of this step
+    _left: int | None = None  # computed in all when the last entry was left; None: in one, or not known
 
     def begin(self) -> None:
         """A step begins."""
-        self.between_ns, self._left = 0, self.timer.late_ns()
+        self.between_ns, self._left = 0, self.timer.cpu_ns()
 
     def finish(self) -> int | None:
-        """The step is over: ns between its entries for which this thread was ready without a processor."""
+        """The step is over: ns that this thread computed between its entries, and not in a wait for a collective."""
         known = self._left is not None
         self._enter()
         return self.between_ns if known else None
@@ -223,7 +222,7 @@ class Tape:
     def _enter(self) -> None:
         """What is between two entries is over."""
         if self._left is not None:
-            self.between_ns += (self.timer.late_ns() or 0) - self._left
+            self.between_ns += (self.timer.cpu_ns() or 0) - self._left
             self._left = None
 
     def start(self, index: int, name: object) -> Mark:
@@ -239,7 +238,7 @@ class Tape:
     def end(self, mark: Mark) -> None:
         ended = self.timer.mark()
         if mark.outer < 0:
-            self._left = self.timer.late_ns()
+            self._left = self.timer.cpu_ns()
         self.index = mark.outer
         if len(self.spans) < self.limit:
             self.spans.append(Span(mark.index, mark.began, ended))
@@ -259,7 +258,7 @@ class Tape:
             self.dropped += 1
 
     def waits(self, record: Record) -> None:
-        self._enter()  # a wait behind the last entry is late by its own account
+        self._enter()  # a wait behind the last entry has its own account
         self.timer.waits(record)
 
     def woken(self, record: Record) -> None:
@@ -268,7 +267,7 @@ class Tape:
     def waited(self, record: Record) -> None:
         self.timer.waited(record)
         if self.index < 0:
-            self._left = self.timer.late_ns()
+            self._left = self.timer.cpu_ns()
 
     def rows(self, step: int) -> list[list[int]]:
         """The rows of training step `step` as `events` describes them; the tape is empty afterwards."""

@@ -99,14 +99,14 @@ class Recorder:
                 self._failed(number)
                 raise
             taken.seconds = (time.perf_counter_ns() - started) / 1e9
-            late = self._over(number)
+            more = self._over(number)
         self.trained += 1
         spent = self.ledger.end()
         self.events.step(
             number, TRAIN, taken.seconds, self.ledger.counts(TRAIN).since(before),
             start_ns=started - self.events.base_ns,
             blocked_s={axis: ns / 1e9 for axis, ns in spent.blocked_ns.items()}, data_s=spent.data_ns / 1e9,
-            **late,
+            **more,
         )  # fmt: skip
         if memory is not None:
             self.events.fact("memory", memory.fact(number))
@@ -191,9 +191,9 @@ class Recorder:
         self.ledger.tape = None
         if self.tape is None:
             return {}
-        late = self.tape.finish()
+        between = self.tape.finish()
         self.events.rows(self.tape.rows(number))
-        return {"late_s": late / 1e9} if late is not None else {}
+        return {"between_cpu_s": between / 1e9} if between is not None else {}
 
     def _close(self, number: int) -> None:
         if self.window is not None and number >= self.window[1]:

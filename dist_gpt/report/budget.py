@@ -8,7 +8,7 @@ call, or in the wait for it), or inside an entry of the step list, or in neither
     ... and until this rank went on         descheduled: the operating system had not woken it
     in an entry, not blocked                forward, backward, weight, recompute, optimizer, data: the thread's CPU time
     ... and not on a processor either       descheduled (on a CPU; a GPU runs what it is given)
-    in neither, ready without a processor   descheduled (on a CPU)
+    in neither, not on a processor          descheduled (on a CPU)
     in neither                              unexplained
 
 The drain of a pipeline is bubble too: waiting in any collective behind a rank's own last action, until the last action
@@ -199,8 +199,8 @@ def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
     parts = {name: np.where(wall > 0, part, 0.0) for name, part in parts.items()}
     rest = wall - sum(parts.values())
     message = spans.kind == _MESSAGE
-    between = rest - summed(spans.rank[message], spans.step[message], running[message])
-    off = np.clip(np.minimum(between, _late(run, ranks, steps)), 0, None)
+    computed = summed(spans.rank[message], spans.step[message], running[message]) + _between(run, ranks, steps)
+    off = np.clip(rest - computed, 0, None)
     parts["descheduled"] += off
     parts["unexplained"] = rest - off
     order = [*COMPUTE, *sorted(name for name in parts if "." in name), *ALWAYS]
@@ -226,11 +226,12 @@ def _facts(run: Run, ranks: list[int], steps: list[int]) -> Iterator[tuple[int, 
                 yield row, columns[fact["step"]], fact
 
 
-def _late(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
-    """ns of every profiled step between entries for which the rank was ready and had no processor; 0 if not known."""
-    found = np.zeros((len(ranks), len(steps)))
+def _between(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
+    """ns of processor time between the entries of every profiled step; inf where that is not known."""
+    found = np.full((len(ranks), len(steps)), np.inf)
     for row, column, fact in _facts(run, ranks, steps):
-        found[row, column] = (fact["late_s"] or 0.0) * 1e9
+        if fact["between_cpu_s"] is not None:
+            found[row, column] = fact["between_cpu_s"] * 1e9
     return found
 
 

@@ -44,7 +44,7 @@ FACTS: dict[str, Any] = {
 """Key of a fact -> the shape of its value."""
 STEP = {
     "step": int, "phase": str, "step_s": float, "start_ns?": int, "comm": _COMM, "blocked_s?": Each(float),
-    "data_s?": float, "late_s?": float,
+    "data_s?": float, "between_cpu_s?": float,
 }  # fmt: skip
 
 

@@ -207,7 +207,8 @@ def _reason(run: Run, loss: str, pipeline: dict[str, Any] | None) -> tuple[str, 
     if loss == "bubble":
         return "stages wait for messages of others", NEXT["pp"], None
     if loss == "descheduled":
-        return f"ranks were ready and not running. {crowd(run) or 'Something else computes here'}", NEXT[loss], None
+        why = crowd(run) or "Something else computes here, or a rank's own other threads hold the interpreter"
+        return f"ranks waited for a processor, not for each other. {why}", NEXT[loss], None
     return "see the budget", NEXT.get(loss, "see the budget by rank"), None
 
 

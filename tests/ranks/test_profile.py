@@ -313,23 +313,21 @@ class TestRecorder:
         assert [row["memory"]["step"] for row in rows if "memory" in row] == [1]
         assert "ceiling" in rows[-8] and "end" in rows[-1]
 
-    def test_steps_of_the_window_say_how_late_their_rank_was(
+    def test_steps_of_the_window_say_what_was_computed_between_entries(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It loses 1 s whenever somebody looks: when it leaves an entry, and when it comes to the next one."""
+        """1 s passes whenever somebody looks: when it leaves an entry, and when it comes to the next one."""
         looks = count()
-        monkeypatch.setattr(HostTimer, "late_ns", lambda timer: next(looks) * 1_000_000_000)
+        monkeypatch.setattr(HostTimer, "cpu_ns", lambda timer: next(looks) * 1_000_000_000)
         rows = self.run(tmp_path, **{"profile.steps": "[2, 3]"})
         entries = {step: sum(isinstance(row, list) and row[:2] == [SPAN, step] for row in rows) for step in (2, 3)}
-        assert {row["step"]: row["late_s"] for row in rows if "late_s" in row} == {
+        assert {row["step"]: row["between_cpu_s"] for row in rows if "between_cpu_s" in row} == {
             step: many + 1 for step, many in entries.items()
         }
 
-    def test_where_nobody_tells_how_late_they_say_nothing(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(HostTimer, "late_ns", lambda timer: None)
-        assert not any("late_s" in row for row in self.run(tmp_path, **{"profile.steps": "[2, 3]"}))
+    def test_where_nobody_tells_they_say_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(HostTimer, "cpu_ns", lambda timer: None)
+        assert not any("between_cpu_s" in row for row in self.run(tmp_path, **{"profile.steps": "[2, 3]"}))
 
     def test_without_a_window_nothing_is_measured_apart(self, tmp_path: Path) -> None:
         rows = self.run(tmp_path)

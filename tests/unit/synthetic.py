@@ -173,7 +173,7 @@ def _step(ranks: Ranks, rank: int, step: int, simulation: Simulation, start: int
     data = int(spans[spans[:, 0] < 0, 2].sum()) / SECOND
     return (
         f'{{"step":{step},"phase":"train","step_s":{simulation.ends[rank] / SECOND},"start_ns":{start},'
-        f'"comm":{ranks.facts(rank)[0]},"blocked_s":{seconds},"data_s":{data},"late_s":0.0}}'
+        f'"comm":{ranks.facts(rank)[0]},"blocked_s":{seconds},"data_s":{data},"between_cpu_s":1.0}}'
     )
 
 

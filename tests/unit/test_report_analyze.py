@@ -66,19 +66,20 @@ class TestBudget:
         assert document["collectives"] == [] and document["pipeline"] is None
         assert all(value == 0 for name, value in document["budget_s"].items() if name.startswith(("wait", "transfer")))
 
-    @pytest.mark.parametrize(("late_ms", "charged_ms"), [(3, 3), (50, 4), (None, 0)])
+    @pytest.mark.parametrize(("computed_ms", "charged_ms"), [(1, 3), (0, 4), (50, 0), (None, 0)])
     def test_a_rank_without_a_processor_between_two_entries_is_descheduled(
-        self, late_ms: int | None, charged_ms: int, tmp_path: Path
+        self, computed_ms: int | None, charged_ms: int, tmp_path: Path
     ) -> None:
-        """Rank 1's step lasts 4 ms longer than its entries; its thread was ready without a processor for `late_ms`."""
+        """Rank 1's step lasts 4 ms longer than its entries; its thread computed for `computed_ms` of them."""
         write(tmp_path, small("parallel.tp=2", "parallel.dp=2"))
         before = profile(load(tmp_path))
 
         def longer(lines: list[str]) -> list[str]:
             at = next(i for i, line in enumerate(lines) if line.startswith('{"step":3,"phase":"train"'))
             fact = json.loads(lines[at])
-            late = {} if late_ms is None else {"late_s": late_ms / 1e3}
-            return [*lines[:at], json.dumps({**fact, "step_s": fact["step_s"] + 4e-3, **late}), *lines[at + 1 :]]
+            fact["step_s"] += 4e-3
+            fact["between_cpu_s"] = None if computed_ms is None else computed_ms / 1e3
+            return [*lines[:at], json.dumps(fact), *lines[at + 1 :]]
 
         edit(tmp_path, 1, longer)
         after = profile(load(tmp_path))

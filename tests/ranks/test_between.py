@@ -1,4 +1,4 @@
-"""For how long a rank was ready without a processor between the entries of its step list, as a tape adds it up."""
+"""What a rank computes between the entries of its step list, as a tape adds it up."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dist_gpt.comm.ledger import Ledger
 from tests.ranks.test_profile import taped
 
 
-def test_late_is_what_happens_between_entries() -> None:
-    """The stand-in's delays: 5 before the first entry, 100 inside each, 7 and 11 behind them."""
+def test_it_is_what_is_computed_between_entries() -> None:
+    """The stand-in says: 5 before the first entry, 100 inside each, 7 and 11 behind them."""
     ledger = Ledger({"tp": 2})
     tape = taped(ledger)
     said = iter([1000, 1005, 1105, 1112, 1212, 1223])
-    tape.timer.late_ns = lambda: next(said)  # type: ignore[method-assign]
+    tape.timer.cpu_ns = lambda: next(said)  # type: ignore[method-assign]
     tape.begin()
     for index in range(2):
         with ledger.step("train", "B0", {}, index=index), ledger.step("train", "inner", {}, index=index):
@@ -19,12 +19,12 @@ def test_late_is_what_happens_between_entries() -> None:
     assert tape.finish() == 5 + 7 + 11
 
 
-def test_a_wait_behind_the_last_entry_is_late_by_its_own_account() -> None:
+def test_a_wait_behind_the_last_entry_has_its_own_account() -> None:
     """3 before the entry, 4 before the wait, 100 in it, 6 after it."""
     ledger = Ledger({"tp": 2})
     tape = taped(ledger)
     said = iter([1000, 1003, 1050, 1054, 1154, 1160])
-    tape.timer.late_ns = lambda: next(said)  # type: ignore[method-assign]
+    tape.timer.cpu_ns = lambda: next(said)  # type: ignore[method-assign]
     tape.begin()
     with ledger.step("train", "B0", {("tp", "all_reduce", 8): 1}, index=0):
         record = ledger.issue("tp", "all_reduce", 8, 0)
@@ -33,8 +33,8 @@ def test_a_wait_behind_the_last_entry_is_late_by_its_own_account() -> None:
     assert tape.finish() == 3 + 4 + 6
 
 
-def test_nobody_says_how_late() -> None:
+def test_nobody_says() -> None:
     tape = taped(Ledger({"tp": 2}))
-    tape.timer.late_ns = lambda: None  # type: ignore[method-assign]
+    tape.timer.cpu_ns = lambda: None  # type: ignore[method-assign]
     tape.begin()
     assert tape.finish() is None
