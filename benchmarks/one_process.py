@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from benchmarks.pairs import measure, summarise
+from benchmarks.pairs import Pairs, measure, summarise
 from benchmarks.processes import Team
 from benchmarks.result import Result, Row
 from benchmarks.settings import Settings, tokens_per_step
@@ -29,11 +29,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
     tokens = tokens_per_step(config)
     what = f"ours against the plain PyTorch GPT, {threads} thread(s), {tokens:,} tokens a step, AdamW, clipping"
     result = Result(NAME, what, settings.document())
-    with Team("ours", config, threads) as ours, Team("plain", config, threads) as plain:
-        found = measure(
-            ours, plain, settings.pairs or PAIRS, settings.warm_up,
-            lambda pair, a, b: say(f"pair {pair}: {tokens / a:,.0f} and {tokens / b:,.0f} tokens/s, ratio {b / a:.4f}"),
-        )  # fmt: skip
+    found = _against("plain", config, threads, settings, say)
     summary = summarise(found.ratios)
     result.rows += [
         Row("ours, median", tokens / statistics.median(found.ours), "tokens/s"),
@@ -49,13 +45,21 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
     return result
 
 
+def _against(side: str, config: Config, threads: int, settings: Settings, say: Callable[[str], None]) -> Pairs:
+    """Ours and `side` in turn."""
+    tokens = tokens_per_step(config)
+    with Team("ours", config, threads) as ours, Team(side, config, threads) as other:
+        return measure(
+            ours, other, settings.pairs or PAIRS, settings.warm_up,
+            lambda pair, a, b: say(
+                f"{side}, pair {pair}: {tokens / a:,.0f} and {tokens / b:,.0f} tokens/s, ratio {b / a:.4f}"
+            ),
+        )  # fmt: skip
+
+
 def _stock(config: Config, threads: int, settings: Settings, result: Result, say: Callable[[str], None]) -> None:
     """Against the plain side with torch's own products and heap."""
-    with Team("ours", config, threads) as ours, Team("stock", config, threads) as stock:
-        found = measure(
-            ours, stock, settings.pairs or PAIRS, settings.warm_up,
-            lambda pair, a, b: say(f"pair {pair}: {b / a:.4f} x the plain GPT with torch's own products and heap"),
-        )  # fmt: skip
+    found = _against("stock", config, threads, settings, say)
     summary = summarise(found.ratios)
     result.rows += [
         Row("ratio to the plain one with torch's own products and heap", summary.median),

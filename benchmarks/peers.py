@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.products import share_products
+from benchmarks.products import share_products, stand_as_ours
 from benchmarks.workers import TIMEOUT_S, Build, Order, Side, copy_our_weights, nothing_sent
 from tests.reference.plain_gpt import Batch, PlainConfig, PlainGPT
 
@@ -73,14 +73,10 @@ def work_of(order: Order) -> Work:
 
 
 def connect() -> None:
-    """The global process group, which both peers want: gloo as everybody gets it. And the C heap and the products that
-    ours has: 10 to 15 % of a peer's processor time went into faulting freed pages in again, and half of what is left
-    into a slower matmul, which says nothing about sharding."""
+    """The global process group, which both peers want: gloo as everybody gets it."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
-    from dist_gpt.heap import prepare_heap
 
-    prepare_heap()
-    share_products()
+    stand_as_ours()
     env = rank_env(TIMEOUT_S)
     timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=connect_store(env), rank=env.rank, world_size=env.world, timeout=timeout)
@@ -107,10 +103,7 @@ def count(run: Callable[[], object]) -> dict[str, float]:
 def share() -> tuple[Build, Callable[[], None]]:
     """One rank's micro-batches through the plain GPT, and the update of `options["part"]` of every parameter (1 / ranks
     where the optimizer's state is sharded): no rank can do less. Nothing is communicated."""
-    from dist_gpt.heap import prepare_heap
-
-    prepare_heap()
-    share_products()
+    stand_as_ours()
     return _share, lambda: None
 
 

@@ -132,7 +132,8 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
         for group in (*rank.mesh.groups.values(), *rank.mesh.edges.values()):
             group.ledger = chosen
         ledger.tape = tape if mode == "window" else None
-        tape.begin()
+        if mode == "window":
+            tape.begin()
         rank.train_step(number, lambda first, count: ids[first : first + count])
         loss, _ = rank.optimizer.statistics.tolist()
         if mode == "window":
@@ -157,11 +158,9 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
 def plain() -> tuple[Build, Callable[[], None]]:
     """The independent plain-PyTorch GPT, with the C heap and the products that ours has; `same_weights` gives it our
     first weights, so that losses can be compared."""
-    from benchmarks.products import share_products
-    from dist_gpt.heap import prepare_heap
+    from benchmarks.products import stand_as_ours
 
-    prepare_heap()
-    share_products()
+    stand_as_ours()
     return _plain, lambda: None
 
 
