@@ -369,4 +369,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _is_bad_input(error):
             raise
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
+        if "--json" in (sys.argv[1:] if argv is None else argv) and os.environ.get("RANK", "0") == "0":
+            _print({"problems": getattr(error, "problems", [str(error)])}, True, "")
         sys.exit(2)

@@ -40,11 +40,14 @@ class Rank:
         self.device = device
         self.mesh: Mesh = build_mesh(layout_of(config), rank, self.plan.holders, backends)
         self.sink = GradSink()
-        self.buffers = FlatBuffers(self.plan, self.sink, device)
-        blocks = tuple(b for _, chunk in self.plan.chunks for b in chunk)
-        self.stage = Stage(config, blocks, self.mesh.tp, self.sink, self.buffers.new)
-        self.executor = Executor(self.plan, self.stage, self.buffers, self.mesh, self.sink, device)
-        self.optimizer = Optimizer(config, self.buffers, self.mesh)
+        with ExitStack() as undo:  # memory may end here
+            undo.callback(self.mesh.close)
+            self.buffers = FlatBuffers(self.plan, self.sink, device)
+            blocks = tuple(b for _, chunk in self.plan.chunks for b in chunk)
+            self.stage = Stage(config, blocks, self.mesh.tp, self.sink, self.buffers.new)
+            self.executor = Executor(self.plan, self.stage, self.buffers, self.mesh, self.sink, device)
+            self.optimizer = Optimizer(config, self.buffers, self.mesh)
+            undo.pop_all()
         if self.optimizer.scale is not None:
             self.executor.loss_scale = self.optimizer.scale.applied
 

@@ -36,6 +36,7 @@ from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.buffers import needs_room
 from dist_gpt.plan.count import count_comm
 from dist_gpt.plan.steps import Call
+from dist_gpt.plan.text import size
 from dist_gpt.profile.memory import held_now
 from dist_gpt.profile.recorder import Recorder, attempts_in
 from dist_gpt.pulse import Pulse
@@ -126,13 +127,14 @@ class Trainer:
             }
         )
         self.skipped = self.skipped + 1 if skips else 0
-        if self.skipped == self.config.train.max_skipped:
+        if self.skipped >= self.config.train.max_skipped:
             remedy = "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
             if scale is not None and math.isfinite(loss):
-                now, first = scale.value.item(), self.config.train.loss_scale
-                fp16 = f"The loss's scale in fp16 came down to {now:g} from train.loss_scale {first:g}"
+                now = scale.value.item()
+                fp16 = f"The loss's scale in fp16 came down to {now:.0f}"
                 if now > 1:
-                    remedy = f"{fp16}, and may have to come down further: lower it, or raise train.max_skipped"
+                    remedy = f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
+                    remedy += "train.loss_scale (a resumed run goes on with its checkpoint's)"
                 else:
                     remedy = f"{fp16}: the gradients themselves overflow. {remedy}, or train in bf16"
             raise RuntimeError(
@@ -249,6 +251,12 @@ def main(config: Config, resume: str | None = None) -> int:
             f"{env.world} ranks were started, but the layout pp {config.parallel.pp} x dp {config.parallel.dp} x "
             f"cp {config.parallel.cp} x tp {config.parallel.tp} has {config.world_size}"
         )
+    nodes, per_node = config.launch.nodes, env.local_world
+    if config.optim.shard_group == "node" and per_node * nodes != env.world:  # the plan would take other nodes
+        raise ConfigError([
+            f"launch.nodes {nodes} with optim.shard_group node, but {per_node} of the {env.world} ranks were started "
+            f"on this node; set launch.nodes: {env.world // per_node}, or shard_group: data"
+        ])  # fmt: skip
     torch.manual_seed(config.train.seed)
     attempt = Attempt(Path(str(config.run_dir)), env)
     with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails
@@ -324,7 +332,7 @@ def engine_lines(rank: Rank) -> list[str]:
         f"{rank.mesh.rank} in a step:"
     ]
     for axis, op, calls, payload, wire in moved_by_engine(facts):
-        rows.append(f"  {axis} {op}: {calls:.3g} calls, payload {payload / 1e6:.3g} MB, wire {wire / 1e6:.3g} MB")
+        rows.append(f"  {axis} {op}: {calls:.3g} calls, payload {size(payload)}, wire {size(wire)}")
     return rows
 
 
@@ -334,6 +342,7 @@ def greeting(env: RankEnv, rank: Rank) -> str:
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
     if rank.mesh.reads_memory:
         where += "; ranks of a node read each other's memory (launch.single_copy)"
+        where += "" if rank.config.optim.engine == "native" else ", but for what DeepSpeed sends by itself"
     shard = rank.mesh.shard
     expected = device.type == "cpu" and shard.size > 1 and not needs_room(rank.plan)
     if rank.mesh.refusal or (expected and shard.near is None):

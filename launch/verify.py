@@ -52,5 +52,4 @@ def verify(config: Config, full: bool) -> dict[str, Any]:
         if code != 0:
             raise VerifyError(f"the certificate's ranks ended with code {code}")
         document: dict[str, Any] = json.loads((path / "certificate.json").read_text())
-    document["changed"] = notes
-    return document
+    return {"verdict": document.pop("verdict"), "changed": notes, **document}

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dist_gpt.config.schema import Config
+from dist_gpt.plan.precision import shard_ranks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 TRAIN_KEYS = ("global_batch", "micro_batch", "seed", "dtype")
 """Keys of `train` that a resumed run must share; it may train longer, and validate more often."""
+SHARDS = "shard_ranks"
+"""Key beside those of `optim` where state is sharded inside nodes: over how many data ranks (launch.nodes decides)."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -104,6 +107,8 @@ def shared_config(config: Config, data: str | None = None) -> dict[str, Any]:
     """What must be equal in the run that saves and the one that resumes; `data` is the digest of the tokens."""
     tree = config.model_dump(mode="json")
     found = {section: tree[section] for section in ("model", "parallel", "optim")}
+    if config.optim.shard_group == "node":
+        found["optim"] = {**tree["optim"], SHARDS: shard_ranks(config)}
     found["train"] = {key: tree["train"][key] for key in TRAIN_KEYS}
     found["data"] = {"seed": tree["data"]["seed"], **({"tokens": data} if data is not None else {})}
     return found
@@ -114,14 +119,17 @@ def differences(manifest: Manifest, ours: dict[str, Any], where: Path) -> list[s
     theirs, mine = _flat(manifest.config), _flat(ours)
     return [
         f"{key}: the checkpoint {where} has {_shown(theirs, key)}, this run has {_shown(mine, key)}; resume with the "
-        "same value, or start another run"
+        f"same {'launch.nodes' if key == f'optim.{SHARDS}' else 'value'}, or start another run"
         for key in sorted(set(theirs) | set(mine))
         if theirs.get(key, _shown) != mine.get(key, _shown) and not _unknown(key, theirs, mine)
     ]
 
 
 def _unknown(key: str, theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether one side cannot know: tokens are hashed when the ranks have met, and seeds were not always noted."""
+    """Whether one side cannot know: tokens are hashed when the ranks have met, and seeds and the ranks of a node that
+    share state were not always noted."""
+    if key == f"optim.{SHARDS}":
+        return key not in theirs or key not in mine
     return (key == "data.tokens" and key not in mine) or (key == "data.seed" and key not in theirs)
 
 

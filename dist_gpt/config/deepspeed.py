@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
@@ -12,11 +13,11 @@ REFUSED = ("parallel.cp", "optim.grad_dtype", "optim.reduce_dtype", "optim.state
 """Settings that DeepSpeed refuses whatever they are set to: no other reason is worth telling."""
 
 
-def deepspeed_problems(config: Config) -> list[str]:
-    """Every reason why DeepSpeed cannot train `config`; none where the engine is ours."""
-    if config.optim.engine != "deepspeed":
-        return []
-    return [*_layout(config), *_state(config), *_dtypes(config), *_loop(config)]
+def deepspeed_problems(config: Config, native: Collection[str]) -> list[str]:
+    """`native`, every reason why our engine cannot train `config`, as DeepSpeed sees it: with its own reasons, and
+    each setting of REFUSED once. The other engine is offered only where it would take the setting."""
+    kept = [message for message in native if not message.startswith(REFUSED)]
+    return [*kept, *_layout(config), *_state(config), *_refused(config, native), *_dtypes(config), *_loop(config)]
 
 
 def require_deepspeed(engine: str) -> None:
@@ -44,18 +45,15 @@ def _layout(config: Config) -> list[str]:
             f"parallel.pp {p.pp} with optim.engine deepspeed, which trains layouts of dp x tp; set pp: 1 (a larger "
             f"parallel.tp or optim.sharding: zero3 make room for the model), {NATIVE}"
         )
-    if p.cp > 1:
-        found.append(f"parallel.cp {p.cp} with optim.engine deepspeed, which trains layouts of dp x tp; set cp: 1, "
-                     f"{NATIVE}")  # fmt: skip
     if p.sequence_parallel:
         found.append(
             "parallel.sequence_parallel true with optim.engine deepspeed, which does not sum the gradients of norms "
-            f"over parallel.tp; leave sequence_parallel out, {NATIVE}"
+            f"over parallel.tp; set sequence_parallel: false, {NATIVE}"
         )
-    if p.pp == 1 and p.schedule != "1f1b":
+    if p.schedule != "1f1b":
         found.append(
             f"parallel.schedule {p.schedule} with optim.engine deepspeed, which ends the backward of a micro-batch "
-            f"before the next forward; leave schedule out, {NATIVE}"
+            f"before the next forward; set schedule: 1f1b, {NATIVE}"
         )
     return found
 
@@ -65,10 +63,7 @@ def _state(config: Config) -> list[str]:
     found = []
     if o.shard_group != "data":
         found.append(f"optim.shard_group {o.shard_group} with optim.engine deepspeed, which shards over all data ranks "
-                     f"here; leave shard_group out, {NATIVE}")  # fmt: skip
-    if o.reshard != "pass":
-        found.append(f"optim.reshard {o.reshard} with optim.engine deepspeed, which decides by itself what it keeps "
-                     f"gathered; leave reshard out, {NATIVE}")  # fmt: skip
+                     f"here; set shard_group: data, {NATIVE}")  # fmt: skip
     if o.offload and o.sharding == "none":
         found.append("optim.offload true with optim.sharding none and optim.engine deepspeed, which offloads sharded "
                      f"state alone; set sharding: zero1, zero2 or zero3, {NATIVE}")  # fmt: skip
@@ -78,6 +73,25 @@ def _state(config: Config) -> list[str]:
             f"which are not written here, and its state does not fit ours; set checkpoint.every: 0, {NATIVE}"
         )
     return found
+
+
+def _refused(config: Config, native: Collection[str]) -> list[str]:
+    """The settings of REFUSED."""
+    o, cp = config.optim, config.parallel.cp
+    found = []
+    if cp > 1:
+        found.append(("parallel.cp", str(cp), "which trains layouts of dp x tp; set cp: 1"))
+    for key in ("grad_dtype", "reduce_dtype", "state_dtype"):
+        if (given := getattr(o, key)) is not None:
+            why = f"where gradients, reductions and state are fp32; leave {key} out"
+            found.append((f"optim.{key}", given, why))
+    if o.reshard != "pass":
+        found.append(("optim.reshard", o.reshard, "which decides by itself what it keeps gathered; leave reshard out"))
+    return [
+        f"{key} {given} with optim.engine deepspeed, {why}"
+        + ("" if any(message.startswith(key) for message in native) else f", {NATIVE}")
+        for key, given, why in found
+    ]
 
 
 def _dtypes(config: Config) -> list[str]:
@@ -94,10 +108,6 @@ def _dtypes(config: Config) -> list[str]:
             "train.dtype bf16 with optim.sharding none and optim.engine deepspeed, which would add gradients up in "
             f"bf16; set sharding: zero1, zero2 or zero3, {NATIVE}"
         )
-    for key in ("grad_dtype", "reduce_dtype", "state_dtype"):
-        if getattr(o, key) is not None:
-            found.append(f"optim.{key} {getattr(o, key)} with optim.engine deepspeed, where gradients, reductions and "
-                         f"state are fp32; leave {key} out, {NATIVE}")  # fmt: skip
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
+from dist_gpt.config.problems import NOT_YET
 from dist_gpt.config.schema import Config, Section
 
 
@@ -55,6 +56,8 @@ def expected(path: tuple[str, ...]) -> str:
         node = node["properties"][key]
         if "$ref" in node:
             node = root["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    if "enum" in node and (proven := NOT_YET.get(".".join(path))):
+        node = {**node, "enum": list(proven)}
     return _describe(node)
 
 
@@ -152,6 +155,11 @@ def _suggestion(key: str, above: tuple[str, ...], keys: list[str]) -> str | None
     return by_name[far[0]] if far else None
 
 
+def _number(value: float) -> str:
+    """A whole number with all its digits."""
+    return f"{value:.0f}" if value == int(value) else f"{value:g}"
+
+
 def _describe(node: Mapping[str, Any]) -> str:
     if "anyOf" in node:
         return " or ".join(_describe(option) for option in node["anyOf"])
@@ -166,6 +174,6 @@ def _describe(node: Mapping[str, Any]) -> str:
         return f"a list of {count}values, each {_describe(node['items'])}"
     names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node]
+    limits = [f"{sign} {_number(node[key])}" for key, sign in signs.items() if key in node]
     name = names.get(str(kind), str(kind))
     return f"{name} {' and '.join(limits)}" if limits else name

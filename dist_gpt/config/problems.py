@@ -10,7 +10,7 @@ import re
 from operator import attrgetter
 from typing import Any
 
-from dist_gpt.config.deepspeed import REFUSED, deepspeed_problems
+from dist_gpt.config.deepspeed import deepspeed_problems
 from dist_gpt.config.launch_problems import launch_problems
 from dist_gpt.config.schema import Config
 
@@ -30,12 +30,10 @@ def problems(config: Config) -> list[str]:
     """Every reason why `config`, a resolved one, cannot run. Empty: it can."""
     checks = (
         _not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _precision, _shards, _profile,
-        deepspeed_problems, launch_problems,
+        launch_problems,
     )  # fmt: skip
     found = [message for check in checks for message in check(config)]
-    if config.optim.engine != "deepspeed":
-        return found
-    return [message for message in found if not message.startswith(REFUSED) or "optim.engine deepspeed" in message]
+    return deepspeed_problems(config, found) if config.optim.engine == "deepspeed" else found
 
 
 def near_multiples(value: int, of: int) -> str:
@@ -44,12 +42,12 @@ def near_multiples(value: int, of: int) -> str:
     return f"{below} or {below + of}" if below else f"{of}"
 
 
-def near_divisors(value: int, of: int) -> str:
-    """The divisors of `of` nearest to `value`, in words. Looks at most 100,000 numbers far."""
-    start = min(value, of)
+def near_divisors(value: int, of: int, each: int = 1) -> str:
+    """The divisors of `of` nearest to `value`, `each` times, in words. Looks at most 100,000 numbers far."""
+    start = max(1, min(value, of))
     below = next((d for d in range(start, max(0, start - 100_000), -1) if of % d == 0), 1)
-    above = next((d for d in range(value + 1, min(of, value + 100_000) + 1) if of % d == 0), None)
-    return f"{below} or {above}" if above else f"{below}"
+    above = next((d for d in range(start + 1, min(of, start + 100_000) + 1) if of % d == 0), None)
+    return f"{below * each} or {above * each}" if above else f"{below * each}"
 
 
 def _yaml_word(value: object) -> str:
@@ -110,9 +108,11 @@ def _tensor_parallel(config: Config) -> list[str]:
     vocab = _filled(m.vocab_size, "model.vocab_size")
     found = []
     if m.num_heads % p.tp:
+        per_rank = near_divisors(m.num_heads // p.tp, m.hidden_size // p.tp, each=p.tp)  # heads divide hidden_size too
         found.append(
             f"model.num_heads {m.num_heads} is not divisible by parallel.tp {p.tp}, and heads are not split; "
-            f"change tp to {near_divisors(p.tp, m.num_heads)}, or num_heads to {near_multiples(m.num_heads, p.tp)}"
+            f"change tp to {near_divisors(p.tp, m.num_heads)}"
+            + (f", or num_heads to {per_rank}" if m.hidden_size % p.tp == 0 else "")
         )
     if kv % p.tp and kv != m.num_heads:
         why = "is smaller than" if kv < p.tp else "is not divisible by"
@@ -241,7 +241,7 @@ def _precision(config: Config) -> list[str]:
     """Dtypes that do not go together."""
     o, dtype = config.optim, config.train.dtype
     found = []
-    if o.grad_dtype == "bf16" and dtype != "bf16":
+    if o.grad_dtype == "bf16" and dtype not in ("bf16", "fp64"):
         found.append(
             f"optim.grad_dtype bf16 with train.dtype {dtype}: gradients are kept in bf16 only where activations are; "
             "leave grad_dtype out, or set train.dtype: bf16"
@@ -250,7 +250,7 @@ def _precision(config: Config) -> list[str]:
         for key in ("grad_dtype", "reduce_dtype", "state_dtype"):
             if getattr(o, key) is not None:
                 found.append(f"optim.{key} {getattr(o, key)} with train.dtype fp64, where everything is fp64; "
-                             f"leave {key} out, or set train.dtype: fp32")  # fmt: skip
+                             f"leave {key} out, or set train.dtype: bf16")  # fmt: skip
     if dtype == "fp16" and o.reduce_dtype == "bf16":
         found.append("optim.reduce_dtype bf16 with train.dtype fp16 would round gradients twice; leave it out")
     if o.state_dtype is not None and o.name != "adamw":
@@ -276,7 +276,12 @@ def _shards(config: Config) -> list[str]:
     per_node, data = config.world_size // nodes, _filled(p.dp, "parallel.dp") * p.cp
     members, stage = per_node // p.tp, data * p.tp
     whole = members >= data and per_node % stage == 0  # every data group is inside one node
-    if per_node % p.tp or not (whole or (0 < members < data and data % members == 0)):
+    if members == 1 < data and per_node % p.tp == 0:
+        found.append(
+            f"optim.shard_group node with launch.nodes {nodes} shards nothing: the {per_node} ranks of a node are one "
+            f"group of parallel.tp {p.tp}, so it holds one data rank of {data}; set shard_group: data"
+        )
+    elif per_node % p.tp or not (whole or (0 < members < data and data % members == 0)):
         found.append(
             f"optim.shard_group node with launch.nodes {nodes}: a node's {per_node} ranks are neither whole stages "
             f"(parallel.dp x parallel.tp = {stage} ranks each) nor equal parts of one, so data ranks that share state "

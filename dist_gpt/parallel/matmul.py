@@ -58,7 +58,8 @@ def affine(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """out (m, n) = or += a (m, k) @ b (k, n); `out` may be of a wider dtype than the factors."""
-    if in_float(a):
+    on_cpu = a.device.type == "cpu" and a.dtype in LOW
+    if in_float(a) or (on_cpu and out.dtype != a.dtype):  # a CPU's own units would round what is to be added up
         a, b = a.float(), b.float()
     if out.dtype == a.dtype and not asks_onednn(a, b):
         if first:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_gpt.config.schema import Config
+from dist_gpt.config.schema import Config, TrainConfig
 from dist_gpt.events import Counts
 from dist_gpt.layout import BASE_AXES
 from dist_gpt.plan.buffers import needs_room
@@ -78,19 +78,21 @@ def _notes(config: Config) -> list[str]:
         notes.append(
             f"activations: a CPU without units for {t.dtype} computes attention in float32, and keeps more of it"
         )
-    if plan.stage and plan.layout.data == 1:
+    if o.sharding in ("zero2", "zero3") and plan.layout.data == 1:  # zero1 is the default
         notes.append(f"optim.sharding {o.sharding} with one data rank: there is nobody to share state with")
+    if t.dtype != "fp16" and t.loss_scale != TrainConfig.model_fields["loss_scale"].default:
+        notes.append(f"train.loss_scale {t.loss_scale:g} with train.dtype {t.dtype}: only fp16 scales its loss")
     if o.shard_group == "node" and config.launch.nodes == 1:
         notes.append("optim.shard_group node on one node: all its data ranks, as with shard_group data")
     if o.offload and config.launch.backend != "nccl":
-        notes.append("host: on a CPU it is the same memory; offload saves none there")
+        notes.append("host: on a CPU it is the same memory, and comes on top of the peak: offload saves none there")
     if config.launch.backend == "auto" and plan.stage and needs_room(plan):
         notes.append("buffers: counted for gloo; with --set launch.backend=nccl reductions need none")
     return notes
 
 
 def _layout_document(config: Config) -> dict[str, Any]:
-    p, t = config.parallel, config.train
+    p, o, t = config.parallel, config.optim, config.train
     return {
         "world": config.world_size,
         "pp": p.pp,
@@ -100,8 +102,16 @@ def _layout_document(config: Config) -> dict[str, Any]:
         "sequence_parallel": p.sequence_parallel,
         "virtual_stages": p.virtual_stages,
         "schedule": p.schedule,
-        "sharding": config.optim.sharding,
+        "sharding": o.sharding,
+        "engine": o.engine,
+        "shard_group": o.shard_group,
+        "reshard": o.reshard,
+        "offload": o.offload,
         "dtype": t.dtype,
+        "grad_dtype": o.grad_dtype,
+        "reduce_dtype": o.reduce_dtype,
+        "state_dtype": o.state_dtype,
+        "loss_scale": t.loss_scale if t.dtype == "fp16" else None,
         "recompute": t.recompute,
         "global_batch": t.global_batch,
         "micro_batch": t.micro_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import Any
 
 from dist_gpt.config.schema import Config
@@ -116,7 +117,7 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
     return _table(
         [
             ("layout", f"  {mesh}, {split}"),
-            ("memory", f"  sharding {at['sharding']}, {at['dtype']}, recompute {at['recompute']}"),
+            *_memory_settings(at),
             ("batch", f"  {at['global_batch']:,} sequences of {at['seq_len']:,} tokens = {tokens:,} tokens a step"),
             ("micro-batches", f"  {at['micro_batches']:,} of {_many(at['micro_batch'], 'sequence')} per data rank"),
             ("parameters", f"  {total['parameters']:,} in the model; rank {rank} stores {doc['parameters']:,}"),
@@ -128,6 +129,21 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
         ],
         right=(),
     )
+
+
+def _memory_settings(at: dict[str, Any]) -> list[tuple[str, str]]:
+    """What decides the memory; of the rarer settings those that are set, in rows of their own."""
+    rarer = [
+        "by DeepSpeed" if at["engine"] == "deepspeed" else "",
+        "inside nodes" if at["shard_group"] == "node" else "",
+        "gathered for the step" if at["reshard"] == "step" else "",
+        "state in host memory" if at["offload"] else "",
+        f"loss scale {at['loss_scale']:.0f}" if at["loss_scale"] else "",
+        *(f"{key.replace('_', ' ')} {at[key]}" for key in ("grad_dtype", "reduce_dtype", "state_dtype") if at[key]),
+    ]
+    common = f"sharding {at['sharding']}, {at['dtype']}, recompute {at['recompute']}"
+    lines = [common, *wrap(", ".join(filter(None, rarer)), _GRID_WIDTH)]
+    return [("" if i else "memory", f"  {line}") for i, line in enumerate(lines)]
 
 
 def _traffic(comm: dict[str, dict[str, dict[str, int]]]) -> list[str]:

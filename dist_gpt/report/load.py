@@ -27,6 +27,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.events import moved_by_engine
 from dist_gpt.layout import AXES, BASE_AXES, Layout
 from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.plan.text import size
 from dist_gpt.report.facts import fits
 from dist_gpt.report.lines import Attempt, SchemaError, parse, read_attempt
 
@@ -118,7 +119,7 @@ def engine_sentences(run: Run) -> list[str]:
     if log is None or log.engine is None:
         return []
     moved = [
-        f"{axis} {op} {calls:.3g} calls, {payload / 1e6:.3g} MB of payload"
+        f"{axis} {op} {calls:.3g} calls, {size(payload)} of payload"
         for axis, op, calls, payload, _ in moved_by_engine(log.engine)
     ]
     return [

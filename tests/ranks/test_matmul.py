@@ -102,6 +102,17 @@ class TestOneDNN:
         matmul.accumulate(out, a, b, first=False)
         assert near(out, a.double() @ b.double() + 1)
 
+    @pytest.mark.parametrize("dtype", matmul.LOW)
+    @pytest.mark.parametrize("native", [False, True])
+    def test_what_is_added_up_in_float32_is_not_rounded_before(
+        self, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(matmul, "_native", lambda dtype: native)
+        a, b, out = random(M, K, dtype=dtype), random(K, N, dtype=dtype), torch.empty(M, N)
+        matmul.accumulate(out, a, b, first=True)
+        matmul.accumulate(out, a, b, first=False)
+        assert near(out, 2 * (a.double() @ b.double()))
+
     def test_two_bytes_are_multiplied_in_float32_and_rounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(matmul, "_native", lambda dtype: False)
         a, b = random(M, K, dtype=torch.bfloat16), random(K, N, dtype=torch.bfloat16)

@@ -7,14 +7,17 @@ import math
 import re
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dist_gpt.comm.mesh import FakeBackends
+from dist_gpt.comm.mesh import FakeBackends, Mesh
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError
+from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.data.loader import Batches
 from dist_gpt.data.tokens import prepare
@@ -268,12 +271,20 @@ class TestTrainer:
         metrics = rows(tmp_path / "metrics.jsonl")
         assert len(metrics) == MAX_SKIPPED and all(row["grad_norm"] is None and row["skipped"] for row in metrics)
 
+    def test_gives_up_at_once_where_as_many_were_skipped_before(self, place: Place) -> None:
+        """A resumed run may allow less than the one that saved."""
+        rank = SimpleNamespace(optimizer=SimpleNamespace(scale=None))
+        trainer = Trainer(load(str(place.config), ["train.max_skipped=3"]), rank, None, Mock(), Mock())  # type: ignore[arg-type]
+        trainer.skipped = 5
+        with pytest.raises(RuntimeError, match="6 steps in a row, up to step 8"):
+            trainer.record(8, math.nan, 1.0, 0.1)
+
     def test_overflow_at_every_step_names_the_scale(self, place: Place, tmp_path: Path) -> None:
         def always(rank: Rank) -> None:
             rank.buffers.buckets[0].gradient_shard[0] = math.inf
 
         sets = {"train.dtype": "fp16", "train.loss_scale": 64.0, "train.max_skipped": 3, "train.steps": 50}
-        said = r"3 steps in a row.*came down to 8 from train.loss_scale 64, and may have to come down further"
+        said = r"3 steps in a row.*came down to 8, and may have to come down further"
         with pytest.raises(RuntimeError, match=said):
             self.train(place, tmp_path, always, **sets)
         assert [row["loss_scale"] for row in rows(tmp_path / "metrics.jsonl")] == [32, 16, 8]
@@ -298,7 +309,7 @@ class TestTrainer:
             rank.buffers.buckets[0].gradient_shard[0] = math.inf
 
         sets = {"train.dtype": "fp16", "train.loss_scale": 2.0, "train.max_skipped": 3, "train.steps": 50}
-        with pytest.raises(RuntimeError, match=r"came down to 1 .*themselves overflow.*train in bf16"):
+        with pytest.raises(RuntimeError, match=r"came down to 1: .*themselves overflow.*train in bf16"):
             self.train(place, tmp_path, always, **sets)
 
     def test_goes_on_when_some_steps_are_not_finite(self, place: Place, tmp_path: Path) -> None:
@@ -327,6 +338,27 @@ class TestTrainer:
             monkeypatch.setenv(name, value)
         with pytest.raises(RendezvousError, match=r"3 ranks were started, but the layout pp 1 x dp 1 x cp 1 x tp 2"):
             main(load(str(place.config), ["parallel.tp=2"]))
+
+    def test_nodes_that_share_state_must_be_those_that_were_started(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """torchrun alone knows how many there are."""
+        place_of_rank = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in {**place_of_rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        sets = ["parallel.dp=4", "optim.sharding=zero2", "optim.shard_group=node"]
+        with pytest.raises(ConfigError, match=r"launch.nodes 1 .*but 2 of the 4 ranks .*; set launch.nodes: 2"):
+            main(load(str(place.config), sets))
+
+    def test_a_rank_that_cannot_be_built_gives_its_groups_back(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        close = Mock()
+        monkeypatch.setattr(Mesh, "close", close)
+        monkeypatch.setattr("dist_gpt.rank.Optimizer", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            Rank(load(str(place.config)), 0, FakeBackends(), torch.device("cpu"))
+        close.assert_called_once_with()
 
     @pytest.mark.parametrize(("found", "code"), [([], 0), (["train: tp all_reduce: issued 3 calls"], 1)])
     def test_accounting_of_all_ranks(

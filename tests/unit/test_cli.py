@@ -264,6 +264,13 @@ class TestLaunch:
         assert words in shown.err and shown.out == ""
         assert "spec" not in ranks and not (tmp_path / "r").exists()
 
+    def test_bad_input_is_a_document_too(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("plan", "demo", "--json", "--set", "optim.lr=0", "--set", "train.dtype=fp8") == 2
+        shown = capsys.readouterr()
+        problems = json.loads(shown.out)["problems"]
+        assert [line.split(":")[0] for line in problems] == ["optim.lr", "train.dtype"]
+        assert all(line in shown.err for line in problems)
+
     def test_existing_run_directory(
         self, ranks: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

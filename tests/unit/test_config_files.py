@@ -51,6 +51,8 @@ def refused(path: str, overrides: list[str] | None = None, world: int | None = N
         ("model.num_kv_heads='4'", "model.num_kv_heads: got '4' (str), expected an integer >= 1 or null"),
         ("model.bias=yes", "model.bias: got 'yes' (str), expected true or false"),
         ("model.dropout=1", "model.dropout: got 1 (int), expected a number >= 0 and < 1"),
+        ("parallel.schedule=zb", "parallel.schedule: got 'zb' (str), expected one of gpipe, 1f1b, interleaved"),
+        ("train.loss_scale=0.5", "train.loss_scale: got 0.5 (float), expected a number >= 1 and <= 4294967296"),
         ("optim.lr=1e999", "optim.lr: got '1e999' (str), expected a number > 0"),
         ("optim.lr=.inf", "optim.lr: got '.inf' (str), expected a number > 0"),
         ("optim.lr=.nan", "optim.lr: got '.nan' (str), expected a number > 0"),

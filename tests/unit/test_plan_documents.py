@@ -150,6 +150,50 @@ def _section(text: str, title: str) -> list[str]:
     return section.splitlines()[2:]
 
 
+RARER = {
+    "optim.shard_group=node": "inside nodes",
+    "optim.reshard=step": "gathered for the step",
+    "optim.offload=true": "state in host memory",
+    "optim.grad_dtype=bf16": "grad dtype bf16",
+    "optim.reduce_dtype=fp32": "reduce dtype fp32",
+    "optim.state_dtype=bf16": "state dtype bf16",
+}
+
+
+def test_what_was_set_is_told_and_nothing_else() -> None:
+    base = ["train.dtype=bf16", "optim.sharding=zero3"]
+    plain, told = _memory_lines(*base), _memory_lines(*base, *RARER)
+    assert plain == "sharding zero3, bf16, recompute none"
+    assert told == plain + " " + ", ".join(RARER.values())
+    for key in RARER:
+        assert _memory_lines(*base, key) == f"{plain} {RARER[key]}"
+    assert max(map(len, _text("demo", *base, *RARER).split("\n\n")[1].splitlines())) <= 110
+    assert _memory_lines("train.dtype=fp16", "train.loss_scale=1024").endswith("recompute none loss scale 1024")
+    engine = ["optim.engine=deepspeed", "parallel.pp=1", "parallel.sequence_parallel=false"]
+    assert _memory_lines(*engine).endswith("by DeepSpeed")
+
+
+def _memory_lines(*sets: str) -> str:
+    rows = [line.strip() for line in _text("demo", *sets).split("\n\n")[1].splitlines()]
+    first = next(i for i, row in enumerate(rows) if row.startswith("memory"))
+    last = next(i for i, row in enumerate(rows) if row.startswith("batch"))
+    return " ".join(rows[first:last]).removeprefix("memory").strip()
+
+
+@pytest.mark.parametrize(
+    ("sets", "note"),
+    [
+        (["optim.sharding=zero3", "parallel.dp=1"], "optim.sharding zero3 with one data rank: there is nobody"),
+        (["train.loss_scale=1024"], "train.loss_scale 1024 with train.dtype fp32: only fp16 scales its loss"),
+        (["optim.offload=true"], "comes on top of the peak: offload saves none there"),
+        (["optim.shard_group=node"], "optim.shard_group node on one node"),
+    ],
+)
+def test_what_a_setting_does_not_do_is_noted(sets: list[str], note: str) -> None:
+    assert note in _text("demo", *sets)
+    assert note not in _text("demo")
+
+
 def test_small_schedules_are_drawn_and_large_ones_are_not() -> None:
     for sets, drawn in (([], True), (["train.global_batch=64"], True), (["train.global_batch=128"], False)):
         config = load("demo", sets)

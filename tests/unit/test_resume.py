@@ -93,6 +93,24 @@ def test_back_to_an_older_one_of_its_own(config: Config, run: Path) -> None:
     assert auto(run)[0] == again
 
 
+def test_other_nodes_are_another_sharding_where_a_node_shares_state(config: Config, run: Path) -> None:
+    def on(nodes: int, *sets: str) -> Config:
+        base = ["parallel.dp=4", "parallel.tp=1", "optim.shard_group=node", f"launch.nodes={nodes}", f"run_dir={run}"]
+        return load("demo", [*base, *sets])
+
+    folder = checkpoint(on(1), run, 10)
+    assert resolve("auto", run, on(1)) == Resume(True)
+    told = r"optim\.shard_ranks: the checkpoint .* has 4, this run has 2; resume with the same launch\.nodes"
+    with pytest.raises(ConfigError, match=told) as caught:
+        resolve("auto", run, on(4))
+    assert len(caught.value.problems) == 1
+    assert resolve("auto", run, on(2)) == Resume(True), "two nodes of one stage each: a stage's data ranks are together"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["config"]["optim"]["shard_ranks"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert resolve("auto", run, on(4)) == Resume(True), "written before it was noted: the tensors decide"
+
+
 def test_torchruns_restart_before_the_first_start_did_anything(config: Config, run: Path) -> None:
     old, new = (checkpoint(config, run, step) for step in (10, 20))
     assert begin(config, old, again=True).newer == (new,)
