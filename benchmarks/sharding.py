@@ -1,11 +1,11 @@
 """`sharding`: ours against DeepSpeed at the same ZeRO stage and against PyTorch's fully_shard, all on one machine.
 
 Every contender trains the same GPT from the same weights on the same micro-batches, with fused AdamW and clipping, on
-gloo in float32, one thread a rank, with the C heap and the products that ours has. Each is its own set of processes
-that stay alive and take turns, a step of one, a step of the next; who waits is blocked in a read. The peers come twice:
-as they are, and with a true reduce-scatter (`+ rs`), for gloo's own is an all-reduce inside. Ours reads other ranks'
-memory, as it does for everybody; with `--set launch.single_copy=off` it is on gloo as the peers are. The ideal is one
-rank's share of the work by the plain GPT, in as many processes at once, without communication.
+gloo in float32, one thread a rank, with the C heap, the products and the processors that ours has. Each is its own set
+of processes that stay alive and take turns, a step of one, a step of the next; who waits is blocked in a read. The
+peers come twice: as they are, and with a true reduce-scatter (`+ rs`), for gloo's own is an all-reduce inside. Ours
+reads other ranks' memory, as it does for everybody; with `--set launch.single_copy=off` it is on gloo as the peers are.
+The ideal is one rank's share of the work by the plain GPT, in as many processes at once, without communication.
 
 Memory is the resident size's peak during two steps (VmHWM, reset before) less what it was after the imports, of the
 rank that has most. What is sent is counted by the ledger for ours and at torch's dispatcher for the peers, with gloo's

@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_gpt.processors import kept
+
 TIMEOUT_S = 600.0
 Step = Callable[[int, np.ndarray, str], float]
 """(step, token ids (global_batch, seq_len + 1), what is recorded) -> loss, a number on the host."""
@@ -287,18 +289,20 @@ def main() -> None:
     if order is None:
         return
     torch.set_num_threads(order["threads"])
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     imports, maker = SIDES[order["side"]]
     module, _, name = maker.partition(":")
     try:
         importlib.import_module(imports)
-        build, leave = getattr(importlib.import_module(module), name)()
-        imported = resident_bytes()
-        session = Session(build, Order(order["config"], order["same_weights"], order.get("options", {})))
-        print(json.dumps({"rss_bytes": at_start, "imported_bytes": imported}), file=answers, flush=True)
-        for line in sys.stdin:
-            print(json.dumps(session.answer(json.loads(line))), file=answers, flush=True)
-        session.side.close()
-        leave()
+        with kept(rank, ranks, order["threads"]):  # as ours when it is started by the launcher
+            build, leave = getattr(importlib.import_module(module), name)()
+            imported = resident_bytes()
+            session = Session(build, Order(order["config"], order["same_weights"], order.get("options", {})))
+            print(json.dumps({"rss_bytes": at_start, "imported_bytes": imported}), file=answers, flush=True)
+            for line in sys.stdin:
+                print(json.dumps(session.answer(json.loads(line))), file=answers, flush=True)
+            session.side.close()
+            leave()
     except Exception:
         print(json.dumps({"error": traceback.format_exc()}), file=answers, flush=True)
         raise SystemExit(1) from None

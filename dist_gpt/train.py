@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dist_gpt import oom
+from dist_gpt import oom, processors
 from dist_gpt.checkpoint.resume import AUTO
 from dist_gpt.checkpoint.state import restore, tensors_of
 from dist_gpt.checkpoint.store import Checkpoints
@@ -278,7 +279,10 @@ def main(config: Config, resume: str | None = None) -> int:
 def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, parts: ExitStack) -> int:
     """From the first meeting of the ranks to the last; what is to be closed goes to `parts`."""
     run_dir, device = Path(str(config.run_dir)), choose_device(env, config.launch.backend)
+    bound: list[int] = []
     if device.type == "cpu":
+        if config.launch.bind == "auto":
+            bound = parts.enter_context(processors.kept(env.local_rank, env.local_world, torch.get_num_threads()))
         prepare_heap()
     data, env = meet(config, store, env)
     parts.enter_context(attempt.stop.listen())  # before, there is nothing to save: signals end the process
@@ -291,7 +295,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     start = begin(rank, checkpoints, resume)
     tracker = Tracker(config, run_dir, env.rank, start.after)
     parts.callback(tracker.close)
-    tracker.message(greeting(env, rank))
+    tracker.message(greeting(env, rank, bound))
     for line in start.lines if env.rank == 0 else ():
         tracker.message(line)
     number = agree_on_attempt(store, env, attempts_in(run_dir, env.rank))
@@ -336,10 +340,12 @@ def engine_lines(rank: Rank) -> list[str]:
     return rows
 
 
-def greeting(env: RankEnv, rank: Rank) -> str:
+def greeting(env: RankEnv, rank: Rank, bound: Sequence[int] = ()) -> str:
     """Which rank this is and where it computes."""
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
+    if bound:
+        where += f"; kept to processors {bound[0]} to {bound[-1]} (launch.bind)"
     if rank.mesh.reads_memory:
         where += "; ranks of a node read each other's memory (launch.single_copy)"
         where += "" if rank.config.optim.engine == "native" else ", but for what DeepSpeed sends by itself"

@@ -262,6 +262,8 @@ class LaunchConfig(Section):
     single_copy: Literal["auto", "off"] = "auto"
     """On gloo, members of a group on one node read each other's memory where the system lets them; off: gloo carries
     everything."""
+    bind: Literal["auto", "off"] = "auto"
+    """On CPUs, each rank keeps to processors of its own where there are enough and nobody has bound it; off: never."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """One deadline for a collective, and for the whole initialisation."""
     silence_s: Annotated[float, Field(ge=1)] = 30.0

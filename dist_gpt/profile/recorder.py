@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch.profiler import record_function
 
-from dist_gpt import __version__
+from dist_gpt import __version__, processors
 from dist_gpt.comm.clock import ClockReading
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
@@ -253,7 +253,7 @@ def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(rank.device) if cuda else "cpu",
         "backend": "nccl" if cuda else "gloo",
         "single_copy": rank.mesh.reads_memory,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": processors.shared(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "dist_gpt": __version__},
         "environment": told(os.environ),

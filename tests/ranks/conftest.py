@@ -27,8 +27,8 @@ def alone(place: Place) -> Run:
 
 @pytest.fixture(scope="session")
 def by_torchrun(place: Place) -> Run:
-    """`torchrun --nproc-per-node 2 -m dist_gpt train` on dp 2 without sharding."""
-    sets = {"parallel.dp": "auto", "optim.sharding": "none"}
+    """`torchrun --nproc-per-node 2 -m dist_gpt train` on dp 2 without sharding, kept to no processors."""
+    sets = {"parallel.dp": "auto", "optim.sharding": "none", "launch.bind": "off"}
     return place.torchrun(place.argv("train", "by_torchrun", sets=sets), "by_torchrun", ranks=2)
 
 

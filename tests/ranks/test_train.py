@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +23,7 @@ from dist_gpt.config.load import load
 from dist_gpt.data.loader import Batches
 from dist_gpt.data.tokens import prepare
 from dist_gpt.plan.api import plan_document
+from dist_gpt.processors import allowed, share
 from dist_gpt.profile.recorder import Recorder
 from dist_gpt.rank import Rank
 from dist_gpt.track import Tracker
@@ -34,6 +36,13 @@ Comm = dict[str, dict[str, dict[str, int]]]
 
 MAX_SKIPPED = 4
 READS = "ranks of a node read each other's memory (launch.single_copy)"
+
+
+def where(rank: int, ranks: int) -> str:
+    """What `rank` of as many on this machine says of its device."""
+    free = len(allowed()) == os.cpu_count()
+    own = share(allowed(), rank, ranks, 1) if free else []
+    return f"CPU, gloo{f'; kept to processors {own[0]} to {own[-1]} (launch.bind)' if own else ''}; {READS}"
 
 
 def add_up(parts: list[Comm], times: int = 1) -> Comm:
@@ -139,9 +148,9 @@ class TestEightRanks:
 
     def test_logs(self, eight: Run) -> None:
         for rank in range(8):
-            where = f"(pp {rank // 4}, dp {rank // 2 % 2}, cp 0, tp {rank % 2}) on CPU, gloo; {READS}"
+            place = f"(pp {rank // 4}, dp {rank // 2 % 2}, cp 0, tp {rank % 2}) on {where(rank, 8)}"
             log = (eight.run_dir / "logs" / f"rank{rank}.log").read_text()
-            assert f"rank {rank}/8 local {rank}/8 {where}\n" in log
+            assert f"rank {rank}/8 local {rank}/8 {place}\n" in log
             assert "Traceback" not in log and "Error" not in log
 
 
@@ -174,6 +183,7 @@ class TestOtherLayouts:
         """No launcher of ours: rank 0 makes the run directory."""
         assert by_torchrun.code == 0, by_torchrun.err
         assert "accounting: exact" in by_torchrun.lines
+        assert f"(pp 0, dp 0, cp 0, tp 0) on CPU, gloo; {READS}" in by_torchrun.out + by_torchrun.err
         found = set(tree(by_torchrun.run_dir))
         assert found == {
             "config.yaml", "plan.json", "metrics.jsonl", "exit.json", "logs", "events.rank0.jsonl", "events.rank1.jsonl"
@@ -216,7 +226,7 @@ class TestKilledRank:
         assert [f"  | {line}" for line in log.read_text().splitlines()][-20:] == [
             line for line in lines if line.startswith("  | ")
         ]
-        assert f"  | rank 1/2 local 1/2 (pp 1, dp 0, cp 0, tp 0) on CPU, gloo; {READS}" in lines
+        assert f"  | rank 1/2 local 1/2 (pp 1, dp 0, cp 0, tp 0) on {where(1, 2)}" in lines
 
     def test_leaves_no_process(self, killed: Killed) -> None:
         assert killed.left == []

@@ -22,7 +22,7 @@ LAYERS = (
     ("parallel",),
     ("model",),
     ("optim", "data", "checkpoint", "track", "stop"),
-    ("rank", "heap", "oom"),  # one rank's parts put together: what train, verify and dryrun stand on
+    ("rank", "heap", "oom", "processors"),  # one rank's parts put together: what train, verify and dryrun stand on
     ("profile",),
     ("train", "meeting", "pulse"),
     ("verify", "dryrun", "sample"),
