@@ -1,9 +1,9 @@
 """Ranks of a node that compute on CPUs keep to processors of their own.
 
 Otherwise the threads of two ranks change places, and a rank whose processor is taken by another one's waiter comes late
-to the next collective, where all wait for it: 2 ranks on 2 processors trained 3 to 7 % faster when each kept to one. With
-more ranks than processors the system spreads them better than a fixed place would: stages of a pipeline are not busy at
-the same time.
+to the next collective, where all wait for it: 2 ranks on 2 processors trained 3 to 7 % faster when each kept to one.
+With more ranks than processors the system spreads them better than a fixed place would: stages of a pipeline are not
+busy at the same time.
 """
 
 from __future__ import annotations
