@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.events import scatter_room
 from dist_gpt.layout import Layout
@@ -173,11 +174,10 @@ class TestInsideANode:
             node = {other // 4 for other in layout.group("shard", rank)}
             assert node == {rank // 4}, "shards leave the node"
 
-    def test_alone_in_a_node_nothing_is_shared(self) -> None:
-        config = of(*axes(dp=2, tp=2), "launch.nodes=2", "optim.sharding=zero2", "optim.shard_group=node")
-        plan = RankPlan(config, 0)
-        assert (plan.stage, plan.shards, plan.layout.shard) == (0, 1, 0)
-        assert set(count_comm(plan, plan.steps).as_dict()["data"]) == {"all_reduce"}
+    @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+    def test_alone_in_a_node_there_is_nothing_to_share(self, stage: str) -> None:
+        with pytest.raises(ConfigError, match="shards nothing.*one data rank of 2"):
+            of(*axes(dp=2, tp=2), "launch.nodes=2", f"optim.sharding={stage}", "optim.shard_group=node")
 
     @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
     def test_across_nodes_only_shards_go_and_once(self, stage: str) -> None:
