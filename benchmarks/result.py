@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dist_gpt.processors import allowed
+
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -102,7 +104,7 @@ def _grid(cells: Sequence[tuple[str, ...]]) -> list[str]:
 def machine() -> dict[str, Any]:
     """Where this was measured."""
     return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(allowed()),
         "cpu": _cpu(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

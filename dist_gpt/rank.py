@@ -47,7 +47,7 @@ class Rank:
             self.stage = Stage(config, blocks, self.mesh.tp, self.sink, self.buffers.new)
             self.executor = Executor(self.plan, self.stage, self.buffers, self.mesh, self.sink, device)
             self.optimizer = Optimizer(config, self.buffers, self.mesh)
-            undo.pop_all()
+            self._closing = undo.pop_all()
         if self.optimizer.scale is not None:
             self.executor.loss_scale = self.optimizer.scale.applied
 
@@ -142,8 +142,8 @@ class Rank:
         return None
 
     def close(self) -> None:
-        """Give the groups back."""
-        self.mesh.close()
+        """Give back what was opened, each also when another fails to go."""
+        self._closing.close()
 
 
 class DeepSpeedRank(Rank):
@@ -181,10 +181,6 @@ class DeepSpeedRank(Rank):
     def engine_facts(self) -> dict[str, Any] | None:
         """{name, version, steps, traffic: {phase: {axis: {op: {calls, payload_bytes, wire_bytes}}}}}."""
         return self.engine.facts()
-
-    def close(self) -> None:
-        """Give engine and groups back, each also when another fails to go."""
-        self._closing.close()
 
 
 def make_rank(config: Config, env: RankEnv, store: Store, device: torch.device) -> Rank:

@@ -134,8 +134,10 @@ class Trainer:
                 now = scale.value.item()
                 fp16 = f"The loss's scale in fp16 came down to {now:.0f}"
                 if now > 1:
-                    remedy = f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
-                    remedy += "train.loss_scale (a resumed run goes on with its checkpoint's)"
+                    remedy = (
+                        f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
+                        "train.loss_scale (a resumed run goes on with its checkpoint's)"
+                    )
                 else:
                     remedy = f"{fp16}: the gradients themselves overflow. {remedy}, or train in bf16"
             raise RuntimeError(
@@ -340,7 +342,7 @@ def engine_lines(rank: Rank) -> list[str]:
     return rows
 
 
-def greeting(env: RankEnv, rank: Rank, bound: Sequence[int] = ()) -> str:
+def greeting(env: RankEnv, rank: Rank, bound: Sequence[int]) -> str:
     """Which rank this is and where it computes."""
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"

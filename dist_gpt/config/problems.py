@@ -108,11 +108,12 @@ def _tensor_parallel(config: Config) -> list[str]:
     vocab = _filled(m.vocab_size, "model.vocab_size")
     found = []
     if m.num_heads % p.tp:
-        per_rank = near_divisors(m.num_heads // p.tp, m.hidden_size // p.tp, each=p.tp)  # heads divide hidden_size too
+        heads = ""
+        if m.hidden_size % p.tp == 0:  # else no number of heads divides both ways
+            heads = f", or num_heads to {near_divisors(m.num_heads // p.tp, m.hidden_size // p.tp, each=p.tp)}"
         found.append(
             f"model.num_heads {m.num_heads} is not divisible by parallel.tp {p.tp}, and heads are not split; "
-            f"change tp to {near_divisors(p.tp, m.num_heads)}"
-            + (f", or num_heads to {per_rank}" if m.hidden_size % p.tp == 0 else "")
+            f"change tp to {near_divisors(p.tp, m.num_heads)}{heads}"
         )
     if kv % p.tp and kv != m.num_heads:
         why = "is smaller than" if kv < p.tp else "is not divisible by"

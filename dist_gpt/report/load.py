@@ -27,9 +27,9 @@ from dist_gpt.config.schema import Config
 from dist_gpt.events import moved_by_engine
 from dist_gpt.layout import AXES, BASE_AXES, Layout
 from dist_gpt.plan.steps import RankPlan, layout_of
-from dist_gpt.plan.text import size
 from dist_gpt.report.facts import fits
 from dist_gpt.report.lines import Attempt, SchemaError, parse, read_attempt
+from dist_gpt.report.units import size
 
 _NAME = re.compile(r"events\.rank(0|[1-9][0-9]{0,8})\.jsonl")
 MOST_RANKS = 1 << 17

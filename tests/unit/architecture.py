@@ -28,7 +28,7 @@ LAYERS = (
     ("verify", "dryrun", "sample"),
 )
 PURE = {"rundir", "config", "layout", "params", "schedule", "plan", "events"}
-TORCH_FREE = PURE | {"report", "stop", "pulse", "launch", "cli", "__main__", "dist_gpt"}
+TORCH_FREE = PURE | {"report", "stop", "pulse", "processors", "launch", "cli", "__main__", "dist_gpt"}
 DISTRIBUTED_ELSEWHERE = {"dist_gpt/optim/deepspeed.py"}  # DeepSpeed's engine communicates by itself
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 

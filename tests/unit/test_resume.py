@@ -94,9 +94,9 @@ def test_back_to_an_older_one_of_its_own(config: Config, run: Path) -> None:
 
 
 def test_other_nodes_are_another_sharding_where_a_node_shares_state(config: Config, run: Path) -> None:
-    def on(nodes: int, *sets: str) -> Config:
-        base = ["parallel.dp=4", "parallel.tp=1", "optim.shard_group=node", f"launch.nodes={nodes}", f"run_dir={run}"]
-        return load("demo", [*base, *sets])
+    def on(nodes: int) -> Config:
+        sets = ["parallel.dp=4", "parallel.tp=1", "optim.shard_group=node", f"launch.nodes={nodes}", f"run_dir={run}"]
+        return load("demo", sets)
 
     folder = checkpoint(on(1), run, 10)
     assert resolve("auto", run, on(1)) == Resume(True)
