@@ -6,13 +6,16 @@ a CPU give nothing better and are 12 to 26 times slower.
 
 In float32 on a CPU torch asks MKL, which leaves the wide units of processors that are not Intel's unused: oneDNN, which
 torch brings as well, was 2.2 times as fast on an AMD EPYC. Products that are large enough go there (`asks_onednn`).
+torch has no switch for just that. It asks oneDNN for float32 where that may round operands to 2 bytes, which oneDNN
+does on units for such tiles (AMX) alone: there, and where a product comes out rounded, it is left alone.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +23,10 @@ from torch import Tensor
 LOW = (torch.bfloat16, torch.float16)
 WORTH_ONEDNN = 1 << 21
 """Multiplications of a product below which oneDNN's call, 15 us, takes longer than it saves."""
-WIDE = 4
-"""How much larger the left operand may be than the right one before it is the other one that is copied, if that saves
-more than it costs to have the result transposed."""
+ROUNDED = 1e-3
+"""Error of a product of 128 x 128 numbers up to 1: in float32 below 0.0001, in TF32 0.01, in bf16 0.1."""
+_SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)
+"""Of torch 2.9 and later."""
 
 
 @lru_cache(maxsize=4)
@@ -39,21 +43,19 @@ def in_float(tensor: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) @ b (k, n); its rows need not lie one behind the other."""
+    """a (m, k) @ b (k, n)."""
     if in_float(a):
         return product(a.float(), b.float()).to(a.dtype)
-    if asks_onednn(a, b):
-        return _onednn(a, b)
-    return a @ b
+    with _chosen(a, b):
+        return a @ b
 
 
 def affine(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """bias (n,) + a (m, k) @ b (k, n)."""
     if in_float(a):
         return affine(bias.float(), a.float(), b.float()).to(a.dtype)
-    if asks_onednn(a, b):
-        return _onednn(a, b, bias)
-    return torch.addmm(bias, a, b)
+    with _chosen(a, b):
+        return torch.addmm(bias, a, b)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -61,11 +63,12 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     on_cpu = a.device.type == "cpu" and a.dtype in LOW
     if in_float(a) or (on_cpu and out.dtype != a.dtype):  # a CPU's own units would round what is to be added up
         a, b = a.float(), b.float()
-    if out.dtype == a.dtype and not asks_onednn(a, b):
-        if first:
-            torch.mm(a, b, out=out)
-        else:
-            out.addmm_(a, b)
+    if out.dtype == a.dtype:
+        with _chosen(a, b):
+            if first:
+                torch.mm(a, b, out=out)
+            else:
+                out.addmm_(a, b)
         return
     exact = a.is_cuda and a.dtype in LOW and out.dtype == torch.float32  # the unit's sum, not rounded again
     result = torch.mm(a, b, out_dtype=torch.float32) if exact else product(a, b)
@@ -76,44 +79,47 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def asks_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN makes the product a (m, k) @ b (k, n): not where autograd would have to know of it, nor where `b`
-    has gaps, for which it has slow kernels alone."""
+    """Whether oneDNN makes the product a (m, k) @ b (k, n)."""
     return (
         a.dtype == torch.float32
         and a.device.type == "cpu"
         and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH_ONEDNN
-        and (b.is_contiguous() or b.t().is_contiguous())
-        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
         and onednn_is_faster()
     )
 
 
 @lru_cache(maxsize=1)
 def onednn_is_faster() -> bool:
-    """Whether this is a processor for which MKL has no wide kernels, and torch has oneDNN's product. That is one of
-    torch's inner operations: it is tried once, and left alone where it is not what it was."""
+    """Whether this is a processor for which MKL has no wide kernels, and oneDNN's products are in float32."""
     cpus = ""
     with suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not ("AuthenticAMD" in cpus and wide and torch.backends.mkl.is_available()):
+    if "AuthenticAMD" not in cpus or "amx" in cpus or not wide or not torch.backends.mkl.is_available():
         return False
-    a, b, bias = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (12, 8, 2))
-    a, b = a.view(3, 4), b.view(4, 2)
+    a = torch.linspace(-1, 1, 128 * 128, dtype=torch.float32, device="cpu").view(128, 128)
     try:
-        return torch.allclose(_onednn(a, b, bias), torch.addmm(bias, a, b))
-    except (AttributeError, RuntimeError, TypeError):
+        with OneDNN():
+            found = torch.addmm(a, a, a) - a
+    except (AttributeError, RuntimeError):
         return False
+    return torch.allclose(found, a @ a, atol=ROUNDED)
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (m, k) @ b (k, n), plus bias (n,). It copies `a` where that is a view with other strides."""
-    (m, k), n = a.shape, b.shape[1]
-    if bias is None and a.t().is_contiguous() and m > WIDE * n and k > n:
-        return _onednn(b.t(), a.t()).t()  # of a head's gradient: copies the hidden states, not the logits
-    bias = bias.contiguous() if bias is not None else None  # it reads on from the first, whatever the strides
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-    return result
+class OneDNN:
+    """Within it torch asks oneDNN for products in float32 on a CPU. It is a setting of the process."""
+
+    def __enter__(self) -> None:
+        self._before = _SETTING.fp32_precision
+        _SETTING.fp32_precision = "bf16"
+
+    def __exit__(self, *error: object) -> None:
+        _SETTING.fp32_precision = self._before
+
+
+def _chosen(a: Tensor, b: Tensor) -> AbstractContextManager[None]:
+    """Around the product a @ b: who makes it."""
+    return OneDNN() if asks_onednn(a, b) else nullcontext()
 
 
 def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from dist_gpt.config.schema import Config
 from dist_gpt.parallel.buckets import TORCH_DTYPE
-from dist_gpt.parallel.matmul import asks_onednn, in_float, product
+from dist_gpt.parallel.matmul import accumulate, in_float, product
 from dist_gpt.plan.kernels import ATTENTION, Kernel, rank_kernels
 
 BUDGET_S, TOTAL_S = 0.12, 3.0
@@ -57,7 +57,7 @@ def _square(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[],
     if in_float(square):
         square = square.float()
     out = torch.empty_like(square)
-    return _into(out, square, square)
+    return lambda: accumulate(out, square, square, first=True)
 
 
 def runner(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -76,14 +76,8 @@ def runner(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Callable
     a, weight = random(kernel.m, kernel.k), random(kernel.n, kernel.k)
     if in_float(a):
         return lambda: product(a, weight.t())
-    return _into(torch.empty(kernel.m, kernel.n, dtype=dtype, device=device), a, weight.t())
-
-
-def _into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
-    """a @ b as training makes it; where it takes a place for its result, into `out`."""
-    if asks_onednn(a, b):
-        return lambda: product(a, b)
-    return lambda: torch.mm(a, b, out=out)
+    out = torch.empty(kernel.m, kernel.n, dtype=dtype, device=device)
+    return lambda: accumulate(out, a, weight.t(), first=True)
 
 
 def fastest(run: Callable[[], object], device: torch.device, budget_s: float = BUDGET_S) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,7 +25,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-WITH_GAPS = ("rows of a wider one", "every other row", "one row for all")
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+
+
+@pytest.fixture(autouse=True)
+def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without AMX, on which alone oneDNN is asked."""
+    if HAS_TILES:
+        monkeypatch.setattr(matmul, "OneDNN", nullcontext)
 
 
 @pytest.fixture
@@ -42,16 +50,16 @@ def near(found: Tensor, exact: Tensor) -> bool:
     return bool((found.double() - exact).abs().max() < 1e-5 * exact.abs().max())
 
 
-class Operands(TorchDispatchMode):
-    """What oneDNN is handed."""
+class Settings(TorchDispatchMode):
+    """Torch's setting at each product."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "linear" in func.name():
-            self.pairs.append(args[:2])
+        if "mm" in func.name():
+            self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)
         return func(*args, **(kwargs or {}))
 
 
@@ -61,7 +69,7 @@ class TestOneDNN:
     @pytest.mark.parametrize("of_a", LAYOUTS)
     def test_any_layout(self, of_a: str, of_b: str) -> None:
         a, b = LAYOUTS[of_a](random(M, K)), LAYOUTS[of_b](random(K, N))
-        assert matmul.asks_onednn(a, b) is (of_b not in WITH_GAPS)
+        assert matmul.asks_onednn(a, b)
         exact = a.double() @ b.double()
         assert near(matmul.product(a, b), exact)
         out = torch.full((M, N), float("nan"))
@@ -74,28 +82,34 @@ class TestOneDNN:
         a, b, bias = random(M, K), random(K, N), random(2 * N).as_strided((N,), (step,))
         assert near(matmul.affine(bias, a, b), a.double() @ b.double() + bias.double())
 
-    def test_of_two_operands_the_smaller_one_is_copied(self) -> None:
-        """A head's gradient: logits' gradients (tokens, vocabulary) transposed, times hidden states."""
-        grad, hidden = random(K, 8 * N), random(K, N)
-        with Operands() as seen:
-            found = matmul.product(grad.t(), hidden)
-        assert near(found, grad.double().t() @ hidden.double())
-        assert [left.shape for left, _ in seen.pairs] == [hidden.t().shape]
+    @pytest.mark.parametrize("of_out", ["contiguous", "transposed", "rows of a wider one"])
+    def test_any_place_for_the_result(self, of_out: str) -> None:
+        a, b, out = random(M, K), random(K, N), LAYOUTS[of_out](torch.ones(M, N))
+        matmul.accumulate(out, a, b, first=False)
+        assert near(out, a.double() @ b.double() + 1)
 
-    @pytest.mark.parametrize("of_a", LAYOUTS)
-    def test_the_right_operand_has_no_gaps(self, of_a: str) -> None:
-        with Operands() as seen:
-            matmul.product(LAYOUTS[of_a](random(8 * N, K)), random(K, N))
-        ((_, right),) = seen.pairs
-        assert right.is_contiguous() or right.t().is_contiguous()
+    @pytest.mark.parametrize("shape", [(M, K, N), (8, 16, 8)])
+    def test_torchs_setting_is_changed_for_large_products_and_for_them_alone(self, shape: tuple[int, ...]) -> None:
+        a, b = random(*shape[:2]), random(*shape[1:])
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        with Settings() as settings:
+            matmul.product(a, b)
+            matmul.affine(b[0], a, b)
+            matmul.accumulate(a @ b, a, b, first=True)
+        large = "bf16" if shape[0] == M and not HAS_TILES else before
+        assert settings.seen == [large, large, before, large]
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
 
-    def test_what_autograd_has_to_know_of_is_torchs(self) -> None:
+    def test_the_setting_is_changed_back_after_an_error(self) -> None:
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        with pytest.raises(RuntimeError):
+            matmul.product(random(M, K), random(K + 1, N))
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+    def test_autograd_goes_through_it(self) -> None:
         a, b = random(M, K).requires_grad_(), random(K, N)
-        assert not matmul.asks_onednn(a, b)
         matmul.product(a, b).sum().backward()
         assert a.grad is not None and near(a.grad, b.double().sum(1).expand(M, K))
-        with torch.no_grad():
-            assert matmul.asks_onednn(a, b)
 
     def test_a_wider_place_for_the_sum(self) -> None:
         a, b, out = random(M, K), random(K, N), torch.ones(M, N, dtype=torch.float64)
@@ -167,16 +181,27 @@ class TestChoice:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         assert not self.chosen()
 
-    @pytest.mark.parametrize("failure", [AttributeError, RuntimeError, TypeError])
-    def test_an_operation_that_is_gone_or_changed_is_left_alone(
-        self, failure: type[Exception], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def changed(*operands: object) -> Tensor:
-            raise failure("no such operation")
-
-        monkeypatch.setattr(matmul, "_onednn", changed)
+    def test_not_on_units_that_round_operands(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : AuthenticAMD\nflags : amx_tile")
         assert not self.chosen()
 
-    def test_nor_one_that_gives_something_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(matmul, "_onednn", lambda a, b, bias=None: torch.addmm(bias, a, b) + 1e-3)
+    @pytest.mark.parametrize("failure", [AttributeError, RuntimeError])
+    def test_a_setting_that_is_gone_or_changed_is_left_alone(
+        self, failure: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def changed() -> None:
+            raise failure("no such setting")
+
+        monkeypatch.setattr(matmul, "OneDNN", changed)
+        assert not self.chosen()
+
+    @pytest.mark.parametrize("lost_bits", [13, 16])  # of 23: what TF32 and bf16 lose
+    def test_nor_one_that_rounds_operands(self, lost_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        exact = torch.addmm
+
+        def rounding(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            a, b = ((x.view(torch.int32) >> lost_bits << lost_bits).view(torch.float32) for x in (a, b))
+            return exact(bias, a, b)
+
+        monkeypatch.setattr(torch, "addmm", rounding)
         assert not self.chosen()
