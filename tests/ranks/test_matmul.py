@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +52,11 @@ def near(found: Tensor, exact: Tensor) -> bool:
     return bool((found.double() - exact).abs().max() < 1e-5 * exact.abs().max())
 
 
+def setting() -> str:
+    """torch's, for float32 by oneDNN."""
+    return str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+
+
 class Settings(TorchDispatchMode):
     """Torch's setting at each product."""
 
@@ -59,7 +66,7 @@ class Settings(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "mm" in func.name():
-            self.seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            self.seen.append(setting())
         return func(*args, **(kwargs or {}))
 
 
@@ -91,20 +98,31 @@ class TestOneDNN:
     @pytest.mark.parametrize("shape", [(M, K, N), (8, 16, 8)])
     def test_torchs_setting_is_changed_for_large_products_and_for_them_alone(self, shape: tuple[int, ...]) -> None:
         a, b = random(*shape[:2]), random(*shape[1:])
-        before = torch.backends.mkldnn.matmul.fp32_precision
         with Settings() as settings:
             matmul.product(a, b)
             matmul.affine(b[0], a, b)
             matmul.accumulate(a @ b, a, b, first=True)
-        large = "bf16" if shape[0] == M and not HAS_TILES else before
-        assert settings.seen == [large, large, before, large]
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        large = "bf16" if shape[0] == M and not HAS_TILES else "none"
+        assert settings.seen == [large, large, "none", large]
+        assert setting() == "none"
 
     def test_the_setting_is_changed_back_after_an_error(self) -> None:
-        before = torch.backends.mkldnn.matmul.fp32_precision
         with pytest.raises(RuntimeError):
             matmul.product(random(M, K), random(K + 1, N))
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert setting() == "none"
+
+    def test_nor_is_it_left_by_threads_that_overlap(self) -> None:
+        with matmul.OneDNN():
+            with ThreadPoolExecutor(1) as other:
+                other.submit(matmul.product, random(M, K), random(K, N)).result()
+            assert setting() == ("none" if HAS_TILES else "bf16")
+        assert setting() == "none"
+
+    def test_it_is_asked_indeed(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            matmul.product(random(M, K), random(K, N))
+        said = "matmul" in capfd.readouterr().out
+        assert said is (torch.backends.cpu.get_cpu_capability() == "AVX512" and not HAS_TILES)
 
     def test_autograd_goes_through_it(self) -> None:
         a, b = random(M, K).requires_grad_(), random(K, N)
@@ -159,10 +177,15 @@ def test_what_the_other_trainers_get_is_torchs_linear(bias: bool) -> None:
     assert torch.autograd.gradcheck(linear, leaves)
 
 
+def processor(monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """What /proc/cpuinfo, and any other file, says."""
+    monkeypatch.setattr(matmul.Path, "read_text", lambda path, *how, **more: says)
+
+
 class TestChoice:
     @pytest.fixture(autouse=True)
     def amd(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : AuthenticAMD")
+        processor(monkeypatch, "vendor_id : AuthenticAMD")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
 
@@ -174,7 +197,7 @@ class TestChoice:
         assert self.chosen()
 
     def test_not_on_intels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : GenuineIntel")
+        processor(monkeypatch, "vendor_id : GenuineIntel")
         assert not self.chosen()
 
     def test_not_without_wide_units(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +205,11 @@ class TestChoice:
         assert not self.chosen()
 
     def test_not_on_units_that_round_operands(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(matmul.Path, "read_text", lambda path: "vendor_id : AuthenticAMD\nflags : amx_tile")
+        processor(monkeypatch, "vendor_id : AuthenticAMD\nflags : amx_tile")
+        assert not self.chosen()
+
+    def test_not_where_somebody_has_set_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(matmul, "_SETTING", SimpleNamespace(fp32_precision="ieee"))
         assert not self.chosen()
 
     @pytest.mark.parametrize("failure", [AttributeError, RuntimeError])
