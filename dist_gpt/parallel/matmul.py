@@ -101,11 +101,11 @@ def onednn_is_faster() -> bool:
     there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if "AuthenticAMD" not in cpus or "amx" in cpus or not wide or not there:
         return False
-    a = torch.linspace(-1, 1, 128 * 128, dtype=torch.float32, device="cpu").view(128, 128)
-    exact = (a[:, :, None].double() * a).sum(1)
     try:
         if _SETTING.fp32_precision != UNSET:
             return False
+        a = torch.linspace(-1, 1, 128 * 128, dtype=torch.float32, device="cpu").view(128, 128)
+        exact = torch.stack([(row[:, None].double() * a).sum(0) for row in a])  # by no product: that is on trial
         with OneDNN():
             found = torch.addmm(a, a, a) - a
         return torch.allclose(found.double(), exact, atol=ROUNDED)
