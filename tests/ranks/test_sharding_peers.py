@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,19 @@ def test_all_train_alike_and_send_what_their_stage_costs(
     psi = 4 * sum(bucket.numel for bucket in RankPlan(Case(TINY, RANKS, stage).config(Settings()), 0).buckets)
     if (times := CASES[name][stage]) is not None:
         assert sent == pytest.approx(times * EACH * psi, rel=3e-3)  # beside it norms; a position has no second gather
+
+
+def test_deepspeed_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first use would take minutes, and one that is killed meanwhile leaves a lock for which the next ones wait."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    case = Case(TINY, 1, "zero1")
+    contender = next(c for c in contenders(case) if c.name == "DeepSpeed")
+    team = Team(contender.side, case.config(Settings()), 1, options=contender.choices[0].options)
+    try:
+        assert team.run(1).loss > 0
+    finally:
+        team.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_peak_memory_is_that_of_the_steps_alone(tried: Tried) -> None:
