@@ -22,7 +22,7 @@ $(BIN)/python:
 		|| { echo "$(PYTHON) is older than Python 3.10: choose another with make PYTHON=python3.x" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# DS_BUILD_OPS=0: DeepSpeed compiles the few operations it needs when they are first used, not here.
+# DS_BUILD_OPS=0: none of the operations that DeepSpeed could compile is used here.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]" -c constraints.txt
 	@touch $@
