@@ -14,6 +14,7 @@ from dist_gpt.config.problems import problems
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.count import count_memory
 from dist_gpt.plan.steps import RankPlan
+from dist_gpt.plan.text import size
 
 SHOWN = 4
 SPARE = 0.9
@@ -45,14 +46,14 @@ def explain(
     lines = [
         f"rank {rank} ({plan.coords}) ran out of memory: {' '.join(str(error).split())[:300]}",
         f"  held when it happened: {there}",
-        f"  the plan's count for its peak: {_listed(counted)}; at once {_size(counted['peak'])}"
-        + (f" of {_size(limit)}" if limit else "")
+        f"  the plan's count for its peak: {_listed(counted)}; at once {size(counted['peak'])}"
+        + (f" of {size(limit)}" if limit else "")
         + "; what kernels need for a moment comes on top"
         + ("; DeepSpeed holds more than this counts" if config.optim.engine == "deepspeed" else ""),
     ]
     fitting = sorted(_alternatives(config, rank, counted["peak"], limit is not None), key=lambda found: found[1])
     room = int(SPARE * limit) if limit else counted["peak"]
-    fits = [f"  {what}: {_size(peak)}" for what, peak in fitting if peak <= room]
+    fits = [f"  {what}: {size(peak)}" for what, peak in fitting if peak <= room]
     if fits:
         lines += ["  would fit:" if limit else "  would need less:", *fits[:SHOWN]]
     else:
@@ -96,11 +97,7 @@ def _sets(config: Config, on_gpu: bool) -> Iterator[dict[str, Any]]:
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {_size(size)}" for name, size in sizes.items() if size and name not in ("peak", "host"))
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return ", ".join(f"{name} {size(held)}" for name, held in sizes.items() if held and name not in ("peak", "host"))
 
 
 def device_bytes(device: torch.device) -> int | None:
