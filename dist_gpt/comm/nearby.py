@@ -240,7 +240,9 @@ _ALIVE: WeakSet[Nearby] = WeakSet()
 
 
 def _small(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Matching pieces that torch works on alone."""
+    """Matching pieces that torch works on alone: all at once where this thread has no others."""
+    if torch.get_num_threads() == 1:
+        return (tensors,)
     return zip(*(tensor.split(ALONE) for tensor in tensors), strict=True)
 
 
