@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_gpt.comm import connect
 from dist_gpt.comm.group import Group, Pending
 from dist_gpt.comm.mesh import NEAR_AXES, Backends, build_mesh
-from dist_gpt.comm.nearby import READ_BYTES, Member, MemberError, Nearby
+from dist_gpt.comm.nearby import ALONE, READ_BYTES, Member, MemberError, Nearby, _copy, _small
 from dist_gpt.layout import Layout
 from tests.ranks.threads import on_gloo, on_groups
 
@@ -211,3 +211,19 @@ def test_another_network_is_another_place() -> None:
         found.append(int(done.stdout))
     assert found[0] != found[1] and 0 not in found
     assert os.geteuid() or found[0] == int(here)
+
+
+@pytest.mark.parametrize(("threads", "pieces"), [(1, 1), (2, 3)])
+def test_a_waiter_never_works_with_torchs_other_threads(threads: int, pieces: int) -> None:
+    before = torch.get_num_threads()
+    source = torch.arange(2.0 * ALONE + 6)
+    to = torch.zeros_like(source)
+    torch.set_num_threads(threads)
+    try:
+        parts = [len(there) for there, _ in _small(to, source)]
+        _copy(to, source)
+    finally:
+        torch.set_num_threads(before)
+    assert len(parts) == pieces and sum(parts) == source.numel()
+    assert threads == 1 or max(parts) <= ALONE
+    assert torch.equal(to, source)
