@@ -213,14 +213,12 @@ def deepspeed_document(work: Work, options: dict[str, Any]) -> dict[str, Any]:
 
 def _deepspeed(order: Order) -> Side:
     import deepspeed as engines
-    from deepspeed.ops import __compatible_ops__ as buildable
 
     from benchmarks.traffic import patch_reduce_scatter
+    from dist_gpt.optim.deepspeed import compile_nothing
 
     options, work = order.options, work_of(order)
-    # Only inference calls it. It would be compiled at the first use, which takes minutes; and whoever is killed
-    # meanwhile leaves a lock for which everybody after waits without end.
-    buildable["deepspeed_shm_comm"] = False
+    compile_nothing()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if options["true_reduce_scatter"]:
         patch_reduce_scatter()

@@ -101,9 +101,8 @@ class DeepSpeedEngine:
     def _watch(self) -> None:
         """Put DeepSpeed on the global group that is there; every call of its communication module is counted."""
         import deepspeed.comm.comm as seam
-        from deepspeed.ops import __compatible_ops__ as buildable
 
-        buildable["deepspeed_shm_comm"] = False  # for inference; it would be compiled here
+        compile_nothing()
         seam.init_distributed("nccl" if self.device.type == "cuda" else "gloo", auto_mpi_discovery=False)
         seam.cdb = self.traffic.watch(seam.cdb)
 
@@ -131,6 +130,16 @@ class DeepSpeedEngine:
         self.engine = None
         groups._release_process_group_references(group=None)
         seam.cdb = None
+
+
+def compile_nothing() -> None:
+    """Before DeepSpeed's communication starts in this process: without its shared-memory operation.
+
+    Only inference calls it. It would be compiled at the first use, which takes minutes; and whoever is killed meanwhile
+    leaves a lock for which everybody after waits without end."""
+    from deepspeed.ops import __compatible_ops__ as buildable
+
+    buildable["deepspeed_shm_comm"] = False
 
 
 def engine_config(config: Config, device: torch.device) -> dict[str, Any]:

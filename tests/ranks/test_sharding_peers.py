@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import MICRO_BATCHES, OURS, Case, Size, contenders
+from benchmarks.contenders import MICRO_BATCHES, OURS, Case, Contender, Size, contenders
 from benchmarks.processes import Team
 from benchmarks.settings import Settings
 from dist_gpt.plan.steps import RankPlan
@@ -26,6 +26,10 @@ CASES = {
 }
 
 
+def named(case: Case, name: str) -> Contender:
+    return next(contender for contender in contenders(case) if contender.name == name)
+
+
 class Tried:
     """One set of processes for each name, which builds one model after the other; and what came of it."""
 
@@ -35,7 +39,7 @@ class Tried:
 
     def team(self, name: str, stage: str) -> Team:
         case = Case(TINY, RANKS, stage)
-        contender = next(c for c in contenders(case) if c.name == name)
+        contender = named(case, name)
         choice = contender.choices[0]
         config = case.config(Settings(), choice.bucket_mb)
         if name in self.teams:
@@ -76,7 +80,7 @@ def test_deepspeed_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A first use would take minutes, and one that is killed meanwhile leaves a lock for which the next ones wait."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     case = Case(TINY, 1, "zero1")
-    contender = next(c for c in contenders(case) if c.name == "DeepSpeed")
+    contender = named(case, "DeepSpeed")
     team = Team(contender.side, case.config(Settings()), 1, options=contender.choices[0].options)
     try:
         assert team.run(1).loss > 0
