@@ -89,7 +89,7 @@ PLANTED = [
     (runs_untrusted_text, "dist_gpt/checkpoint.py", "torch.load(x, weights_only=False)", "torch.load pickles"),
     (runs_untrusted_text, "dist_gpt/data.py", "np.load(x, allow_pickle=True)", "allow_pickle"),
     (runs_untrusted_text, "dist_gpt/comm/a.py", "dist.all_gather_object(a, b)", "pickles what it sends"),
-    (is_too_long, "dist_gpt/a.py", "x = 1\n" * 401, "401 lines, 400 are allowed"),
+    (is_too_long, "dist_gpt/a.py", "x = 1\n" * 601, "601 lines, 600 are allowed"),
     (is_too_long, "tests/a.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
     (leads_nowhere, "dist_gpt/cli.py", "def f():\n    from dist_gpt.report.html import write", "does not exist"),
 ]
@@ -105,7 +105,7 @@ FINE = [
         "dist_gpt/cli.py",
         "def f():\n    from dist_gpt.data import x\n    import importlib\n    importlib.import_module(n)",
     ),
-    ("launch/a.py", "import dist_gpt.report.load\n" + "x = 1\n" * 399),
+    ("launch/a.py", "import dist_gpt.report.load\n" + "x = 1\n" * 599),
 ]
 
 
