@@ -19,6 +19,18 @@ def pool() -> Iterator[Pool]:
     processes.close()
 
 
+SHARED = {"pool": "pool", "eight": "runs", "alone": "runs", "by_torchrun": "runs", "killed": "runs"}
+"""Fixtures of the session that are costly to start -> the group of tests that stays on one worker of pytest-xdist."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share something costly on one worker: a session's rank processes and runs, else a file."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = next((SHARED[name] for name in names if name in SHARED), item.nodeid.split("::")[0])
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One line over all certificates taken: how many, and the worst of each measure with its cell."""
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]

@@ -110,13 +110,12 @@ def test_a_deadline_is_the_collectives_own() -> None:
     """Not that of each word: who comes one after the other, each in time for the one before, is late all the same."""
 
     def body(group: Group) -> Any:
-        time.sleep(0.6 * group.index)
-        started = time.monotonic()
-        with pytest.raises(MemberError):
+        time.sleep(1.5 * group.index)
+        with pytest.raises(MemberError) as error:
             group.all_reduce(torch.ones(6)).wait()
-        return time.monotonic() - started
+        return str(error.value)
 
-    assert on_groups(3, body, timeout_s=0.8)[0] < 1.1
+    assert "timed out: rank 2 did not come" in on_groups(3, body, timeout_s=2.0)[0]
 
 
 @pytest.mark.parametrize("other", ["kind", "length", "dtype", "op"])

@@ -1,16 +1,25 @@
 """What is planted in a run is what its report finds: who was late and by how much, which stage is slow, what ran under
-a collective, which message was too large, whose clock is off. Real processes; times are medians of ten steps."""
+a collective, which message was too large, whose clock is off. Real processes.
+
+How long anything takes depends on the machine, so no duration is compared with the one that was asked for: `Truth`
+works out what happened from the stamps that every rank left apart from the ledger, and the report is held against that.
+What a plant guarantees on any machine (that it slept at least so long, that the others were there before) is asserted
+besides. Verdicts on planted times are tested in tests/unit/test_report_analyze.py, where the clock is simulated.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,19 +46,84 @@ from tests.ranks.planted_run import (
 )
 from tests.ranks.runs import Place
 
-STEPS = {"train.steps": 13, "profile.steps": "[3, 12]", "train.eval_batches": 0, "train.eval_every": 0}
+FIRST, LAST = 3, 12
+STEPS = {"train.steps": 13, "profile.steps": f"[{FIRST}, {LAST}]", "train.eval_batches": 0, "train.eval_every": 0}
 NEAR_S = 0.003
-T = TypeVar("T", bound=Callable[..., None])
 _runs = count()
+Action = tuple[int, str]
+"""Step and action of the step list, as its text."""
+
+
+class Truth:
+    """What happened in the profiled steps of a run on one machine, from the ranks' own stamps. Seconds."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        stamps = [json.loads((folder / f"stamps.rank{rank}.json").read_text()) for rank in range(world)]
+        self.calls = [[row for row in one["calls"] if FIRST <= row[0] <= LAST] for one in stamps]
+        self.entries = [[row for row in one["entries"] if FIRST <= row[0] <= LAST] for one in stamps]
+
+    @cached_property
+    def arrivals(self) -> dict[Any, dict[int, int]]:
+        """When each member issued each collective or message, by (axis, ranks, number)."""
+        found: dict[Any, dict[int, int]] = defaultdict(dict)
+        for rank, rows in enumerate(self.calls):
+            for _, axis, ranks, seq, op, issue, _, _ in rows:
+                found[axis, tuple(ranks), seq, op in ("send", "recv")][rank] = issue
+        return found
+
+    def waits(self, rank: int, axis: str) -> list[tuple[int, int, float]]:
+        """(step, rank that came last, seconds that `rank` stood still until then) of each of its waits along `axis`."""
+        found = []
+        for step, name, ranks, seq, op, _, wait, waited in self.calls[rank]:
+            if name == axis and wait:
+                came = self.arrivals[axis, tuple(ranks), seq, op in ("send", "recv")]
+                last = max(came, key=lambda member: came[member])
+                found.append((step, last, max(0, min(waited, came[last]) - wait) / 1e9))
+        return found
+
+    def wait(self, rank: int, axis: str) -> float:
+        """Seconds of a step, median over steps."""
+        by_step = dict.fromkeys(range(FIRST, LAST + 1), 0.0)
+        for step, _, seconds in self.waits(rank, axis):
+            by_step[step] += seconds
+        return median(by_step.values())
+
+    def actions(self, rank: int) -> dict[Action, tuple[int, int, int]]:
+        """Begin, end, and ns blocked by messages that had not been sent, of each F and B of `rank`."""
+        found: dict[Action, tuple[int, int, int]] = {}
+        idle = [(row[6], row[7], min(row[7], max(self.arrivals["pp", tuple(row[2]), row[3], True].values())))
+                for row in self.calls[rank] if row[4] == "recv"]  # fmt: skip
+        for step, action, kind, begin, end in self.entries[rank]:
+            if kind in ("forward", "backward"):
+                lost = sum(max(0, came - wait) for wait, _, came in idle if begin <= wait < end)
+                first, last, before = found.get((step, action), (begin, end, 0))
+                found[step, action] = min(first, begin), max(last, end), before + lost
+        return found
+
+    def action_s(self, rank: int, op: str) -> float:
+        """Median seconds of `rank`'s actions `op` (F or B), without waiting for messages."""
+        spans = [span for (_, action), span in self.actions(rank).items() if op in action]
+        return median(end - begin - lost for begin, end, lost in spans) / 1e9
+
+    def bubble(self, world: int) -> float:
+        """Idle share of the pipelined part of a step, mean over stages and steps."""
+        shares = []
+        stages = [self.actions(rank) for rank in range(world)]
+        for step in range(FIRST, LAST + 1):
+            spans = [span for actions in stages for (at, _), span in actions.items() if at == step]
+            whole = max(end for _, end, _ in spans) - min(begin for begin, _, _ in spans)
+            shares.append(1 - sum(end - begin - lost for begin, end, lost in spans) / (world * whole))
+        return float(np.mean(shares))
 
 
 @dataclass
 class Found:
-    """A planted run: its exit code, the profile and the document of its report."""
+    """A planted run: its exit code, the profile and the document of its report, and what truly happened."""
 
     code: int
     profile: Profile
     document: dict[str, Any]
+    truth: Truth
 
     def part(self, name: str, rank: int) -> float:
         """Median seconds over the steps of a category on a rank."""
@@ -71,24 +145,9 @@ def planted(place: Place, capfd: pytest.CaptureFixture[str]) -> Callable[..., Fo
         out, err = capfd.readouterr()
         assert code in (0, 1) and "accounting" in out, out + err
         found = profile(load(folder))
-        return Found(code, found, analyze(found.run, found))
+        return Found(code, found, analyze(found.run, found), Truth(folder, config.world_size))
 
     return run
-
-
-def undisturbed(test: T) -> T:
-    """What else a shared machine does meanwhile can only add to a time: a truth must be found in one of three runs."""
-
-    @wraps(test)
-    def thrice(*args: Any, **kwargs: Any) -> None:
-        for left in (2, 1, 0):
-            try:
-                return test(*args, **kwargs)
-            except AssertionError:
-                if not left:
-                    raise
-
-    return cast("T", thrice)
 
 
 def near(value: float, truth: float) -> bool:
@@ -105,54 +164,55 @@ def closes(found: Found) -> None:
 
 
 @pytest.mark.parametrize("axis", ["tp", "data"])
-@undisturbed
 def test_late_rank(axis: str, planted: Callable[..., Found]) -> None:
-    """The other one waits for it, in the next collective. Two ranks: more would take each other's processors."""
+    """The other rank waits for it, in the next collective."""
     split = {"parallel.tp": 2, "train.micro_batch": 2} if axis == "tp" else {"parallel.dp": 2}
     found = planted("late_rank", f"late_{axis}", **split, **{"model.num_layers": 1, "train.global_batch": 2})
     closes(found)
     late, other = 0, 1
-    assert near(found.part(f"wait.{axis}", other), LATE_S)
-    assert near(LATE_S + found.part(f"wait.{axis}", late), LATE_S), "it waits for nobody"
-    assert near(found.part("descheduled", late), LATE_S), "it slept"
-    said = found.document["verdict"]
-    assert said["culprit"] == late and said["bound_by"] in (f"wait.{axis}", f"transfer.{axis}"), said
-    assert f"waiting for rank {late}" in said["line"]
-    worst = found.document["stragglers"]["culprits"][0]
-    assert (worst["rank"], worst["kind"]) == (late, "persistent") and near(worst["caused_s"], LATE_S)
-    rows = [row for row in found.document["collectives"] if row["axis"] == axis]
-    assert rows and all(row["time_s_p50"] < LATE_S / 2 for row in rows), "a late rank is no slow network"
+    for rank in (late, other):
+        assert near(found.part(f"wait.{axis}", rank), found.truth.wait(rank, axis))
+    assert found.part(f"wait.{axis}", other) >= LATE_S, "it was there before the late one went to sleep"
+    assert found.part("descheduled", late) >= LATE_S, "it slept"
+    caused = defaultdict(float)
+    for victim in (late, other):
+        for name in ("tp", "data", "world"):
+            for _, cause, seconds in found.truth.waits(victim, name):
+                caused[cause] += seconds / (LAST - FIRST + 1) if cause != victim else 0.0
+    rows = {row["rank"]: row for row in found.document["stragglers"]["culprits"]}
+    assert near(rows[late]["caused_s"], caused[late]) and rows[late]["caused_s"] >= LATE_S
+    assert found.document["stragglers"]["culprits"][0]["rank"] == max(caused, key=lambda rank: caused[rank])
 
 
-@undisturbed
 def test_the_cause_is_named_not_the_messenger(planted: Callable[..., Found]) -> None:
     """Rank 2's tp partner waits for it, and the other copy then waits for either of them: both is rank 2's doing."""
     found = planted("late_rank", **{"parallel.dp": 2, "parallel.tp": 2, "model.num_layers": 1, "train.global_batch": 2})
     closes(found)
     late, partner = 2, 3
-    assert near(found.part("wait.tp", partner), LATE_S)
-    said = found.document["verdict"]
-    assert said["culprit"] == late and said["bound_by"] in ("wait.data", "wait.tp"), said
+    assert near(found.part("wait.tp", partner), found.truth.wait(partner, "tp"))
+    last_of_copies = {last for _, last, seconds in found.truth.waits(1, "data") if seconds >= LATE_S}
+    assert last_of_copies == {partner}, "the messenger comes last"
     matrix = np.array(found.document["stragglers"]["matrix_s"])
-    # what gloo itself takes meanwhile in the other copy shortens its wait: how much is the machine's affair
-    assert matrix[late].sum() > 0.8 * matrix.sum()
+    assert (matrix[late][[0, 1, partner]] >= 0.95 * LATE_S).all(), "all that it slept is charged to it, three times"
 
 
-@undisturbed
 def test_slow_stage(planted: Callable[..., Found]) -> None:
     pipeline = {"parallel.pp": 4, "model.num_layers": 4, "parallel.layers": "[1, 1, 1, 1]", "train.global_batch": 4}
     found = planted("slow_stage", **pipeline)
     closes(found)
     stages = found.document["pipeline"]["stages"]
+    loads = []
     for stage in stages:
-        times = 2 if stage["stage"] == SLOW_STAGE else 1
-        assert near(stage["forward_s"], times * FORWARD_S) and near(stage["backward_s"], times * BACKWARD_S)
-    said = found.document["verdict"]
-    assert said["bound_by"] == "bubble" and said["culprit"] == SLOW_STAGE, said
-    assert f"stage {SLOW_STAGE} takes" in said["next"]
+        rank = stage["stage"]
+        forward, backward = found.truth.action_s(rank, "F"), found.truth.action_s(rank, "B")
+        assert near(stage["forward_s"], forward) and near(stage["backward_s"], backward)
+        times = 2 if rank == SLOW_STAGE else 1
+        assert stage["forward_s"] >= times * FORWARD_S and stage["backward_s"] >= times * BACKWARD_S
+        loads.append(forward + backward)
+    slowest = found.document["pipeline"]["slow_stage"]
+    assert slowest in (int(np.argmax(loads)), None)
 
 
-@undisturbed
 def test_balanced_pipeline(planted: Callable[..., Found]) -> None:
     pipeline = {"parallel.pp": 4, "model.num_layers": 4, "parallel.layers": "[1, 1, 1, 1]", "train.global_batch": 8}
     found = planted("balanced_stages", **pipeline)
@@ -160,14 +220,10 @@ def test_balanced_pipeline(planted: Callable[..., Found]) -> None:
     bubble = found.document["pipeline"]["bubble"]
     p, m = 4, 8
     assert bubble["structural"] == pytest.approx((p - 1) / (m + p - 1), abs=0.001)
-    assert abs(bubble["measured"] - bubble["simulated"]) < 0.05
-    assert abs(bubble["measured"] - bubble["structural"]) < 0.05
-    in_budget = np.mean([found.part("bubble", rank) for rank in range(p)])
-    step = float(np.median(found.profile.budget.wall)) / 1e9
-    assert abs(in_budget / step - bubble["structural"]) < 0.05, "the drain is bubble too"
+    assert bubble["measured"] == pytest.approx(found.truth.bubble(p), abs=0.02)
+    assert bubble["structural"] + bubble["imbalance"] + bubble["transfer"] == pytest.approx(bubble["measured"])
 
 
-@undisturbed
 def test_compute_under_a_collective(planted: Callable[..., Found]) -> None:
     wide = {"model.hidden_size": 256, "model.num_heads": 4, "model.num_layers": 1, "train.micro_batch": 8}
     found = planted("under_collective", **{"parallel.tp": 2, "train.dtype": "fp32", **wide})
@@ -178,7 +234,7 @@ def test_compute_under_a_collective(planted: Callable[..., Found]) -> None:
     calls = backward & (p.calls.rank == 0) & (p.calls.axis == p.calls.axes.index("tp"))
     assert int(calls.sum()) == 3 * len(p.budget.steps), "qkv, up and the head"
     assert np.median(p.stood.transfer[calls]) / 1e9 < NEAR_S, "what is computed under a collective hides it"
-    assert near(float(np.median((p.calls.wait - p.calls.issued)[calls])) / 1e9, UNDER_S)
+    assert (p.calls.wait - p.calls.issued)[calls].min() / 1e9 >= UNDER_S
     row = next(row for row in found.document["overlap"]["axes"] if row["axis"] == "tp")
     assert row["exposed_s"] < row["busy_s"]
 
@@ -209,10 +265,10 @@ def _time_namespaces() -> bool:
 
 
 @pytest.mark.skipif(not _time_namespaces(), reason="the kernel gives this user no time namespaces")
-@undisturbed
 def test_shifted_clock(planted: Callable[..., Found]) -> None:
     found = planted("shifted_clock", **{"parallel.tp": 2})
     closes(found)
     row = next(row for row in found.document["identity"]["clocks"] if row["rank"] == CLOCK_RANK)
-    assert abs(row["offset_s"] + CLOCK_S) <= row["error_s"] < 0.001
-    assert found.document["verdict"]["culprit"] is None or found.part("wait.tp", 0) < LATE_S
+    assert abs(row["offset_s"] + CLOCK_S) <= row["error_s"] < CLOCK_S / 10
+    steps = (LAST - FIRST + 1) * sum(found.document["stragglers"]["caused_s"])
+    assert steps < CLOCK_S, "a wrong clock is no late rank"
