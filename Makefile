@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PYTEST_ARGS ?=
+# Tests run in so many processes at once; some start up to 8 ranks themselves.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --durations 20
+PARALLEL := -n $(WORKERS) --dist loadgroup
 
 # One thread per process: with several ranks on few cores more threads only get in each other's way.
 export OMP_NUM_THREADS ?= 1
@@ -36,22 +40,22 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint, and the tests that cover every pair of options
-	$(BIN)/python -m pytest tests/unit tests/ranks -m "not all_cells" $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) tests/unit tests/ranks -m "not all_cells" $(PYTEST_ARGS)
 
 test-all: lint ## every test and every cell (in a browser: make test-browser; on a cluster: make test-cluster)
-	$(BIN)/python -m pytest tests --ignore tests/browser --ignore tests/cluster $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) tests --ignore tests/browser --ignore tests/cluster $(PYTEST_ARGS)
 
 test-browser: install ## the report in a real headless Chromium; as root on Debian it is installed when missing
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
 		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null
-	$(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
+	$(PYTEST) tests/browser $(PYTEST_ARGS)
 
 test-cluster: install ## real Slurm on virtual nodes; needs root (skipped without); on Debian what is missing is installed
 	@{ command -v slurmctld && command -v slurmd && command -v munged && command -v tc && command -v mpirun; } >/dev/null \
 		|| [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
 		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 			apt-get install -y -qq slurm-wlm munge iproute2 openmpi-bin; } >/dev/null
-	$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
+	$(PYTEST) tests/cluster $(PYTEST_ARGS)
 
 bench: install ## what the README compares, measured here
 	$(BIN)/python -m benchmarks $(ARGS)

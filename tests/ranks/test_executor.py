@@ -20,6 +20,7 @@ from dist_gpt.rank import Rank
 from dist_gpt.schedule.action import Action, Op
 from dist_gpt.schedule.expand import REDUCE, UPDATE
 from dist_gpt.verify import verify_samples
+from tests.patience import PATIENCE_S
 
 
 def pipeline(folder: Path, schedule: str) -> Config:
@@ -65,7 +66,8 @@ def test_sent_activations_are_freed_before_their_backward(tmp_path: Path) -> Non
             send(action)
 
         def look(step: object) -> None:
-            deadline = time.monotonic() + 20  # the message is gone; the thread that notices may be a moment behind
+            # The message is gone; the thread that notices may be a moment behind.
+            deadline = time.monotonic() + PATIENCE_S
             while executor._sending and time.monotonic() < deadline:
                 executor._free_sent()
             if sent:

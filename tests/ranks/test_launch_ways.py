@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.ranks.runs import Place, Run, finish, rows, wait_until
 
 TWO = {"parallel.pp": 2, "train.eval_batches": 0, "train.eval_every": 0}
@@ -123,7 +124,7 @@ def test_torchruns_ranks_are_ended_at_once(numbers: tuple[signal.Signals, ...], 
         process.kill()
     assert process.returncode == 128 + numbers[-1], said + error
     assert f"{numbers[-1].name} received: ending 2 ranks" in error
-    gone, alive = psutil.wait_procs(below, timeout=20)
+    gone, alive = psutil.wait_procs(below, timeout=PATIENCE_S)
     assert len(gone) >= 3 and not alive, [p.cmdline() for p in alive]
 
 
@@ -184,5 +185,5 @@ def test_a_killed_launcher_leaves_no_rank(place: Place) -> None:
         process.kill()
     finish(process)
     assert len(below) >= 3
-    gone, alive = psutil.wait_procs(below, timeout=20)
+    gone, alive = psutil.wait_procs(below, timeout=PATIENCE_S)
     assert not alive, [p.cmdline() for p in alive]

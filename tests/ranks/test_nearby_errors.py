@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.nearby import Member, MemberError
+from tests.patience import PATIENCE_S
 from tests.ranks.test_nearby import near
 from tests.ranks.threads import on_groups
 
@@ -55,7 +56,7 @@ def test_an_error_of_one_ends_the_others_too(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(MemberError) as error:
             for _ in range(3):
                 group.all_gather(out, torch.ones(3)).wait()
-        all_know.wait(5)  # nobody leaves, and so closes its group, before
+        all_know.wait(PATIENCE_S)  # nobody leaves, and so closes its group, before
         return str(error.value)
 
     found = on_groups(3, body)
@@ -210,7 +211,7 @@ def two_processes(folder: Any, what: str) -> list[str]:
         for rank in range(2)
     ]
     try:
-        return [rank.communicate(timeout=60)[0] for rank in ranks[:1]] + [ranks[1].stdout.readline()]  # type: ignore[union-attr]
+        return [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks[:1]] + [ranks[1].stdout.readline()]  # type: ignore[union-attr]
     finally:
         for rank in ranks:
             with suppress(ProcessLookupError):

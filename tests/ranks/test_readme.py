@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.patience import PATIENCE_S
 from tests.unit.synthetic import small, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,5 +59,5 @@ def test_command_runs(line: str, tmp_path: Path) -> None:
         words += ["--set", "parallel.dp=1"]
     words[0] = str(BIN / words[0])
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

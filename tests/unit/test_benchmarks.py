@@ -30,6 +30,7 @@ from benchmarks.processes import Team, Worker, WorkerError
 from benchmarks.result import Result, Row, number, table, write
 from benchmarks.settings import Settings, tokens_per_step
 from dist_gpt.config.errors import ConfigError
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -309,7 +310,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     pid = int(done.stdout)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while _runs(pid):
         assert time.monotonic() < deadline, f"process {pid} outlived its parent"
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from dist_gpt import cli
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -336,5 +337,5 @@ class TestBadInput:
             cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         os.close(write)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE_S)
         assert "Traceback" not in error

@@ -11,6 +11,7 @@ import pytest
 
 from dist_gpt.config import explain, yaml_io
 from dist_gpt.config.load import ConfigError, config_hash, dump, load, presets, problems
+from tests.patience import PATIENCE_S
 
 SMALL = """\
 model: {num_layers: 4, hidden_size: 128, num_heads: 4, seq_len: 16}
@@ -279,7 +280,7 @@ def test_importing_the_configuration_is_light() -> None:
         "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors', 'deepspeed', 'wandb', 'typer', 'rich', 'psutil'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]"
 
 

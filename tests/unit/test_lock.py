@@ -15,8 +15,7 @@ import pytest
 
 from dist_gpt.config.errors import ConfigError
 from launch import lock
-
-PATIENCE_S = 20.0
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)

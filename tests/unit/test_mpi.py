@@ -21,6 +21,7 @@ from dist_gpt.config.errors import ConfigError
 from launch import mpi
 from launch.mpi import Mpirun, command, find_mpirun, flavour_of, mpirun_argv, place_of
 from launch.spec import JobSpec, train_argv
+from tests.patience import PATIENCE_S
 from tests.unit.test_slurm import golden, lines
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +132,7 @@ def meeting(mpirun: str, code: int = 0, **more: str) -> subprocess.CompletedProc
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI"))}
     environ = kept | {"PATH": f"{Path(mpirun).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)} | more
     argv = command(JobSpec((sys.executable, "-c", MEET, str(code)), 3, Path("logs")), environ=environ)
-    return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=90, check=False)
+    return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 @pytest.mark.skipif(not HAS_MPI4PY, reason="mpi4py is not installed")

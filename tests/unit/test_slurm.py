@@ -29,6 +29,7 @@ from launch import slurm, torchrun
 from launch.slurm import SlurmJob, sbatch_text, srun_argv, state_in_words
 from launch.slurm_words import ENDED, WORDS
 from launch.spec import JobSpec, train_argv
+from tests.patience import PATIENCE_S
 from tests.unit.test_submit import Slurm
 
 ROOT = Path(__file__).parents[2]
@@ -94,11 +95,11 @@ def test_command_lines_are_as_recorded() -> None:
 
 def test_a_starter_dies_with_its_launcher(tmp_path: Path) -> None:
     """Killed with SIGKILL, the launcher cannot end it."""
-    program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     launcher = (
         "import os, subprocess, sys, time\n"
         f"tied = [sys.executable, '-m', 'launch.tied', str(os.getpid()), sys.executable, '-c', {program!r}]\n"
-        "subprocess.Popen(tied)\ntime.sleep(60)"
+        "subprocess.Popen(tied)\ntime.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT) as parent:
         _until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
@@ -106,7 +107,7 @@ def test_a_starter_dies_with_its_launcher(tmp_path: Path) -> None:
     child = int((tmp_path / "pid").read_text())
     _until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
     argv = [sys.executable, "-m", "launch.tied", str(os.getpid()), "/no/such"]
-    missing = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    missing = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (missing.returncode, missing.stderr) == (1, "/no/such: No such file or directory\n")
 
 
@@ -115,12 +116,12 @@ def test_a_starter_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
     argv = [sys.executable, "-m", "launch.tied", str(gone.pid), "touch", str(tmp_path / "ran")]
-    assert subprocess.run(argv, cwd=ROOT, timeout=60, check=False).returncode == 1
+    assert subprocess.run(argv, cwd=ROOT, timeout=PATIENCE_S, check=False).returncode == 1
     assert not (tmp_path / "ran").exists()
 
 
 def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -221,7 +222,7 @@ def test_values_are_values_for_bash_and_python_takes_the_shells_place(tmp_path: 
     script = tmp_path / "job.sbatch"
     script.write_text(sbatch_text(nasty_job(tmp_path)))
     with subprocess.Popen(["bash", str(script)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as shell:
-        out, _ = shell.communicate(timeout=60)
+        out, _ = shell.communicate(timeout=PATIENCE_S)
     assert json.loads(out) == [NASTY + "\nline 2", [NASTY, "x\ny"], shell.pid]
     assert [path.name for path in tmp_path.iterdir()] == ["job.sbatch"]
 
@@ -238,7 +239,7 @@ def test_values_are_values_for_sbatch(tmp_path: Path) -> None:
     script.write_text(sbatch_text(made))
     env = {"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "slurm.conf")}
     done = subprocess.run(["sbatch", "-vv", "--test-only", str(script)], env=env, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=60, check=False)  # fmt: skip
+                          text=True, timeout=PATIENCE_S, check=False)  # fmt: skip
     if "defined options" not in done.stderr:
         pytest.skip(f"this sbatch does not show what it read: {done.stderr[-200:]}")
     assert f": {NASTY}\n" in done.stderr.split("job-name")[1]
@@ -264,16 +265,18 @@ def test_the_scripts_find_the_environment_that_they_are_told(script: Path, tmp_p
     }  # fmt: skip
     more = ["sets.txt"] if script.stem == "array" else []
     argv = ["bash", str(script), "c.yaml", *more, str(tmp_path / "env")]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout.startswith("mine launch c.yaml --via "), done.stdout + done.stderr
     if script.stem != "frontier":  # there it must be said
-        done = subprocess.run(argv[:-1], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            argv[:-1], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+        )
         assert done.stdout == "other\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_scripts_for_hands(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=PATIENCE_S)
     text = script.read_text()
     assert "exec dist-gpt launch" in text
     assert "--resume auto" in text

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_gpt.stop import SIGNALS, Stop
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,4 +75,4 @@ def test_a_second_signal_does_not_change_the_code_of_a_process_that_leaves() -> 
         "with Stop().listen(): os.kill(os.getpid(), signal.SIGTERM)\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGUSR1); late = Late(); sys.exit(75)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 75
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=PATIENCE_S, check=False).returncode == 75

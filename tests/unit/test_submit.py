@@ -19,6 +19,7 @@ from dist_gpt.config.errors import ConfigError
 from launch.files import go_on
 from launch.starter import NotStartedError
 from launch.submit import Ended, Following, Guard, Stopped, cancel, final_state, follow, run_job, submit
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 INVALID = (1, "", "slurm_load_jobs error: Invalid job id specified")
@@ -238,7 +239,7 @@ def test_ctrl_c_twice_cancels_the_job(tmp_path: Path, first: str, slow: str) -> 
         os.killpg(follower.pid, signal.SIGINT)
         until((tmp_path / "cancelling").exists)
         os.killpg(follower.pid, signal.SIGINT)
-        said += follower.communicate(timeout=30)[1]
+        said += follower.communicate(timeout=PATIENCE_S)[1]
     finally:
         follower.kill()
         follower.wait()
@@ -247,7 +248,7 @@ def test_ctrl_c_twice_cancels_the_job(tmp_path: Path, first: str, slow: str) -> 
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

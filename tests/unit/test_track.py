@@ -16,6 +16,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.track import ExitRecord, Tracker, clock, record_failure, require_wandb, step_line
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {"step": 12, "loss": 3.12341, "grad_norm": 1.234, "lr": 3e-4, "tokens_per_s": 12345.4, "step_s": 0.5}
@@ -168,7 +169,7 @@ class TestWandb:
             "    tracker.step({'step': 1, 'loss': 1.5, 'marker_7391': 2.0}); tracker.validation(1, 2.5)\n"
         )
         environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, check=True, timeout=PATIENCE_S)
         [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
         assert b"marker_7391" in file.read_bytes()
         assert rows(tmp_path) == [{"step": 1, "loss": 1.5, "marker_7391": 2.0, "val_loss": 2.5}]
