@@ -167,7 +167,8 @@ class Embed(nn.Module):
         w = self.wiring
         if micro.tokens is None:
             raise ValueError("the embedding needs the micro-batch's tokens")
-        x = embedding(self.weight, micro.tokens, self.first_row, w.tp, w.sequence_parallel, w.sink)
+        vocab_size = int(w.config.model.vocab_size or 0)
+        x = embedding(self.weight, micro.tokens, self.first_row, vocab_size, w.tp, w.sequence_parallel, w.sink)
         if self.position is not None:
             x = add_positions(x, self.position, w.first_token(micro, x.shape[0]), w.sink)
         return w.drop(x, micro, 0, EMBEDDING)
@@ -234,7 +235,8 @@ class Head(nn.Module):
         if micro.targets is None:
             raise ValueError("the head needs the micro-batch's targets")
         logits = self.logits(self.norm(x))  # (N, V/tp)
-        return cross_entropy(logits, micro.targets, self.first_id, micro.scale, self.wiring.tp)
+        vocab_size = int(self.wiring.config.model.vocab_size or 0)
+        return cross_entropy(logits, micro.targets, self.first_id, vocab_size, micro.scale, self.wiring.tp)
 
 
 class Stage(nn.Module):

@@ -18,6 +18,16 @@ from dist_gpt.parallel.matmul import LOW
 from dist_gpt.parallel.sink import GradSink
 
 
+def refuse_outside(ids: Tensor, vocab_size: int, what: str) -> None:
+    """Check that ids (N,) are within the whole vocabulary: RuntimeError on a CPU, a failed device assertion on a GPU.
+
+    The check runs on the device, so the host never waits for it. Without it a rank of tp 2 or more would take an id
+    of no rank for one of another rank, and train on a row of zeros.
+    """
+    inside = ((ids >= 0) & (ids < vocab_size)).all()
+    torch._assert_async(inside, f"{what} holds a token id outside the vocabulary (model.vocab_size {vocab_size})")
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -52,9 +62,17 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(
-    weight: Parameter, tokens: Tensor, first_row: int, tp: Group, sequence_parallel: bool, sink: GradSink
+    weight: Parameter,
+    tokens: Tensor,
+    first_row: int,
+    vocab_size: int,
+    tp: Group,
+    sequence_parallel: bool,
+    sink: GradSink,
 ) -> Tensor:
-    """Rows of the split table: tokens (N,) int64 -> (N/tp or N, H). `first_row` is the first id in `weight`."""
+    """Rows of the split table: tokens (N,) int64 -> (N/tp or N, H). `first_row` is the first id in `weight`, and
+    `vocab_size` the rows on all tp ranks together."""
+    refuse_outside(tokens, vocab_size, "the embedding's input")
     result: Tensor = _Embedding.apply(weight, tokens, first_row, tp, sequence_parallel, sink)
     return result
 
@@ -90,8 +108,11 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None, None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, first_id: int, scale: float, tp: Group) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, first_id: int, vocab_size: int, scale: float, tp: Group
+) -> Tensor:
     """`scale` x the summed negative log-likelihood: logits (N, V/tp), targets (N,) int64 -> scalar, equal on all tp
-    ranks. Consumes `logits`: they become the gradient."""
+    ranks. Consumes `logits`: they become the gradient. `vocab_size` is V."""
+    refuse_outside(targets, vocab_size, "the loss's targets")
     result: Tensor = _CrossEntropy.apply(logits, targets, first_id, scale, tp)
     return result
