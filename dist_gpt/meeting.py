@@ -10,6 +10,7 @@ from dataclasses import replace
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, identity, roll_call, scoped, wait_for
 from dist_gpt.config.load import config_hash
 from dist_gpt.config.schema import Config
+from dist_gpt.data.corpus import DataError
 from dist_gpt.data.tokens import Prepared, open_prepared, prepare
 from dist_gpt.track import Tracker, record_failure
 
@@ -27,7 +28,9 @@ def meet(config: Config, store: Store, env: RankEnv) -> tuple[Prepared, RankEnv]
 
 
 def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
-    """Tokens from the cache, the same ones on all ranks; who has none says why to everybody, and all ranks raise.
+    """Tokens from the cache, the same ones on all ranks. A rank without data tells the others why, and all raise.
+
+    DataError where ranks have different tokens, as where nodes have different files under one path.
 
     To be called by all ranks, when all are known to be here: one that is silent is waited for DATA_TIMEOUT_S long.
     """
@@ -40,7 +43,15 @@ def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
         with suppress(Exception):  # this rank's own error says more
             roll_call(scope, patient, {"error": f"has no data: {error}"})
         raise
-    roll_call(scope, patient, {"data": data.digest[:16]})
+    roll_call(scope, patient, {})  # all have data
+    try:
+        roll_call(scoped(scope, "digest"), patient, {"data": data.digest[:16]})
+    except RendezvousError as error:
+        if " has data " not in str(error):
+            raise
+        raise DataError(
+            f"data.source: {config.data.source} is not the same on all ranks ({error}); give every node the same files"
+        ) from error
     return data
 
 

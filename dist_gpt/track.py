@@ -74,11 +74,13 @@ def require_wandb(mode: str) -> None:
 
 
 def step_line(record: dict[str, Any], steps: int, eta_s: float | None) -> str:
-    """`step   12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  eta 0:35`; what is missing is left out."""
+    """`step   12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  epoch 0.36  eta 0:35`; what is missing is
+    left out."""
     width = len(str(steps))
     parts = [f"step {record['step']:>{width}}/{steps}"]
     formats = {
         "loss": "loss {:.4f}", "grad_norm": "norm {:.2f}", "lr": "lr {:.1e}", "tokens_per_s": "{:.0f} tokens/s",
+        "epoch": "epoch {:.2f}",
     }  # fmt: skip
     parts += [text.format(record[key]) for key, text in formats.items() if record.get(key) is not None]
     if record.get("skipped"):

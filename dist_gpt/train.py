@@ -124,6 +124,7 @@ class Trainer:
                 "lr": learning_rate(self.config, step - 1),
                 "tokens_per_s": tokens / elapsed,
                 "step_s": elapsed,
+                "epoch": self.batches.epoch(step),
                 **more,
             }
         )
@@ -298,6 +299,9 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     tracker = Tracker(config, run_dir, env.rank, start.after)
     parts.callback(tracker.close)
     tracker.message(greeting(env, rank, bound))
+    batches = Batches(data, config)
+    if env.rank == 0:
+        tracker.message(batches.describe())
     for line in start.lines if env.rank == 0 else ():
         tracker.message(line)
     number = agree_on_attempt(store, env, attempts_in(run_dir, env.rank))
@@ -305,7 +309,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     parts.callback(recorder.close)
     recorder.network(links)
     recorder.clock(read_clock(store, env, "start"))
-    trainer = Trainer(config, rank, Batches(data, config), tracker, recorder, checkpoints)
+    trainer = Trainer(config, rank, batches, tracker, recorder, checkpoints)
     trainer.step, trainer.skipped = start.step, start.skipped
     attempt.trainer = trainer
     finished = trainer.run()

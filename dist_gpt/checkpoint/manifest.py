@@ -23,6 +23,8 @@ TRAIN_KEYS = ("global_batch", "micro_batch", "seed", "dtype")
 """Keys of `train` that a resumed run must share; it may train longer, and validate more often."""
 SHARDS = "shard_ranks"
 """Key beside those of `optim` where state is sharded inside nodes: over how many data ranks (launch.nodes decides)."""
+ORDER, OLD_ORDER = "data.order", "replacement"
+"""The order of batches, and what it was before it could be chosen: such a checkpoint does not name it."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -110,19 +112,28 @@ def shared_config(config: Config, data: str | None = None) -> dict[str, Any]:
     if config.optim.shard_group == "node":
         found["optim"] = {**tree["optim"], SHARDS: shard_ranks(config)}
     found["train"] = {key: tree["train"][key] for key in TRAIN_KEYS}
-    found["data"] = {"seed": tree["data"]["seed"], **({"tokens": data} if data is not None else {})}
+    found["data"] = {key: tree["data"][key] for key in ("seed", "order")}
+    if data is not None:
+        found["data"]["tokens"] = data
     return found
 
 
 def differences(manifest: Manifest, ours: dict[str, Any], where: Path) -> list[str]:
     """A sentence for each key that keeps a run of `ours` from going on from this checkpoint."""
-    theirs, mine = _flat(manifest.config), _flat(ours)
+    theirs, mine = {ORDER: OLD_ORDER, **_flat(manifest.config)}, _flat(ours)
     return [
-        f"{key}: the checkpoint {where} has {_shown(theirs, key)}, this run has {_shown(mine, key)}; resume with the "
-        f"same {'launch.nodes' if key == f'optim.{SHARDS}' else 'value'}, or start another run"
+        f"{key}: the checkpoint {where} has {_shown(theirs, key)}, this run has {_shown(mine, key)}; resume with "
+        f"{_remedy(key, theirs)}, or start another run"
         for key in sorted(set(theirs) | set(mine))
         if theirs.get(key, _shown) != mine.get(key, _shown) and not _unknown(key, theirs, mine)
     ]
+
+
+def _remedy(key: str, theirs: dict[str, Any]) -> str:
+    """What to resume with."""
+    if key == ORDER:
+        return f"{ORDER}={theirs[key]}"
+    return f"the same {'launch.nodes' if key == f'optim.{SHARDS}' else 'value'}"
 
 
 def _unknown(key: str, theirs: dict[str, Any], mine: dict[str, Any]) -> bool:

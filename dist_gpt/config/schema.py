@@ -175,9 +175,13 @@ class DataConfig(Section):
     """Where tokens come from."""
 
     source: str = "stdlib"
-    """stdlib (the Python standard library's sources), synthetic, or a text file, folder, .bin or .bin/.idx path."""
+    """stdlib (the Python standard library's sources), synthetic, or a path: text, folder, .bin, .npy, .bin/.idx."""
     tokenizer: str = "byte"
     """byte, or bpe:SIZE (trained on the source and cached)."""
+    dtype: Literal["auto", "uint8", "uint16", "int32", "uint32", "int64"] = "auto"
+    """Integers of a headerless .bin, little-endian; auto: uint16, refused where the file looks otherwise."""
+    order: Literal["epochs", "replacement"] = "epochs"
+    """epochs: each window once in every pass over the data, in a new order; replacement: each drawn independently."""
     seed: NonNegative = 0
     """Seed of the order of batches."""
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05

@@ -1,12 +1,12 @@
-"""Tokens that exist already: nanoGPT's headerless uint16 .bin, Megatron's .bin/.idx; and synthetic ones.
+"""Tokens that exist already: files with a known header, headerless ones, Megatron's pairs; and synthetic ones.
 
 Tokenised files are used where they lie, never copied: a corpus of tens of GB is normal.
 """
 
 from __future__ import annotations
 
+import json
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gpt.data.corpus import DataError
+from dist_gpt.data.formats import AUTO, HEAD, SUFFIXES, identify, refuse_contradiction
+from dist_gpt.data.headerless import headerless
+from dist_gpt.data.reader import Span
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the document index
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes; 6 and 7 are floats
 
 
-@dataclass(frozen=True)
-class Span:
-    """Tokens [offset, offset + count) of a headerless little-endian file."""
-
-    path: Path
-    dtype: str
-    offset: int
-    count: int
-
-
-def find_tokenised(source: str, val_fraction: float) -> tuple[Span, Span] | None:
+def find_tokenised(
+    source: str, val_fraction: float, dtype: str = AUTO, vocab_size: int | None = None
+) -> tuple[Span, Span] | None:
     """Train and validation spans of tokenised data, or None if `source` is something else.
 
-    Accepted: a folder with train.bin and val.bin; NAME.bin (uint16); NAME.bin, NAME.idx or NAME where both exist
-    (Megatron). One file is split at its end, Megatron's between documents where one ends near the wanted place.
+    Accepted: a folder with train.bin and val.bin (or .npy); a file with a known header; NAME.bin without one; NAME.bin,
+    NAME.idx or NAME where both exist (Megatron). One file is split at its end, Megatron's between documents where one
+    ends near the wanted place. `dtype` is data.dtype. DataError for other formats that hold tokens.
     """
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        return _folder(path)
-    if path.suffix not in (".bin", ".idx"):
+        return _folder(path, dtype, vocab_size)
+    if path.suffix not in (".bin", ".idx") and not path.exists():
         both = path.with_name(path.name + ".bin"), path.with_name(path.name + ".idx")
-        return _megatron(*both, val_fraction) if not path.exists() and all(p.is_file() for p in both) else None
+        return _megatron(*both, val_fraction, dtype) if all(p.is_file() for p in both) else None
     index = path.with_suffix(".idx")
-    if index.is_file():
-        return _megatron(path.with_suffix(".bin"), index, val_fraction)
-    if not path.is_file():
+    if path.suffix in (".bin", ".idx") and index.is_file():
+        return _megatron(path.with_suffix(".bin"), index, val_fraction, dtype)
+    if not path.is_file() or (path.suffix not in SUFFIXES and _is_text(path)):
         return None  # the text reader reports what is missing
-    whole = _nanogpt(path)
+    whole = identify(path, dtype)
+    if whole is None and path.suffix == ".npy":
+        raise DataError(f"data.source: {path} does not begin with NumPy's header; write it with numpy.save")
+    if whole is None and path.suffix != ".bin":
+        return None
+    whole = whole or headerless(path, dtype, vocab_size)
     return _cut(whole, whole.count - int(whole.count * val_fraction))
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file that is not named as tokens begins as text, or is empty: the text reader judges these."""
+    with path.open("rb") as file:
+        first = file.read(HEAD)
+    try:
+        first.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return len(first) == HEAD and error.start >= HEAD - 3  # a character is cut by the end of what was read
+    return b"\0" not in first
 
 
 def synthetic(count: int, vocab_size: int) -> NDArray[np.int64]:
@@ -68,29 +80,52 @@ def synthetic(count: int, vocab_size: int) -> NDArray[np.int64]:
     return tokens
 
 
-def _folder(path: Path) -> tuple[Span, Span] | None:
-    train, val = path / "train.bin", path / "val.bin"
-    if not train.is_file() and not val.is_file():
-        return None
-    for one in (train, val):
-        if not one.is_file():
+def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span] | None:
+    """train.bin and val.bin, each read by its own header; one with a header and one without are refused."""
+    for suffix in SUFFIXES:
+        pair = path / f"train{suffix}", path / f"val{suffix}"
+        if not any(one.is_file() for one in pair):
+            continue
+        for one in pair:
+            if not one.is_file():
+                raise DataError(
+                    f"data.source: the folder {path} has no {one.name}; tokenised folders hold train.bin and val.bin; "
+                    "to have one file split, give the file itself"
+                )
+        train, val = (identify(one, dtype) for one in pair)
+        if (train is None) != (val is None):
+            with_header, without = pair if train is not None else pair[::-1]
             raise DataError(
-                f"data.source: the folder {path} has no {one.name}; tokenised folders hold train.bin and val.bin; "
-                "to have one file split, give the file itself"
+                f"data.source: {with_header} has a header and {without} has none, so one of them is not what it "
+                "seems; write both in one format"
             )
-    return _nanogpt(train), _nanogpt(val)
+        return train or headerless(pair[0], dtype, vocab_size), val or headerless(pair[1], dtype, vocab_size)
+    _refuse_shards(path)
+    return None
 
 
-def _nanogpt(path: Path) -> Span:
-    size = path.stat().st_size
-    if size == 0:
-        raise DataError(f"data.source: {path} is empty (0 bytes); give a file with tokens")
-    if size % 2:
-        raise DataError(
-            f"data.source: {path} has {size} bytes, an odd number, but a headerless .bin holds 2-byte tokens; "
-            "it is cut off, or not such a file (Megatron's needs its .idx beside it)"
-        )
-    return Span(path, "<u2", 0, size // 2)
+def _refuse_shards(folder: Path) -> None:
+    """Raise DataError for a folder of token shards: read as a folder of text it would be its README."""
+    index = folder / "index.json"
+    if index.is_file():
+        try:
+            tree = json.loads(index.read_bytes())
+        except (OSError, ValueError):
+            tree = None
+        if isinstance(tree, dict) and ("chunks" in tree or "shards" in tree):
+            name = "litdata chunks" if "chunks" in tree else "MosaicML MDS shards"
+            raise DataError(
+                f"data.source: the folder {folder} holds {name} (index.json), which are not read in this version; "
+                "write the token ids as train.bin and val.bin"
+            )
+    shards = sorted(p for p in folder.iterdir() if p.suffix in (*SUFFIXES, ".mds", ".parquet", ".arrow", ".tfrecord"))
+    for shard in shards[:1]:
+        span = identify(shard) if shard.is_file() else None
+        if span is not None or len(shards) > 1:
+            raise DataError(
+                f"data.source: the folder {folder} holds {len(shards)} files of tokens ({shard.name}), and of a folder "
+                "only train.bin and val.bin are read in this version; join them to these two, or give one file"
+            )
 
 
 def _cut(whole: Span, first_val: int) -> tuple[Span, Span]:
@@ -98,7 +133,7 @@ def _cut(whole: Span, first_val: int) -> tuple[Span, Span]:
     return train, Span(whole.path, whole.dtype, first_val, whole.count - first_val)
 
 
-def _megatron(path: Path, index: Path, val_fraction: float) -> tuple[Span, Span]:
+def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple[Span, Span]:
     """Read and check the index: 34 bytes of header, sizes int32[s], pointers int64[s], document starts int64[d]."""
     if not path.is_file():
         raise DataError(f"data.source: {index} is there, but {path.name} is not; give both files of the pair")
@@ -111,6 +146,7 @@ def _megatron(path: Path, index: Path, val_fraction: float) -> tuple[Span, Span]
             raise _bad_index(index, f"has version {version}, only 1 is known")
         if code not in DTYPES:
             raise _bad_index(index, f"has dtype code {code}; integers are {sorted(DTYPES)} (6 and 7 are floats)")
+        refuse_contradiction(index, DTYPES[code], dtype)
         needed = HEADER.size + 12 * sequences + 8 * entries
         size = index.stat().st_size
         if size not in (needed, needed + sequences):  # the longer form ends with one mode byte a sequence

@@ -1,4 +1,4 @@
-"""The cache of prepared tokens: entries are written whole, checked, and mapped read-only.
+"""The cache of prepared tokens: entries are written whole, checked, and opened read-only.
 
 An entry is the folder <cache>/<sha256 of what it was made from>/ with train.bin, val.bin (headerless little-endian),
 tokenizer.json for a BPE, and meta.json. Tokenised sources are used where they lie; their entry holds meta.json alone.
@@ -24,19 +24,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_gpt.data.binary import Span
 from dist_gpt.data.corpus import DataError
+from dist_gpt.data.reader import Span, Tokens
 
-SCAN_TOKENS = 1 << 23  # tokens looked at at once
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # a rename found another entry in its place
 
-Tokens = NDArray[Any]  # (tokens,), any integer dtype
 Built = tuple[dict[str, "Part"], dict[str, object]]  # what a recipe returns: parts, and what meta.json says of them
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens [offset, offset + count) of `file` (inside the entry, or an absolute path), and what was seen in them."""
+    """Tokens [offset, offset + count) of `file` (inside the entry, or an absolute path), and what was seen in them.
+
+    `sha256` covers all tokens; `sample` blocks of them, so that it can be compared again at little cost.
+    """
 
     file: str
     dtype: str
@@ -45,14 +46,16 @@ class Part:
     min_id: int
     max_id: int
     sha256: str
+    sample: str
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokens ready for training. `train` and `val` are read-only maps, (tokens,), of an integer dtype.
+    """Tokens ready for training.
 
     `digest` depends on the tokens alone: ranks compare it in the roll call. `vocab_size` is the tokenizer's, and for
-    tokenised sources the largest id + 1. `tokenizer` is "none" for tokenised and synthetic sources.
+    tokenised sources the largest id + 1. `train_ids` are the smallest and the largest id of `train`. `tokenizer` is
+    "none" for tokenised and synthetic sources.
     """
 
     path: Path
@@ -62,16 +65,21 @@ class Prepared:
     vocab_size: int
     min_id: int
     max_id: int
+    train_ids: tuple[int, int]
     source: str
     tokenizer: str
 
 
 def open_prepared(path: str | Path) -> Prepared:
-    """Map what `prepare` made (its `.path`). DataError if it is missing, unreadable or of another size."""
+    """Open what `prepare` made (its `.path`).
+
+    DataError if it is missing or unreadable, or if a file does not hold the tokens that were prepared: this is also
+    how a rank notices that its node has another file under the same path.
+    """
     folder = Path(path)
     try:
         meta, parts = _read_meta(folder)
-        train, val = _map(folder, parts["train"]), _map(folder, parts["val"])
+        train, val = _open(folder, parts["train"]), _open(folder, parts["val"])
         return Prepared(
             path=folder,
             train=train,
@@ -80,6 +88,7 @@ def open_prepared(path: str | Path) -> Prepared:
             vocab_size=int(str(meta["vocab_size"])),
             min_id=min(part.min_id for part in parts.values() if part.count),
             max_id=max(part.max_id for part in parts.values()),
+            train_ids=(parts["train"].min_id, parts["train"].max_id),
             source=str(meta["source"]),
             tokenizer=str(meta["tokenizer"]),
         )
@@ -104,34 +113,35 @@ def write_part(path: Path, dtype: str, chunks: Iterable[NDArray[np.int64]]) -> P
             digest.update(data)
             file.write(data)
             count += len(chunk)
-    return Part(path.name, dtype, 0, count, low, high, digest.hexdigest())
+    sample = Tokens(Span(path, dtype, 0, count)).sample()
+    return Part(path.name, dtype, 0, count, low, high, digest.hexdigest(), sample)
 
 
 def scan_part(span: Span) -> Part:
-    """Largest and smallest id and digest of tokens that exist already."""
-    tokens = _map(span.path.parent, Part(str(span.path), span.dtype, span.offset, span.count, 0, 0, ""))
-    digest = hashlib.sha256()
-    low, high = 0, -1
-    for first in range(0, len(tokens), SCAN_TOKENS):
-        chunk = np.ascontiguousarray(tokens[first : first + SCAN_TOKENS])
-        low = min(low, int(chunk.min())) if first else int(chunk.min())
-        high = max(high, int(chunk.max()))
-        digest.update(chunk.data)
-    return Part(str(span.path), span.dtype, span.offset, span.count, low, high, digest.hexdigest())
+    """Largest and smallest id and digests of tokens that exist already. DataError if they change meanwhile."""
+    low: list[int] = []
+    high: list[int] = []
+
+    def look(ids: NDArray[Any]) -> None:
+        low.append(int(ids.min()))
+        high.append(int(ids.max()))
+
+    tokens = Tokens(span)
+    sha256 = tokens.scan(look)
+    ids = min(low, default=0), max(high, default=-1)
+    return Part(str(span.path), span.dtype, span.offset, span.count, *ids, sha256, tokens.sample())
 
 
-def _map(folder: Path, part: Part) -> Tokens:
-    """The part's tokens, read-only. ValueError if the file is too short for them."""
+def _open(folder: Path, part: Part) -> Tokens:
+    """The part's tokens. ValueError if the file is too short for them, or holds others."""
     path = folder / part.file  # an absolute part.file stands for itself
     dtype = np.dtype(part.dtype)
     if dtype.kind not in "iu":
         raise ValueError(f"{path} has dtype {part.dtype}, which is no integer")
     size, stop = path.stat().st_size, (part.offset + part.count) * dtype.itemsize
-    if size < stop or (part.file == path.name and size != stop):
+    if part.file == path.name and size != stop:
         raise ValueError(f"{path} has {size} bytes instead of {stop}")
-    if part.count == 0:
-        return np.zeros(0, dtype=dtype)  # an empty file cannot be mapped
-    return np.memmap(path, dtype=dtype, mode="r", offset=part.offset * dtype.itemsize, shape=(part.count,))
+    return Tokens(Span(path, part.dtype, part.offset, part.count), part.sample, part.sha256)
 
 
 def _read_meta(folder: Path) -> tuple[dict[str, object], dict[str, Part]]:
@@ -153,13 +163,12 @@ def _digest(parts: dict[str, Part]) -> str:
 def entry_problem(folder: Path) -> str | None:
     """Why the entry cannot be used, or None.
 
-    Its own files are digested again; sources that lie elsewhere are covered by the key, which holds their size
-    and time.
+    Its own files are digested again; of sources that lie elsewhere blocks are, since the key has their size and time.
     """
     try:
         meta, parts = _read_meta(folder)
         for part in parts.values():
-            _map(folder, part)
+            _open(folder, part)
             if not Path(part.file).is_absolute() and _file_digest(folder / part.file) != part.sha256:
                 return f"{part.file} does not have the digest in meta.json"
         if meta["tokenizer_sha256"] and _file_digest(folder / "tokenizer.json") != meta["tokenizer_sha256"]:

@@ -6,7 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gpt.config.schema import Config
-from dist_gpt.data.cache import Prepared, Tokens
+from dist_gpt.data.cache import Prepared
+from dist_gpt.data.corpus import DataError
+from dist_gpt.data.reader import Tokens
+from dist_gpt.data.shuffle import permute
 from dist_gpt.data.tokens import check_fits
 
 
@@ -15,35 +18,67 @@ class Batches:
 
     A rank asks for the samples [first, first + count) of the global batch that are its own. What a sample holds does
     not depend on who asks, on the layout, or on how often the run was restarted.
+
+    An epoch is one pass over all windows. Windows begin every seq_len tokens, so that every token is a target once; the
+    last tokens, too few for a window, are left out. With data.order replacement, windows begin anywhere and are drawn
+    independently; an epoch then is as many samples.
     """
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
         check_fits(prepared, config)
+        self._seq_len = config.model.seq_len
         self._window = config.model.seq_len + 1
+        self._vocab_size = config.model.vocab_size
         self._seed = config.data.seed
+        self._order = config.data.order
         self._batch = config.train.global_batch
+        self._steps = config.train.steps
         self._eval_batches = config.train.eval_batches
         self._train = prepared.train
         self._val = prepared.val
+        self.windows = (len(prepared.train) - 1) // self._seq_len
+        """Windows of an epoch."""
 
     def offsets(self, step: int, first: int, count: int) -> NDArray[np.int64]:
-        """Where samples [first, first + count) of `step` begin in the train part, (count,).
-
-        Philox (Salmon et al. 2011) keyed by (seed, step): any step is drawn without drawing those before it. Its raw
-        words are used since numpy keeps them equal in all versions; the bias of the remainder is below windows / 2^64.
-        """
+        """Return where samples [first, first + count) of `step` begin in the train part, (count,)."""
         self._check(first, count)
+        if self._order == "replacement":
+            return self._drawn(step, first, count)
+        number = step * self._batch + first + np.arange(count, dtype=np.int64)
+        epochs = number // self.windows
+        if epochs[0] == epochs[-1]:
+            epochs = epochs[:1]  # the usual case, and the keys are computed once
+        return permute(number % self.windows, epochs, self.windows, self._seed) * self._seq_len
+
+    def _drawn(self, step: int, first: int, count: int) -> NDArray[np.int64]:
+        """Return starts drawn independently: Philox (Salmon et al. 2011) keyed by (seed, step).
+
+        Its raw words are used since numpy keeps them equal in all versions; the bias of the remainder is below
+        windows / 2^64.
+        """
         key = np.array([self._seed % 2**64, step], dtype=np.uint64)
         words = np.random.Philox(key=key).random_raw(first + count)[first:]
-        windows = len(self._train) - self._window + 1
-        return (words % np.uint64(windows)).astype(np.int64)
+        return (words % np.uint64(len(self._train) - self._seq_len)).astype(np.int64)
+
+    def epoch(self, steps: int) -> float:
+        """Return the passes over the data that `steps` steps make."""
+        return steps * self._batch / self.windows
+
+    def describe(self) -> str:
+        """Return a line for the console: the windows of an epoch, and the epochs of the run."""
+        left_out = len(self._train) - 1 - self.windows * self._seq_len
+        replaced = ", drawn with replacement (data.order)" if self._order == "replacement" else ""
+        return (
+            f"epoch: {self.windows:,} windows of {self._seq_len:,} tokens, {left_out:,} left over; "
+            f"{self._steps:,} steps of {self._batch:,} windows are {self.epoch(self._steps):.4g} epochs{replaced}"
+        )
 
     def sample(self, step: int, first: int, count: int) -> NDArray[np.int64]:
-        """Samples [first, first + count) of the global batch of `step`, (count, seq_len + 1)."""
+        """Return samples [first, first + count) of the global batch of `step`, (count, seq_len + 1)."""
         return self._gather(self._train, self.offsets(step, first, count))
 
     def validation(self, batch_index: int, first: int, count: int) -> NDArray[np.int64]:
-        """The same of validation batch `batch_index` (of train.eval_batches), (count, seq_len + 1).
+        """Return the same of validation batch `batch_index` (of train.eval_batches), (count, seq_len + 1).
 
         Always the same windows, spread evenly over the validation part; they overlap where it is short.
         """
@@ -59,5 +94,14 @@ class Batches:
             raise ValueError(f"samples [{first}, {first + count}) of a global batch of {self._batch}")
 
     def _gather(self, tokens: Tokens, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, self._window)
-        return windows[offsets].astype(np.int64)
+        """Return the windows at `offsets`. DataError for ids outside the vocabulary: the file may have changed."""
+        found = tokens.windows(offsets, self._window)
+        limit = self._vocab_size
+        if limit is not None and (found.min() < 0 or found.max() >= limit):
+            row, column = np.argwhere((found < 0) | (found >= limit))[0].tolist()
+            raise DataError(
+                f"data.source: token id {found[row, column]} at position {offsets[row] + column} of {tokens.path} is "
+                f"outside the vocabulary of {limit} (model.vocab_size), and was not there when the data were prepared; "
+                "leave the file alone while a run uses it, and start again"
+            )
+        return found

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gpt.config.schema import Config
-from dist_gpt.data.binary import Span, find_tokenised, synthetic
+from dist_gpt.data.binary import find_tokenised, synthetic
 from dist_gpt.data.cache import (
-    SCAN_TOKENS,
     Built,
     Prepared,
     build_entry,
@@ -27,12 +26,15 @@ from dist_gpt.data.cache import (
     write_part,
 )
 from dist_gpt.data.corpus import SOURCES, Corpus, DataError, Document, read_corpus, split_documents
+from dist_gpt.data.formats import AUTO
+from dist_gpt.data.reader import Span, Tokens
 from dist_gpt.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, bpe_size
 
 __all__ = ["Prepared", "cache_folder", "check_fits", "describe", "load_tokenizer", "open_prepared", "prepare"]
 
-FORMAT = 1  # part of every key: raise it when what is written changes
+FORMAT = 2  # part of every key: raise it when what is written changes
 SYNTHETIC_TOKENS = 2_000_000
+SCAN_TOKENS = 1 << 23  # tokens looked at at once
 BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once
 
 Say = Callable[[str], None]
@@ -95,6 +97,7 @@ def check_fits(prepared: Prepared, config: Config) -> None:
                 f"{needed} (model.seq_len {config.model.seq_len} + 1 for the target); lower model.seq_len, use more "
                 f"data{advice}"
             )
+    _refuse_constant(prepared)
     vocabulary = config.model.vocab_size
     if vocabulary is None or (prepared.max_id < vocabulary and prepared.min_id >= 0):
         return
@@ -111,6 +114,16 @@ def check_fits(prepared: Prepared, config: Config) -> None:
                     f"data.source: token id {token} at position {first + bad[0]} of {name} is outside the vocabulary "
                     f"of {vocabulary} (model.vocab_size: ids 0 to {vocabulary - 1}); {advice}"
                 )
+
+
+def _refuse_constant(prepared: Prepared) -> None:
+    """Raise DataError where the train part repeats one id: nothing can be learnt from it."""
+    low, high = prepared.train_ids
+    if low == high:
+        raise DataError(
+            f"data.source: all {len(prepared.train):,} train tokens of {prepared.source} are the id {low}, so there is "
+            "nothing to learn; it may be a file that was allocated and never written: write it again"
+        )
 
 
 def describe(prepared: Prepared) -> str:
@@ -140,13 +153,17 @@ def _millions(count: int) -> str:
 def _recipe(config: Config, say: Say) -> _Recipe:
     data = config.data
     if data.source == "synthetic":
+        _refuse_dtype(config)
         return _synthetic_recipe(config)
     if not data.source:
         raise DataError(f"data.source: '' names nothing; allowed: {SOURCES}")
     with _reading():
-        spans = None if data.source == "stdlib" else find_tokenised(data.source, data.val_fraction)
+        spans = None
+        if data.source != "stdlib":
+            spans = find_tokenised(data.source, data.val_fraction, data.dtype, config.model.vocab_size)
     if spans is not None:
         return _tokenised_recipe(data.source, spans)
+    _refuse_dtype(config)
     bpe_size(data.tokenizer)  # a wrong one is reported before the corpus is read
     corpus = read_corpus(data.source)
     if corpus.skipped:
@@ -154,6 +171,15 @@ def _recipe(config: Config, say: Say) -> _Recipe:
         say(f"{data.source}: {len(corpus.skipped)} files are no text and left out (such as {examples})")
     key = {"corpus": corpus.digest, "tokenizer": data.tokenizer, "val_fraction": data.val_fraction}
     return _Recipe({"kind": "text", **key}, lambda folder: _text(folder, corpus, config, say))
+
+
+def _refuse_dtype(config: Config) -> None:
+    """Raise DataError where data.dtype is set and the source has no stored tokens."""
+    if config.data.dtype != AUTO:
+        raise DataError(
+            f"data.dtype: {config.data.dtype}, but {config.data.source} is tokenised here and not a file of tokens; "
+            "leave data.dtype at auto"
+        )
 
 
 @contextlib.contextmanager
@@ -188,19 +214,32 @@ def _synthetic_recipe(config: Config) -> _Recipe:
 
 
 def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
-    """The key holds size and modification time instead of the contents: these files may have tens of GB."""
+    """The key holds size, time and a digest of blocks: reading tens of GB at every start would take too long."""
     key: list[object] = []
-    for span in spans:
-        stat = span.path.stat()
-        key.append([str(span.path), span.dtype, span.offset, span.count, stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    with _reading():
+        samples = [_opened(span).sample() for span in spans]
+        for span, sample in zip(spans, samples, strict=True):
+            stat = span.path.stat()
+            place = [str(span.path), span.dtype, span.offset, span.count]
+            key.append([*place, stat.st_size, stat.st_mtime_ns, stat.st_ino, sample])
 
     def build(folder: Path) -> Built:
         with _reading():
-            parts = {name: scan_part(span) for name, span in zip(("train", "val"), spans, strict=True)}
-        largest = max(part.max_id for part in parts.values())
-        return parts, {"source": source, "tokenizer": "none", "vocab_size": largest + 1}
+            train, val = (scan_part(span) for span in spans)
+        for part, sample in ((train, samples[0]), (val, samples[1])):
+            if part.sample != sample:
+                raise DataError(f"data.source: {part.file} changed while it was being prepared; start again")
+        largest = max(train.max_id, val.max_id)
+        return {"train": train, "val": val}, {"source": source, "tokenizer": "none", "vocab_size": largest + 1}
 
     return _Recipe({"kind": "tokenised", "spans": key}, build)
+
+
+def _opened(span: Span) -> Tokens:
+    try:
+        return Tokens(span)
+    except ValueError as error:
+        raise DataError(f"data.source: {error}; it changed while it was being prepared: start again") from None
 
 
 def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:

@@ -105,7 +105,7 @@ class TestEightRanks:
         before, *steps = eight.metrics()
         assert set(before) == {"step", "val_loss"} and before["step"] == 0
         assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
-        needed = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_s"}
+        needed = {"step", "loss", "grad_norm", "lr", "tokens_per_s", "step_s", "epoch"}
         for row in steps:
             assert set(row) == needed | ({"val_loss"} if row["step"] % EVAL_EVERY == 0 else set())
             assert all(math.isfinite(row[key]) and row[key] > 0 for key in needed)
@@ -284,7 +284,7 @@ class TestTrainer:
     def test_gives_up_at_once_where_as_many_were_skipped_before(self, place: Place) -> None:
         """A resumed run may allow less than the one that saved."""
         rank = SimpleNamespace(optimizer=SimpleNamespace(scale=None))
-        trainer = Trainer(load(str(place.config), ["train.max_skipped=3"]), rank, None, Mock(), Mock())  # type: ignore[arg-type]
+        trainer = Trainer(load(str(place.config), ["train.max_skipped=3"]), rank, Mock(), Mock(), Mock())  # type: ignore[arg-type]
         trainer.skipped = 5
         with pytest.raises(RuntimeError, match="6 steps in a row, up to step 8"):
             trainer.record(8, math.nan, 1.0, 0.1)

@@ -61,7 +61,7 @@ def test_one_file_is_split_at_its_end_without_losing_a_byte(make: Any, text: Pat
     joined = np.concatenate([prepared.train, prepared.val])
     assert joined.astype(np.uint8).tobytes() == TEXT.encode()
     assert abs(len(prepared.val) / len(joined) - 0.1) < 0.001
-    assert prepared.train.dtype == np.dtype("<u2") and not prepared.train.flags.writeable
+    assert prepared.train.dtype == np.dtype("<u2") and not prepared.train[:5].flags.writeable
     assert (prepared.vocab_size, prepared.max_id) == (256, max(TEXT.encode()))
 
 
@@ -267,7 +267,7 @@ def test_synthetic_tokens_have_a_structure_to_learn(make: Any) -> None:
     assert (
         prepare(make("synthetic", {"vocab_size": 50}, cache=str(prepared.path.parent / "b"))).digest == prepared.digest
     )
-    assert prepare(make("synthetic", {"seq_len": 100_000})).val.size >= 100_001  # no sequence is too long
+    assert prepare(make("synthetic", {"seq_len": 100_000})).val[:].size >= 100_001  # no sequence is too long
     with pytest.raises(DataError, match=r"model\.vocab_size"):
         prepare(make("synthetic", {"vocab_size": None}))
     with pytest.raises(DataError, match="tokens only"):

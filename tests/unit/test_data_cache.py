@@ -178,18 +178,23 @@ def test_slices_make_up_the_batch_whoever_asks(make: Any, text: Path) -> None:
 
 def test_batches_depend_on_seed_and_step_alone(make: Any, text: Path) -> None:
     prepared = prepare(make(text))
-    base = Batches(prepared, make(text)).offsets(5, 0, 8)
-    bigger = Batches(prepared, make(text, train={"global_batch": 16, "steps": 9, "seed": 4})).offsets(5, 0, 8)
+    base = Batches(prepared, make(text, order="replacement")).offsets(5, 0, 8)
+    larger = make(text, train={"global_batch": 16, "steps": 9, "seed": 4}, order="replacement")
+    bigger = Batches(prepared, larger).offsets(5, 0, 8)
     assert np.array_equal(base, bigger)
-    assert not np.array_equal(base, Batches(prepared, make(text)).offsets(6, 0, 8))
-    assert not np.array_equal(base, Batches(prepared, make(text, seed=1)).offsets(5, 0, 8))
+    for order in ("epochs", "replacement"):
+        here = Batches(prepared, make(text, order=order)).offsets(5, 0, 8)
+        other_run = Batches(prepared, make(text, train={"steps": 9, "seed": 4}, order=order))
+        assert np.array_equal(here, other_run.offsets(5, 0, 8))
+        assert not np.array_equal(here, Batches(prepared, make(text, order=order)).offsets(6, 0, 8))
+        assert not np.array_equal(here, Batches(prepared, make(text, seed=1, order=order)).offsets(5, 0, 8))
     words = np.random.Philox(key=np.array([0, 5], dtype=np.uint64)).random_raw(8)
     assert base.tolist() == [int(word) % (len(prepared.train) - 16) for word in words]
 
 
 def test_windows_lie_in_the_data_and_reach_its_ends(make: Any, tmp_path: Path) -> None:
     (np.arange(40, dtype="<u2")).tofile(tmp_path / "ids.bin")
-    config = make(tmp_path / "ids.bin", {"seq_len": 4}, val_fraction=0.25)
+    config = make(tmp_path / "ids.bin", {"seq_len": 4}, val_fraction=0.25, order="replacement")
     batches = Batches(prepare(config), config)
     starts = set()
     for step in range(100):

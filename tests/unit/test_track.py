@@ -33,6 +33,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 def test_step_line() -> None:
     expected = "step  12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  eta 0:35"
     assert step_line(RECORD, 200, 35.2) == expected
+    assert "tokens/s  epoch 1.50  eta" in step_line({**RECORD, "epoch": 1.5}, 200, 35.2)
     assert step_line({"step": 3, "loss": float("nan")}, 200, None) == "step   3/200  loss nan"
 
 

@@ -1,0 +1,296 @@
+"""What a file of tokens is: known headers are read, other known formats are named and refused.
+
+`identify` looks at the first bytes of a file. It returns where the tokens lie for a header that is read (llm.c, NumPy,
+LitGPT), None for a file without a known header, and raises DataError for a format that holds no plain tokens.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dist_gpt.data.corpus import DataError
+from dist_gpt.data.reader import Span
+
+HEAD = 4096
+AUTO = "auto"
+SUFFIXES = (".bin", ".npy")
+"""Suffixes of files that hold tokens, with or without a header."""
+
+LLMC_HEADER = 1024  # 256 int32: magic, version, tokens, zeros
+LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
+LLMC_OTHER = {
+    20240326: "model checkpoint", 20240803: "model checkpoint", 20240327: "optimizer state", 20240328: "tokenizer",
+    20240522: "evaluation file",
+}  # fmt: skip
+LITGPT = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens of a chunk
+LITGPT_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
+
+WRITE_AGAIN = "write the token ids as .npy or as a headerless little-endian .bin"
+UNPACK = "decompress it first"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A file's size, its first bytes and its last one."""
+
+    path: Path
+    size: int
+    first: bytes
+    last: bytes
+
+    def word(self, offset: int) -> int:
+        """Return the little-endian uint32 at `offset`, 0 where there is none."""
+        return int.from_bytes(self.first[offset : offset + 4].ljust(4, b"\0"), "little")
+
+    def long(self, offset: int) -> int:
+        """Return the little-endian uint64 at `offset`, 0 where there is none."""
+        return int.from_bytes(self.first[offset : offset + 8].ljust(8, b"\0"), "little")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that is refused: its name, how it is recognised, and what to do with it."""
+
+    name: str
+    matches: Callable[[Head], bool]
+    advice: str = WRITE_AGAIN
+    sure: bool = True
+    """False: so few bytes decide that tokens may begin alike; an explicit data.dtype is believed instead."""
+
+
+def _at(magic: bytes, offset: int = 0) -> Callable[[Head], bool]:
+    return lambda head: head.first[offset : offset + len(magic)] == magic
+
+
+def _any(*magics: bytes) -> Callable[[Head], bool]:
+    return lambda head: head.first.startswith(magics)
+
+
+def _zip_of(names: bytes) -> Callable[[Head], bool]:
+    return lambda head: head.first.startswith(b"PK\x03\x04") and names in head.first[30:200]
+
+
+def _pickle(head: Head) -> bool:
+    """Protocols 2 to 5: a version, an opcode that may follow it, and the full stop at the end."""
+    if head.first[:1] != b"\x80" or head.last != b".":
+        return False
+    version, opcode = head.first[1:2], head.first[2:3]
+    framed = opcode == b"\x95" and head.long(3) <= head.size
+    return framed if version in (b"\x04", b"\x05") else version in (b"\x02", b"\x03") and opcode in b"}](cX\x8a)"
+
+
+def _shard_of_samples(head: Head) -> bool:
+    """litdata and MosaicML MDS: uint32 n, then n + 1 uint32 offsets, of which the last is the file's size."""
+    count = head.word(0)
+    end = 4 * (count + 1)
+    if count < 1 or end + 4 > min(head.size, 1 << 32):
+        return False
+    if head.word(4) < end + 4 or head.word(4) > head.size:
+        return False
+    return _word_of(head.path, end) == head.size
+
+
+def _word_of(path: Path, offset: int) -> int:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return int.from_bytes(file.read(4), "little")
+
+
+def _tfrecord(head: Head) -> bool:
+    """A length, its masked CRC-32C, the record and another checksum."""
+    if len(head.first) < 16 or head.long(0) + 16 > head.size:
+        return False
+    crc = 0xFFFFFFFF
+    for byte in head.first[:8]:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return head.word(8) == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _safetensors(head: Head) -> bool:
+    return head.first[8:9] == b"{" and 2 <= head.long(0) <= head.size - 8
+
+
+def _arrow_stream(head: Head) -> bool:
+    """A continuation marker, the metadata's length, and a flatbuffer whose root is near its beginning."""
+    return head.first[:4] == b"\xff" * 4 and 0 < head.word(4) < head.size and head.word(4) % 8 == 0 < head.word(8) < 64
+
+
+def _text(head: Head) -> bool:
+    """UTF-8 without control characters. Sixteen bytes at least: two tokens may look like anything."""
+    data = head.first
+    if len(data) < 16 or any(byte < 32 and byte not in b"\t\n\r\f\x1b" or byte == 127 for byte in data):
+        return False
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return len(data) == HEAD and error.start >= HEAD - 3  # a character is cut by the end of what was read
+    return True
+
+
+REFUSED: tuple[Format, ...] = (
+    Format("a gzip file", lambda h: h.first[:3] == b"\x1f\x8b\x08" and h.first[3:4] < b"\x20", UNPACK, sure=False),
+    Format("a zstd file", _any(b"\x28\xb5\x2f\xfd"), UNPACK),
+    Format("an xz file", _at(b"\xfd7zXZ\0"), UNPACK),
+    Format("a bzip2 file", lambda h: h.first[:3] == b"BZh" and h.first[4:10] == b"1AY&SY", UNPACK),
+    Format("an lz4 file", _at(b"\x04\x22\x4d\x18"), UNPACK),
+    Format("an lzip file", _at(b"LZIP\1"), UNPACK),
+    Format("a snappy file", _at(b"\xff\x06\0\0sNaPpY"), UNPACK),
+    Format("a 7-Zip archive", _at(b"7z\xbc\xaf\x27\x1c"), "unpack it first"),
+    Format("a RAR archive", _at(b"Rar!\x1a\x07"), "unpack it first"),
+    Format("a tar archive", _at(b"ustar", 257), "unpack it first"),
+    Format("a PyTorch file (a zip archive with a pickle)", _zip_of(b"/data.pkl"), "save the ids with numpy.save"),
+    Format("a NumPy .npz file", _zip_of(b".npy"), "save the one array of token ids with numpy.save"),
+    Format("a zip archive (also .npz, .pt)", _any(b"PK\x03\x04", b"PK\x05\x06"), "unpack it first"),
+    Format("a pickle (also an old PyTorch file), which is never loaded", _pickle, "save the ids with numpy.save"),
+    Format("a Parquet file", _any(b"PAR1", b"PARE")),
+    Format("an Arrow file", _at(b"ARROW1")),
+    Format("an Arrow stream (a Hugging Face dataset)", _arrow_stream),
+    Format("a Feather file", _at(b"FEA1")),
+    Format("an ORC file", _at(b"ORC"), sure=False),
+    Format("an Avro file", _at(b"Obj\x01")),
+    Format("an HDF5 file", _at(b"\x89HDF\r\n\x1a\n")),
+    Format("a MATLAB file", _at(b"MATLAB 5.0")),
+    Format("an LMDB database", _at(b"\xde\xc0\xef\xbe", 16)),
+    Format("an SQLite database", _at(b"SQLite format 3\0")),
+    Format("a TFRecord file", _tfrecord),
+    Format("a safetensors file", _safetensors),
+    Format("a GGUF file (a model)", _at(b"GGUF"), "give the data, not the model"),
+    Format("a GGML file (a model)", _any(b"lmgg", b"fmgg", b"tjgg"), "give the data, not the model"),
+    Format("a shard of litdata or MosaicML MDS (an index of samples, then the samples)", _shard_of_samples),
+    Format("a Megatron index", _at(b"MMIDIDX\0\0"),
+           "name it NAME.idx beside its NAME.bin, which holds the tokens, and give NAME.bin"),
+    Format("an old fairseq index", _at(b"TNTIDX\0\0"), "write the data again with Megatron's preprocess_data"),
+    Format("a PDF", _at(b"%PDF-"), "extract its text to a .txt file"),
+    Format("an image", _any(b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1")),
+    Format("a RIFF file (audio or images)", lambda h: h.first[:4] == b"RIFF" and h.word(4) + 8 == h.size),
+    Format("a program or library (ELF)", _at(b"\x7fELF")),
+    Format("a Git LFS pointer instead of the file", _at(b"version https://git-lfs"), "run git lfs pull"),
+    Format("UTF-16 text (a byte order mark)", _any(b"\xff\xfe", b"\xfe\xff"), "convert it to UTF-8 and name it .txt",
+           sure=False),
+    Format("text (UTF-8, such as JSON, CSV or a web page)", _text,
+           "name it .txt to have it tokenised; if these are byte tokens, set data.dtype: uint8", sure=False),
+)  # fmt: skip
+"""Formats that are named. The first that matches counts."""
+
+
+def read_head(path: Path) -> Head:
+    """Return the first bytes of a file."""
+    with path.open("rb") as file:
+        first = file.read(HEAD)
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        return Head(path, size, first, file.read(1))
+
+
+def identify(path: Path, dtype: str = AUTO) -> Span | None:
+    """Return the tokens of a file with a known header, None for a file without one.
+
+    DataError for a format that is not read, for a header that is damaged or contradicts the file's size, and for one
+    that contradicts `dtype` (data.dtype).
+    """
+    head = read_head(path)
+    if head.size == 0:
+        raise DataError(f"data.source: {path} is empty (0 bytes); give a file with tokens")
+    for reads in (_llmc, _numpy, _litgpt):
+        span = reads(head)
+        if span is not None:
+            refuse_contradiction(path, span.dtype, dtype)
+            return span
+    for known in REFUSED:
+        if (known.sure or dtype == AUTO) and known.matches(head):
+            raise DataError(f"data.source: {path} is {known.name}, which is not read as tokens; {known.advice}")
+    return None
+
+
+def refuse_contradiction(path: Path, header: str, dtype: str) -> None:
+    """Raise DataError where data.dtype is not what the file's header says."""
+    name = np.dtype(header).name
+    if dtype not in (AUTO, name):
+        raise DataError(
+            f"data.dtype: {dtype}, but the header of {path} says {name}; leave data.dtype at auto for files with a "
+            "header"
+        )
+
+
+def _llmc(head: Head) -> Span | None:
+    """llm.c and modded-nanogpt: a header of 1,024 bytes."""
+    magic, version, count = head.word(0), head.word(4), head.word(8)
+    tokens = {known for known, _ in LLMC}
+    if magic in LLMC_OTHER and 0 < version < 100 and len(head.first) >= LLMC_HEADER:
+        raise DataError(
+            f"data.source: {head.path} is an llm.c {LLMC_OTHER[magic]} (magic {magic}), which is not read as tokens; "
+            "give a file with magic 20240520 or 20240801"
+        )
+    if magic not in tokens:
+        return None
+    if (magic, version) not in LLMC:
+        known = ", ".join(f"magic {m} version {v}" for m, v in LLMC)
+        raise _damaged(head, "llm.c", f"has magic {magic} version {version}; {known} are read")
+    dtype = LLMC[magic, version]
+    width = np.dtype(dtype).itemsize
+    needed = LLMC_HEADER + count * width
+    if head.size != needed:
+        raise _damaged(head, "llm.c", f"counts {count} tokens of {width} bytes, which need {needed} bytes, and the "
+                                      f"file has {head.size}")  # fmt: skip
+    return _span(head, dtype, LLMC_HEADER, count)
+
+
+def _numpy(head: Head) -> Span | None:
+    if not head.first.startswith(b"\x93NUMPY"):
+        return None
+    try:
+        array = np.load(head.path, mmap_mode="r", allow_pickle=False)
+        offset, shape, kind = int(getattr(array, "offset", 0)), array.shape, array.dtype
+    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+        raise _damaged(head, "NumPy", f"cannot be read ({str(error).splitlines()[0][:100]})") from None
+    if kind.kind not in "iu":
+        raise DataError(f"data.source: {head.path} holds {kind.name}, and tokens are integers; save the ids as "
+                        "numpy.uint16 or numpy.uint32")  # fmt: skip
+    if len(shape) != 1:
+        raise DataError(f"data.source: {head.path} has the shape {shape}, and tokens are one sequence; save "
+                        "array.reshape(-1)")  # fmt: skip
+    if head.size != offset + shape[0] * kind.itemsize:
+        raise _damaged(head, "NumPy", f"has {head.size} bytes, and its one array ends at {offset} + "
+                                      f"{shape[0] * kind.itemsize}")  # fmt: skip
+    return _span(head, kind.str, offset, shape[0])
+
+
+def _litgpt(head: Head) -> Span | None:
+    """LitGPT's PackedDataset: a header of 24 bytes, and whole chunks."""
+    if not head.first.startswith(b"LITPKDS"):
+        return None
+    if len(head.first) < LITGPT.size:
+        raise _damaged(head, "LitGPT", f"has {head.size} bytes, and the header alone {LITGPT.size}")
+    _, version, code, chunk = LITGPT.unpack(head.first[: LITGPT.size])
+    if version != 1:
+        raise _damaged(head, "LitGPT", f"has version {version}, and 1 is read")
+    if code not in LITGPT_DTYPES:
+        raise _damaged(head, "LitGPT", f"has dtype code {code}; integers are {sorted(LITGPT_DTYPES)}, 6 and 7 floats")
+    width = np.dtype(LITGPT_DTYPES[code]).itemsize
+    payload = head.size - LITGPT.size
+    if chunk == 0 or payload % (chunk * width):
+        raise _damaged(head, "LitGPT", f"has {payload} bytes of tokens, no multiple of its chunk of {chunk} tokens of "
+                                       f"{width} bytes")  # fmt: skip
+    return _span(head, LITGPT_DTYPES[code], LITGPT.size, payload // width)
+
+
+def _span(head: Head, dtype: str, header: int, count: int) -> Span:
+    width = np.dtype(dtype).itemsize
+    if count == 0:
+        raise DataError(f"data.source: {head.path} is empty (a header and 0 tokens); give a file with tokens")
+    if header % width:  # no writer of these formats does that
+        raise _damaged(head, "its", f"ends its header at byte {header}, no multiple of {width}")
+    return Span(head.path, dtype, header // width, count)
+
+
+def _damaged(head: Head, name: str, found: str) -> DataError:
+    return DataError(f"data.source: {head.path} begins with {name}'s header, but {found}; it is cut off or damaged: "
+                     "write it again")  # fmt: skip
