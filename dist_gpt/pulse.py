@@ -5,7 +5,9 @@
     pulse.failed(error); pulse.bye(code); pulse.close()
 
 A thread of its own beats and obeys the launcher (launch/watch.py): stop (at the next step boundary), leave (at once),
-probe (can this host reach others?). A rank that loses its launcher leaves, as it would hold its node for nobody.
+probe (can this host reach others?). A rank that loses its launcher must not hold its node: it leaves at once, or, while
+it trains and can save (`can_save`), asks for a stop, so that all ranks save at the next step boundary and leave. Time
+in which this process was suspended counts for nothing.
 One JSON object a line, at most MAX_LINE bytes.
 """
 
@@ -23,6 +25,8 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dist_gpt.awake import AwakeClock
+
 if TYPE_CHECKING:
     from dist_gpt.comm.ledger import Ledger
 
@@ -33,8 +37,6 @@ BEAT_S = 0.5
 PROBE_S = 3.0
 SEND_S = 0.8
 """Longest that a message may take; the socket's buffer takes hundreds at once."""
-STOOD_STILL_S = 1.0
-"""Longer between two turns of the loop: this process was stopped, and cannot say that the launcher was silent."""
 MAX_LINE = 65536
 MAX_ERROR = 2000
 BAD_INPUT = 2
@@ -64,7 +66,10 @@ class Pulse:
     def __init__(self, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
         self.stop, self.line, self.silence_s = stop, line, silence_s
         self.ledger: Ledger | None = None
-        self.heard = time.monotonic()
+        self.clock = AwakeClock()
+        self.heard = self.clock.now()
+        self._grace_s: float | None = None  # for a save without the launcher; None: none is possible
+        self._lost_at: float | None = None
         self._writing = Lock()
         self._leaving = False  # it has said failed or bye: a launcher that hangs up is no news
         self._over = Event()
@@ -98,6 +103,10 @@ class Pulse:
         self.ledger = ledger
         port = self._door.getsockname()[1] if self._door is not None else 0
         self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in ledger.groups], "port": port})
+
+    def can_save(self, grace_s: float) -> None:
+        """From now on a request to stop ends in a checkpoint, which may take `grace_s` when the launcher is lost."""
+        self._grace_s = grace_s
 
     def _position(self) -> dict[str, Any]:
         return self.ledger.position() if self.ledger is not None else STARTING
@@ -135,15 +144,13 @@ class Pulse:
             ready.register(self.line, selectors.EVENT_READ)
             if self._door is not None:
                 ready.register(self._door, selectors.EVENT_READ)
-            beat = turn = time.monotonic()
+            beat = self.clock.now()
             while not self._over.is_set():
-                now = time.monotonic()
-                if now - turn > STOOD_STILL_S:
-                    self.heard = now
-                turn = now
-                if not self._leaving and now - self.heard > self.silence_s:
+                now = self.clock.now()
+                if self._is_silent(now):
                     self._lost("the link between this host and that one, or the launcher, is gone")
-                    return
+                if self._is_late(now):
+                    self._leave(f"not saved within {self._grace_s:.0f} s without a launcher; this rank leaves")
                 if now >= beat:
                     self._send({"beat": self._position()})
                     beat = now + BEAT_S
@@ -151,7 +158,19 @@ class Pulse:
                     if key.fileobj is self._door:
                         self._knock()
                     elif not self._read():
-                        return
+                        if not self._leaving:
+                            self._lost("it hung up: the launcher is gone")
+                        ready.unregister(self.line)
+
+    def _is_silent(self, now: float) -> bool:
+        """Return whether the launcher has been silent for too long; after a suspension it may come back later."""
+        since = max(self.heard, self.clock.last.excused_until if self.clock.last is not None else 0.0)
+        return not self._leaving and self._lost_at is None and now - since > self.silence_s
+
+    def _is_late(self, now: float) -> bool:
+        """Return whether this rank should have saved and left by now."""
+        waits = self._lost_at is not None and self._grace_s is not None and not self._leaving
+        return waits and now - (self._lost_at or now) > (self._grace_s or 0.0)
 
     def _read(self) -> bool:
         """Take what the launcher says; False when it has hung up."""
@@ -163,10 +182,9 @@ class Pulse:
         except OSError:
             data = b""
         if not data:
-            if not self._leaving:
-                self._lost("it hung up: the launcher is gone")
             return False
-        self.heard = time.monotonic()
+        self.heard = self.clock.now()
+        self._lost_at = None  # it is back, and sees to the save itself
         *lines, self._text = (self._text + data).split(b"\n")
         for line in lines:
             with suppress(ValueError, AttributeError, KeyError, TypeError):
@@ -191,13 +209,23 @@ class Pulse:
                 self._door.accept()[0].close()
 
     def _lost(self, why: str) -> None:
-        since = time.monotonic() - self.heard
+        """The launcher is lost: have all ranks save and leave, or leave alone where nothing can be saved."""
+        since = self.clock.now() - self.heard
         when = time.strftime("%H:%M:%S", time.localtime(time.time() - since))
-        self._leave(f"no contact with the launcher at {self.launcher} since {when} ({since:.0f} s): {why}; "
-                    f"this rank on {socket.gethostname()} leaves")  # fmt: skip
+        lost = f"no contact with the launcher at {self.launcher} since {when} ({since:.0f} s): {why}"
+        here = socket.gethostname()
+        if self._grace_s is None:
+            self._leave(f"{lost}; this rank on {here} leaves")
+        self._lost_at = self.clock.now()
+        self.stop.request(lost)
+        with suppress(Exception):
+            sys.stderr.write(f"{lost}; the ranks save at the next step boundary and leave ({here})\n")
+            sys.stderr.flush()
 
     def _leave(self, why: str) -> None:
-        """End this process, whatever it is doing."""
+        """End this process, whatever it is doing. The launcher may only be suspended, and reads later why."""
+        if not self._leaving:
+            self._send({"failed": {"error": why, "inside": False, "position": self._position(), "code": 1}})
         with suppress(Exception):
             sys.stderr.write(f"{why}\n")
             sys.stderr.flush()

@@ -199,6 +199,12 @@ class Attempt:
         rank.optimizer.wants_stop = lambda: self.stop.requested
         self.pulse.follow(rank.mesh.ledger)
 
+    def trains(self, trainer: Trainer) -> None:
+        """The loop begins; from now on the ranks can save where they lose the launcher."""
+        self.trainer = trainer
+        if trainer.config.optim.engine != "deepspeed":
+            self.pulse.can_save(trainer.config.launch.grace_s)
+
     def ends(self, code: int) -> int:
         """It has trained and leaves with `code`."""
         why = {0: None, PREEMPTED: self.stop.requested or "another rank was asked to stop"}
@@ -311,7 +317,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     recorder.clock(read_clock(store, env, "start"))
     trainer = Trainer(config, rank, batches, tracker, recorder, checkpoints)
     trainer.step, trainer.skipped = start.step, start.skipped
-    attempt.trainer = trainer
+    attempt.trains(trainer)
     finished = trainer.run()
     recorder.clock(read_clock(store, env, "end"))
     differences = trainer.accounting()

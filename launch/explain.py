@@ -1,7 +1,7 @@
 """Why a job died or hangs: which rank, link or collective it came from, told from what the ranks last said.
 
 `explain(states, now, name)` is pure: states in (from launch.watch), a sentence for people out. Times are in seconds of
-the launcher's monotonic clock.
+the launcher's own clock, in which the job's suspensions are left out (dist_gpt.awake).
 
 A rank whose connection closed without a word died. A rank that does not beat and whose kernel still acknowledges is
 stopped; a whole host that acknowledges nothing is a link. Errors inside a collective are consequences: the waiting
@@ -28,7 +28,7 @@ Name = Callable[[int], str]
 
 @dataclass(frozen=True)
 class RankState:
-    """What the watch knows of one rank; times in seconds of the launcher's monotonic clock."""
+    """What the watch knows of one rank; times in seconds of the launcher's AwakeClock."""
 
     rank: int
     hello: Mapping[str, Any] | None = None
@@ -57,6 +57,10 @@ class RankState:
     """It beat, and has not for longer than the watch allows."""
     unacknowledged: bool | None = None
     """The kernel of its host does not acknowledge what the watch sends; None: not known."""
+    excused: float = 0.0
+    """Up to then its silence says nothing: the job was suspended, and it may be continued later than the launcher."""
+    arrived: float | None = None
+    """When its hello came, in seconds since 1970; None: not known, or while the launcher was suspended."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -103,7 +107,7 @@ class RankState:
     def quiet(self, now: float) -> bool:
         """It should beat and does not."""
         alive = self.position is not None and self.failed is None and self.closed is None and not self.over
-        return alive and (self.silent or now - (self.heard or now) > QUIET_S)
+        return alive and (self.silent or now - max(self.heard or now, self.excused) > QUIET_S)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,12 @@ def why_left(run_dir: Path) -> str:
     return str(ended(run_dir).get("why") or "")
 
 
+def step_left(run_dir: Path) -> int:
+    """Return the step that rank 0 wrote into exit.json; 0 where it wrote none."""
+    step = ended(run_dir).get("step")
+    return step if isinstance(step, int) else 0
+
+
 def note_failure(run_dir: Path, code: int, why: str) -> None:
     """exit.json of an attempt that failed: the launcher knows more than rank 0, which may not have lived to write it
     (dist_gpt.track.ExitRecord); the step is rank 0's word, if it left one."""

@@ -6,6 +6,7 @@ process of the job is left when it returns; when the launcher itself is killed, 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ TERM_S = 5.0
 """Between SIGTERM and SIGKILL."""
 SAVING_TERM_S = 0.5
 """The same where SIGTERM asks for a save: the job has failed, and nothing will come of it."""
+PIPE_BYTES = 1 << 20
+"""Of rank 0's output, not yet read; Linux' limit for users that are not root."""
 VIOLENT = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 VIOLENT_LEAD_S = 0.5
 """A killed process closes its connections before its launcher hears of it, so a peer's error can look earlier. Such
@@ -130,6 +133,7 @@ class LocalRanks:
             )  # fmt: skip
         started = Rank(rank, process)
         if process.stdout is not None:
+            widen(process.stdout.fileno())
             started.tee = Tee(process.stdout, spec.log_path(rank), self.stream)
         return started
 
@@ -172,6 +176,13 @@ class LocalRanks:
 
     def _running(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.code is None]
+
+
+def widen(pipe: int) -> None:
+    """Let a pipe hold PIPE_BYTES, where the system can: rank 0 must not wait at a full one while this launcher is
+    suspended, or it would never come to the step boundary at which the ranks save."""
+    with suppress(AttributeError, OSError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def launch_local(spec: JobSpec) -> int:

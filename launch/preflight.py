@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -362,12 +361,10 @@ def hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 def look(spec: JobSpec, states: Iterable[RankState]) -> list[Problem]:
     """`judge` on what the watch knows of the job `spec` now."""
-    since_1970 = time.time() - time.monotonic()
     answers, extra = {}, []
     for state in states:
         if state.hello is not None:
-            arrived = None if state.joined is None else state.joined + since_1970
-            answers[state.rank] = Answer.of(state.hello, arrived=arrived)
+            answers[state.rank] = Answer.of(state.hello, arrived=state.arrived)
             extra += [Answer.of(hello) for hello in state.rivals]
     layout = spec.layout
     expected = Expected(

@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty
 
+from dist_gpt.awake import Suspension
 from dist_gpt.rundir import EXIT
 from launch import explain
 from launch.facts import CONFIG_HASH, config_digest
-from launch.files import last_words, newest_checkpoint, note_failure, size, tail, why_left
+from launch.files import last_words, newest_checkpoint, note_failure, size, step_left, tail, why_left
 from launch.preflight import check_answers, warnings
 from launch.spec import ATTEMPT, LOG_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec
 from launch.starter import Failure, Starter
@@ -36,6 +37,10 @@ HELLO_S, HELLO_EACH_S = 25.0, 0.05
 SETTLE_S = 1.0
 """The starter has ended: time for what the ranks said last to be read."""
 TICK_S = 0.2
+SAID_S = 3.0
+"""A shorter suspension is not worth a line: a busy machine looks alike."""
+BACK_S = 1.0
+"""From a suspension's end to the line about it: by then it is known whether the ranks ran meanwhile."""
 PASSED_THROUGH = (2, PREEMPTED)
 ASKING = ("SIGTERM", "SIGUSR1")
 """Signals that ask the ranks to save and leave; others end them at once."""
@@ -70,6 +75,8 @@ class Supervisor:
         self.took_leave = False  # every rank left in an orderly way: starting again would change nothing
         self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
         self.starter_start = 0
+        self.told: Suspension | None = None  # the last one that a line was said about
+        self.longest_s = 0.0  # of this attempt's suspensions
 
     def on_signal(self, number: int, frame: object) -> None:
         """Signal handler: only notes it (SimpleQueue.put may be called from a handler)."""
@@ -101,6 +108,7 @@ class Supervisor:
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
         shown, self.let_go, self.took_leave = None, False, False
+        self.told, self.longest_s = None, 0.0
         self.starter_start = size(Path(self.starter.where())) if self.starter.where() else 0
         self.watch = (
             Watch(self.host, spec.ranks, silence_s=spec.silence_s, on_event=lambda: self.starter.wake.put(self))
@@ -146,9 +154,10 @@ class Supervisor:
     def _look(self) -> int | None:
         """Wait for every rank's hello and look at what they found; an exit code where the job must not start."""
         watch, spec = self._watched(), self.spec
-        begun, first = time.monotonic(), None
+        begun, first = self._now(), None
         while (missing := watch.missing()) and not self.stops and not self.starter.failures():
-            now = time.monotonic()
+            now = self._now()
+            self._tell_of_suspension()
             if first is None and len(missing) < spec.ranks:
                 first = now
             late = now - begun > spec.timeout_s or (first is not None and now - first > hello_patience(spec))
@@ -203,7 +212,8 @@ class Supervisor:
         deadline: float | None = None
         trouble: explain.Explanation | None = None
         while self.starter.running():
-            now = time.monotonic()
+            now = self._now()
+            self._tell_of_suspension()
             if self.stops and not self._asked(now):
                 return self._stopped()
             failures = self.starter.failures()
@@ -215,6 +225,23 @@ class Supervisor:
                 break
             self._pause(deadline)
         return self._verdict(trouble)
+
+    def _now(self) -> float:
+        """Return the time by the clock of the watch, which leaves out suspensions of this process."""
+        return self.watch.now() if self.watch is not None else time.monotonic()
+
+    def _tell_of_suspension(self, ended: bool = False) -> None:
+        """Say once that the job was suspended, or the launcher alone; `ended`: its ranks are gone by now."""
+        last = self.watch.clock.last if self.watch is not None else None
+        if self.watch is None or last is None or last is self.told or last.seconds < SAID_S:
+            return
+        self.longest_s = max(self.longest_s, last.seconds)
+        if not ended and (self._now() - last.at < BACK_S or not self.starter.running()):
+            return
+        self.told = last
+        alone = ended or self.watch.ran_on()
+        who = "the launcher" if alone else "this job"
+        say(f"{who} was suspended for {last.seconds:.0f} s" + ("" if ended else "; continuing"))
 
     def _trouble(self, now: float) -> explain.Explanation | None:
         return explain.explain(self.watch.states(), now, self.spec.rank_name, watch_host=self.watch.name,
@@ -236,7 +263,7 @@ class Supervisor:
         """Until something happens, for TICK_S at most where somebody has to be watched."""
         patience = 60.0 if self.watch is None and self.starter.live else TICK_S
         if deadline is not None:
-            patience = min(patience, max(0.0, deadline - time.monotonic()))
+            patience = min(patience, max(0.0, deadline - self._now()))
         with suppress(Empty):
             self.starter.wake.get(timeout=patience)
             while True:  # thousands of ranks that end at once are looked at once
@@ -263,15 +290,16 @@ class Supervisor:
         states = self.watch.states() if self.watch is not None else []
         codes = [state.bye for state in states if state.bye is not None]
         if PREEMPTED in [f.code for f in failures] + codes and all(f.code == PREEMPTED for f in failures):
-            say(f"preempted: {self.spec.ranks} ranks saved and left (exit code {PREEMPTED})")
+            self._tell_saved()
             return PREEMPTED
+        self._tell_of_suspension(ended=True)
         exits = {**{rank: how for rank in range(self.spec.ranks) if (how := self._last_words(rank))},
                  **{f.rank: f.how for f in failures}}  # fmt: skip
         found = None
         if self.watch is not None:
             pairs = self.watch.probe() if self._may_be_link() else {}
             found = explain.explain(
-                states, time.monotonic(), self.spec.rank_name, exits, pairs, self.watch.name, self.spec.timeout_s
+                states, self._now(), self.spec.rank_name, exits, pairs, self.watch.name, self.spec.timeout_s
             ) or (trouble if self.starter.running() else None)  # it came on again, and is ended all the same
         self.took_leave = len(codes) == self.spec.ranks and all(states[f.rank].bye == f.code for f in failures)
         if found is None and (self.took_leave or not failures):
@@ -281,6 +309,19 @@ class Supervisor:
         if self.spec.saves:
             note_failure(self.spec.log_dir.parent, code, why)
         return code
+
+    def _tell_saved(self) -> None:
+        """Say that the ranks saved and left, and why where this launcher has not asked them to."""
+        ranks, last = self.spec.ranks, self.watch.clock.last if self.watch is not None else None
+        if self.stops or not self.spec.saves:
+            say(f"preempted: {ranks} ranks saved and left (exit code {PREEMPTED})")
+            return
+        step, why = step_left(self.spec.log_dir.parent), why_left(self.spec.log_dir.parent)
+        left = f"the {ranks} ranks saved at step {step} and left (exit code {PREEMPTED})"
+        if last is not None and last is not self.told and last.seconds >= SAID_S:
+            say(f"the launcher was suspended for {last.seconds:.0f} s; {left}")
+        else:
+            say(f"preempted: {left}{f': {why}' if why else ''}")
 
     def _settle(self) -> None:
         """Where nothing runs any more, wait until the watch has read the ends of all connections."""
@@ -298,7 +339,7 @@ class Supervisor:
         return code if code in PASSED_THROUGH else 1
 
     def _may_be_link(self) -> bool:
-        trouble = self._trouble(time.monotonic())
+        trouble = self._trouble(self._now())
         return trouble is not None and trouble.kind in ("link", "stuck", "failed")
 
     def _whole(self, codes: list[int]) -> int:

@@ -18,11 +18,13 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from dist_gpt.awake import AwakeClock, Suspension
 from launch.explain import QUIET_S, RankState
 from launch.lines import Line, group_ranks, room_for
 
@@ -33,6 +35,8 @@ STRANGERS = 64
 """Connections beside the ranks' that may be open and have not said who they are."""
 ASK_S = 1.0
 PROBE_S = 5.0
+BEAT_S, STAGGER_S = 0.5, 10.0
+"""Between two heartbeats of a rank (dist_gpt.pulse); between the stops of a launcher and of its ranks, twice."""
 STILL_S = 5.0
 """When no rank has come on for so long, hosts are asked whether they reach each other: later they may have left."""
 _UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
@@ -50,6 +54,7 @@ class Watch:
         silence_s: float = 30.0,
         name: str | None = None,
         on_event: Callable[[], object] | None = None,
+        clock: AwakeClock | None = None,
     ) -> None:
         """`host`: the one address to listen on. `name`: of this machine, in messages. `on_event` is called on the
         watch's thread when a rank joins, fails, says bye, closes, falls silent or is heard again. Raises OSError where
@@ -58,6 +63,9 @@ class Watch:
         self.token = token or secrets.token_hex(16)
         self.name = name or socket.gethostname()
         self._on_event = on_event
+        self.clock = clock or AwakeClock()
+        self._back: Suspension | None = None
+        self._beats: Counter[int] = Counter()  # of each rank, since the launcher was suspended last
         self._lock = threading.Condition()
         self._states = [RankState(rank) for rank in range(world)]
         self._lines: dict[int, Line] = {}
@@ -83,12 +91,34 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
+    # --- time ----------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Return the time by the clock of all states, in which suspensions of this process are left out. After one,
+        every rank may stay silent for a while longer: it may be continued later."""
+        with self._lock:
+            now, last = self.clock.now(), self.clock.last
+            if last is not None and last is not self._back:
+                self._back = last
+                self._beats.clear()
+                self._states = [replace(s, excused=last.excused_until) for s in self._states]
+            return now
+
+    def ran_on(self) -> bool:
+        """Return whether a rank has been beating while the launcher was suspended last: more heartbeats have been read
+        since then than fit into that time."""
+        with self._lock:
+            if self._back is None:
+                return False
+            fresh = 1 + (self.now() - self._back.at) / BEAT_S
+            return max(self._beats.values(), default=0) > fresh + min(self._back.seconds, STAGGER_S) / BEAT_S / 2
+
     # --- for the launcher ----------------------------------------------------------------------------------------
 
     def states(self) -> list[RankState]:
         """What is known of every rank, now."""
         with self._lock:
-            now = time.monotonic()
+            now = self.now()
             return [replace(s, silent=True) if self._is_silent(s, now) else s for s in self._states]
 
     def missing(self) -> list[int]:
@@ -115,7 +145,7 @@ class Watch:
         """Which hosts reach each other, asked now, within `timeout_s`, and else as last heard since the job came on:
         {(host, host): reached}, each pair in alphabetical order; pairs that could not be tried are not in it."""
         with self._lock:
-            self._ask_hosts(time.monotonic())
+            self._ask_hosts(self.now())
             self._ring()
             self._lock.wait_for(lambda: not self._probing, timeout_s)
             self._probing = {}
@@ -140,8 +170,8 @@ class Watch:
             for key, mask in self._ready.select(0.2):
                 with self._lock:
                     self._serve(key, mask)
-            now = time.monotonic()
             with self._lock:
+                now = self.now()
                 for line in self._all:
                     if line.unsent:
                         line.flush()
@@ -181,7 +211,7 @@ class Watch:
         with suppress(OSError):
             link.setblocking(False)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            line = Line(link, str(address[0]), time.monotonic())
+            line = Line(link, str(address[0]), self.now())
             self._all.add(line)
             self._ready.register(link, selectors.EVENT_READ, line)
 
@@ -226,7 +256,7 @@ class Watch:
     def _hello(self, line: Line, hello: dict[str, Any]) -> None:
         if not hmac.compare_digest(str(hello["token"]).encode(), self.token.encode()):
             raise ValueError("a stranger")
-        rank, now = int(hello["rank"]), time.monotonic()
+        rank, now = int(hello["rank"]), self.now()
         hello = {key: value for key, value in hello.items() if key != "token"}
         if not 0 <= rank < self.world:
             first = self._states[0]  # told with rank 0: somebody believes in another world
@@ -239,7 +269,10 @@ class Watch:
         else:
             line.rank = rank
             self._lines[rank] = line
-            self._states[rank] = replace(state, hello=hello, joined=now, heard=now, dismissed=self._dismissed)
+            arrived = None if now < state.excused else time.time()  # it may have waited to be read
+            self._states[rank] = replace(
+                state, hello=hello, joined=now, heard=now, arrived=arrived, dismissed=self._dismissed
+            )
             if self._dismissed:
                 line.put({"do": "leave", "why": "the job has ended"})
         self._event()
@@ -247,13 +280,14 @@ class Watch:
     def _heard(self, line: Line, rank: int, message: dict[str, Any]) -> None:
         if rank < 0:
             return
-        now = time.monotonic()
+        now = self.now()
         state = replace(self._states[rank], heard=now, unacknowledged=None)
         line.asked = None
         if "beat" in message:
             position = dict(message["beat"])
             moved = state.moved if position == state.position and state.moved is not None else now
             state = replace(state, position=position, moved=moved)
+            self._beats[rank] += 1
             line.put({"do": "ok"})
         elif "channels" in message:
             line.port = int(message.get("port", 0))
@@ -292,7 +326,7 @@ class Watch:
         if unreached:
             state = replace(state, unacknowledged=True)
         else:
-            state = replace(state, closed=time.monotonic(), dismissed=state.dismissed or self._dismissed)
+            state = replace(state, closed=self.now(), dismissed=state.dismissed or self._dismissed)
         self._probing.pop(rank, None)
         self._states[rank] = state
         self._event()
@@ -356,7 +390,7 @@ class Watch:
 
     def _is_silent(self, state: RankState, now: float) -> bool:
         begun = state.position is not None and state.closed is None and not state.over and state.failed is None
-        return begun and now - (state.heard or now) > self.silence_s
+        return begun and now - max(state.heard or now, state.excused) > self.silence_s
 
     # --- sending -------------------------------------------------------------------------------------------------
 

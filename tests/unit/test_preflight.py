@@ -239,7 +239,7 @@ def test_errors_are_listed_before_warnings() -> None:
 class TestSupervisor:
     def states(self, answers: dict[int, Answer]) -> list[RankState]:
         hellos = {r: {**vars(a), "facts": {**a.facts, "time": time.time()}} for r, a in answers.items()}
-        return [RankState(rank, hellos.get(rank), joined=time.monotonic()) for rank in range(8)]
+        return [RankState(rank, hellos.get(rank), joined=1.0, arrived=time.time()) for rank in range(8)]
 
     def spec(self, tmp_path: Path) -> JobSpec:
         return JobSpec(("x",), 8, tmp_path, nodes=2, layout=Layout(pp=2, dp=2, tp=2))

@@ -1,0 +1,65 @@
+"""A clock that leaves out the time in which this process could not run. Standard library alone.
+
+    clock = AwakeClock()
+    clock.now()          # to be called several times a second; any thread may call it
+    clock.last           # the last Suspension, None as long as there was none
+
+A process is suspended by SIGSTOP (Ctrl-Z, Slurm's `scontrol suspend`, a container that is frozen) or with its machine
+(a laptop's lid, a virtual machine). What it would call silence or lateness of others is then its own absence.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+JUMP_S = 1.0
+"""A longer gap between two readings is a suspension. The clock still moves on by this much, so that it cannot stand
+still on a machine that is always late."""
+EXCUSED_S = 30.0
+"""Longest time after a suspension in which others may stay silent because they are continued later."""
+
+
+def time_with_sleep() -> float:
+    """Return seconds of a clock that also counts the time in which the whole machine sleeps, where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+@dataclass(frozen=True)
+class Suspension:
+    """A time in which this process did not run."""
+
+    at: float
+    """When it ran again, by the AwakeClock."""
+    seconds: float
+
+    @property
+    def excused_until(self) -> float:
+        """Return the time up to which nothing is concluded from the silence of others, who may come back later."""
+        return self.at + min(self.seconds, EXCUSED_S)
+
+
+class AwakeClock:
+    """Seconds of the monotonic clock without suspensions. `read` and `with_sleep` are the clocks behind it."""
+
+    def __init__(
+        self, read: Callable[[], float] = time.monotonic, with_sleep: Callable[[], float] = time_with_sleep
+    ) -> None:
+        self._read, self._with_sleep = read, with_sleep
+        self._lock = threading.Lock()
+        self._before, self._before_with_sleep = read(), with_sleep()
+        self._lost = 0.0
+        self.last: Suspension | None = None
+
+    def now(self) -> float:
+        """Return the time, and note a suspension in `last` when the previous call was long ago."""
+        with self._lock:
+            read, with_sleep = self._read(), self._with_sleep()
+            gap, longest = read - self._before, max(read - self._before, with_sleep - self._before_with_sleep)
+            self._before, self._before_with_sleep = read, with_sleep
+            self._lost += max(0.0, gap - JUMP_S)
+            if longest > JUMP_S:
+                self.last = Suspension(read - self._lost, longest)
+            return read - self._lost
