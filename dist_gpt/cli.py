@@ -117,7 +117,8 @@ def launch(
         raise typer.Exit(code)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
     if as_json or code or detach or not told:  # else the job's own launcher has said it, and was shown here
-        _print(document, as_json, run.last_lines(document, with_summary=code == 0 and not told))
+        summed_up = (code == 0 or document["skipped_why"]) and not told
+        _print(document, as_json, run.last_lines(document, with_summary=bool(summed_up)))
     raise typer.Exit(code)
 
 

@@ -85,10 +85,13 @@ def ended(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def note_end(run_dir: Path, code: int, why: str | None, step: int | None) -> None:
-    """RUN_DIR/exit.json, {code, why, step, time, job}: `time` in seconds since 1970, `why` null where all steps were
-    done, `job` only under Slurm. Nothing where the run directory cannot be written: it must not hide the end."""
-    end = {"code": code, "why": why, "step": step, "time": time.time()}
+def note_end(run_dir: Path, code: int, why: str | None, step: int | None, change: str | None = None) -> None:
+    """RUN_DIR/exit.json, {code, why, step, time, change, job}: `time` in seconds since 1970, `why` null where all steps
+    were done, `change` only where the run would end the same way again: what to change, `job` only under Slurm.
+    Nothing where the run directory cannot be written: it must not hide the end."""
+    end: dict[str, Any] = {"code": code, "why": why, "step": step, "time": time.time()}
+    if change is not None:
+        end["change"] = change
     if "SLURM_JOB_ID" in os.environ:
         end["job"] = os.environ["SLURM_JOB_ID"]
     with suppress(OSError):

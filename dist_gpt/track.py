@@ -58,10 +58,11 @@ class ExitRecord:
         if self._run_dir is not None:
             (self._run_dir / EXIT).unlink(missing_ok=True)  # an earlier attempt's
 
-    def write(self, code: int, why: str | None, step: int) -> None:
-        """The process will leave with `code`, `step` steps done. What goes wrong here must not hide that."""
+    def write(self, code: int, why: str | None, step: int, change: str | None = None) -> None:
+        """Note that the process will leave with `code`, `step` steps done; `change` says what to change where it would
+        end the same way again. What goes wrong here must not hide that."""
         if self._run_dir is not None:
-            note_end(self._run_dir, code, why, step)
+            note_end(self._run_dir, code, why, step, change)
 
 
 def require_wandb(mode: str) -> None:

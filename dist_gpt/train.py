@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from dist_gpt.profile.memory import held_now
 from dist_gpt.profile.recorder import Recorder, attempts_in
 from dist_gpt.pulse import Pulse
 from dist_gpt.rank import Rank, make_rank
+from dist_gpt.rundir import CHECKPOINTS, committed
+from dist_gpt.skips import CHANGE, DivergedError, Skips
 from dist_gpt.stop import PREEMPTED, Stop
 from dist_gpt.track import ExitRecord, Tracker, record_failure
 
@@ -60,13 +62,21 @@ class Trainer:
     ) -> None:
         self.config, self.rank, self.batches = config, rank, batches
         self.tracker, self.recorder, self.checkpoints = tracker, recorder, checkpoints
-        self.evaluations = self.trained = self.skipped = 0
+        self.evaluations = self.trained = 0  # in this attempt
         self.step = 0  # done, by earlier attempts too
+        self.skips = Skips()
+        self.owed = False  # a save that fell due while there was nothing good to save
+
+    def resume(self, start: Start) -> None:
+        """Continue after `start`."""
+        self.step = start.step
+        self.skips.resume(start.step, start.trainer)
 
     def run(self) -> bool:
         """The loop, from after `step`. Steps are counted from 1 in everything that is shown; step 0 is before training.
 
-        Returns whether all steps were done; False: a rank wanted to stop, and all saved and leave.
+        Returns whether all steps were done; False: a rank wanted to stop, and all leave, having saved where the weights
+        are good. A stop that falls on a first skipped step waits for the next one, which may be good again.
         """
         t = self.config.train
         if self.step == 0:
@@ -80,8 +90,12 @@ class Trainer:
             if step == t.steps or (t.eval_every and step % t.eval_every == 0):
                 self.validate(step)
             stops = step < t.steps and bool(self.rank.optimizer.stop_votes > 0)
-            if stops or self.save_is_due(step):
+            if stops and self.skips.in_a_row == 1 and not self.skips.sound:
+                stops = False
+            self.owed = self.owed or stops or self.save_is_due(step)
+            if self.owed and self.skips.sound:
                 self.save(step)
+                self.owed = False
             if stops:
                 return False
         return True
@@ -102,7 +116,7 @@ class Trainer:
             )
         self.tracker.sync()
         tensors = tensors_of(self.rank.buffers.tensors(), self.rank.optimizer)
-        saved = self.checkpoints.save(step, tensors, {"skipped": self.skipped})
+        saved = self.checkpoints.save(step, tensors, self.skips.state())
         self.recorder.saved(step, saved.seconds)
         if self.rank.mesh.rank == 0:
             for note in saved.notes:
@@ -110,12 +124,12 @@ class Trainer:
             self.tracker.message(f"saved {saved.path} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s)")
 
     def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
-        """Log one step; give up after train.max_skipped steps in a row without finite loss and gradients."""
+        """Log one step; DivergedError after train.max_skipped steps in a row without finite loss and gradients."""
         tokens = self.config.train.global_batch * self.config.model.seq_len
-        scale, skips = self.rank.optimizer.scale, not (math.isfinite(loss) and math.isfinite(norm))
-        more: dict[str, Any] = {"skipped": True} if skips else {}
+        scale = self.rank.optimizer.scale.value.item() if self.rank.optimizer.scale is not None else None
+        more: dict[str, Any] = {"skipped": True} if self.skips.count(step, loss, norm, scale) else {}
         if scale is not None:
-            more["loss_scale"] = scale.value.item()
+            more["loss_scale"] = scale
         self.tracker.step(
             {
                 "step": step,
@@ -128,23 +142,8 @@ class Trainer:
                 **more,
             }
         )
-        self.skipped = self.skipped + 1 if skips else 0
-        if self.skipped >= self.config.train.max_skipped:
-            remedy = "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
-            if scale is not None and math.isfinite(loss):
-                now = scale.value.item()
-                fp16 = f"The loss's scale in fp16 came down to {now:.0f}"
-                if now > 1:
-                    remedy = (
-                        f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
-                        "train.loss_scale (a resumed run goes on with its checkpoint's)"
-                    )
-                else:
-                    remedy = f"{fp16}: the gradients themselves overflow. {remedy}, or train in bf16"
-            raise RuntimeError(
-                f"{self.skipped} steps in a row, up to step {step}, had a loss ({loss}) or gradient norm ({norm}) that "
-                f"is not finite; they changed no weight (train.max_skipped). {remedy}"
-            )
+        if self.skips.in_a_row >= self.config.train.max_skipped:
+            raise gave_up(self.skips, loss, norm, scale)
 
     def validate(self, step: int) -> None:
         """Mean loss over the validation batches, the same ones every time."""
@@ -154,6 +153,7 @@ class Trainer:
         started, before = time.perf_counter(), self.rank.mesh.ledger.counts(EVAL).copy()
         loss = self.rank.evaluate([partial(self.batches.validation, b) for b in range(count)])
         self.evaluations += 1
+        self.skips.validated(step, loss.item())
         self.tracker.validation(step, loss.item())
         elapsed = time.perf_counter() - started
         self.recorder.evaluation(step, EVAL, elapsed, self.rank.mesh.ledger.counts(EVAL).since(before))
@@ -174,6 +174,42 @@ class Trainer:
             *(f"train: {line}" for line in ledger.counts(TRAIN).differences(train)),
             *(f"eval: {line}" for line in ledger.counts(EVAL).differences(evaluation)),
         ]
+
+
+def gave_up(skips: Skips, loss: float, norm: float, scale: float | None) -> DivergedError:
+    """Return the error of a run whose last train.max_skipped steps were all skipped."""
+    change = CHANGE
+    if scale is not None and math.isfinite(loss):
+        fp16 = f"The loss's scale in fp16 came down to {scale:.0f}"
+        if scale > 1:
+            change = (
+                f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
+                "train.loss_scale (a resumed run continues with its checkpoint's)"
+            )
+        else:
+            change = f"{fp16}: the gradients themselves overflow. {CHANGE}, or train in bf16"
+    return DivergedError(
+        f"{skips.in_a_row} steps in a row, up to step {skips.step}, had a loss ({loss}) or gradient norm ({norm}) that "
+        f"is not finite; they changed no weight (train.max_skipped); {skips.so_far.text()}. {change}",
+        change,
+    )
+
+
+def last_good(run_dir: Path) -> str:
+    """Return which checkpoint a run that skips its steps leaves: nothing is saved, or removed, meanwhile."""
+    newest = next((path.name for path in committed(run_dir / CHECKPOINTS)), None)
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
+
+
+def how_it_ended(finished: bool, skips: Skips, stop: str | None) -> DivergedError | None:
+    """Return why a run that left its loop has failed; None where it has trained, or was asked to stop and has saved."""
+    if finished or not skips.sound:
+        failed = skips.failure()
+        if failed is None or finished:
+            return failed
+        asked = stop or "another rank was asked to stop"
+        return DivergedError(f"asked to stop after step {skips.step}, and not saved ({asked}): {failed}", failed.change)
+    return None
 
 
 def _count_calls(calls: tuple[Call, ...], size: int) -> Counts:
@@ -205,25 +241,32 @@ class Attempt:
         if trainer.config.optim.engine != "deepspeed":
             self.pulse.can_save(trainer.config.launch.grace_s)
 
-    def ends(self, code: int) -> int:
-        """It has trained and leaves with `code`."""
-        why = {0: None, PREEMPTED: self.stop.requested or "another rank was asked to stop"}
-        self._write(code, why.get(code, "the accounting differs"))
+    def ends(self, code: int, failed: DivergedError | None = None) -> int:
+        """It has trained and leaves with `code`; `failed` where the accounting is exact, and yet the run has failed."""
+        if failed is not None:
+            self._write(code, str(failed), failed.change)
+        else:
+            why = {0: None, PREEMPTED: self.stop.requested or "another rank was asked to stop"}
+            self._write(code, why.get(code, "the accounting differs"))
         self.pulse.bye(code)
         return code
 
     def fails(self, error: BaseException) -> None:
         """It cannot go on; to be called before connections are closed, which makes other ranks fail."""
         record_failure(error)
+        change = error.change if isinstance(error, DivergedError) else None
+        if change is not None:  # before the launcher hears of it, and looks there
+            self._write(1, str(error), change)
         self.pulse.failed(error)
-        self._write(2 if isinstance(error, ConfigError) else 1, f"{type(error).__name__}: {error}")
+        if change is None:
+            self._write(2 if isinstance(error, ConfigError) else 1, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Everything else is closed."""
         self.pulse.close()
 
-    def _write(self, code: int, why: str | None) -> None:
-        self._record.write(code, why, self.trainer.step if self.trainer is not None else 0)
+    def _write(self, code: int, why: str | None, change: str | None = None) -> None:
+        self._record.write(code, why, self.trainer.step if self.trainer is not None else 0, change)
 
 
 @dataclass(frozen=True)
@@ -231,7 +274,7 @@ class Start:
     """Where training begins. `after`: the last step that metrics.jsonl keeps; None: there are none."""
 
     step: int = 0
-    skipped: int = 0
+    trainer: dict[str, int] = field(default_factory=dict)
     after: int | None = None
     lines: tuple[str, ...] = ()
 
@@ -245,7 +288,7 @@ def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
         return Start() if resume is None else Start(after=-1, lines=(none_yet,))
     restore(loaded.tensors, rank.buffers.tensors(), rank.optimizer)
     line = f"resumed at step {loaded.step} from {loaded.path}"
-    return Start(loaded.step, loaded.trainer.get("skipped", 0), loaded.step, (*loaded.notes, line))
+    return Start(loaded.step, loaded.trainer, loaded.step, (*loaded.notes, line))
 
 
 def main(config: Config, resume: str | None = None) -> int:
@@ -253,7 +296,8 @@ def main(config: Config, resume: str | None = None) -> int:
 
     `resume`: auto (from the newest checkpoint there, if any, else from what the run directory branches from), or the
     path of a checkpoint or of a run directory. Where the ranks have been started again it is auto.
-    Returns the exit code: 0; 1 when the accounting differs; 75 when the run was asked to stop, saved and left.
+    Returns the exit code: 0; 1 when the accounting differs or the run trained nothing or ends while its loss is not
+    finite (skips.Skips.failure); 75 when the run was asked to stop, saved and left.
     """
     env = rank_env(config.launch.timeout_s)
     if env.world != config.world_size:
@@ -273,7 +317,7 @@ def main(config: Config, resume: str | None = None) -> int:
         parts.callback(attempt.close)
         try:
             store = connect_store(env)  # it goes after all parts, with this function's frame
-            return attempt.ends(_train(config, AUTO if env.attempt else resume, store, env, attempt, parts))
+            return attempt.ends(*_train(config, AUTO if env.attempt else resume, store, env, attempt, parts))
         except BaseException as error:
             if not oom.is_out_of_memory(error):
                 attempt.fails(error)
@@ -285,8 +329,11 @@ def main(config: Config, resume: str | None = None) -> int:
             raise explained from error
 
 
-def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, parts: ExitStack) -> int:
-    """From the first meeting of the ranks to the last; what is to be closed goes to `parts`."""
+def _train(
+    config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, parts: ExitStack
+) -> tuple[int, DivergedError | None]:
+    """Train, from the first meeting of the ranks to the last; what is to be closed goes to `parts`. Return the exit
+    code, and why the run has failed where that is not the accounting."""
     run_dir, device = Path(str(config.run_dir)), choose_device(env, config.launch.backend)
     bound: list[int] = []
     if device.type == "cpu":
@@ -316,7 +363,7 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     recorder.network(links)
     recorder.clock(read_clock(store, env, "start"))
     trainer = Trainer(config, rank, batches, tracker, recorder, checkpoints)
-    trainer.step, trainer.skipped = start.step, start.skipped
+    trainer.resume(start)
     attempt.trains(trainer)
     finished = trainer.run()
     recorder.clock(read_clock(store, env, "end"))
@@ -324,7 +371,14 @@ def _train(config: Config, resume: str | None, store: Store, env: RankEnv, attem
     recorder.finish(differences)
     for line in engine_lines(rank) if env.rank == 0 else ():
         tracker.message(line)
-    return settle(store, env, differences, tracker) or (0 if finished else PREEMPTED)
+    failed = how_it_ended(finished, trainer.skips, attempt.stop.requested)
+    if differing := settle(store, env, differences, tracker):
+        return differing, None
+    if failed is not None:
+        if env.rank == 0:
+            tracker.message(f"failed: {failed}; {last_good(run_dir)}")
+        return 1, failed
+    return (0 if finished else PREEMPTED), None
 
 
 def look_at_network(config: Config, rank: Rank, store: Store, env: RankEnv) -> Network | None:

@@ -43,9 +43,18 @@ def newest_checkpoint(run_dir: Path) -> str:
 
 
 def go_on(run_dir: Path, via: str) -> str:
-    """What is saved, and the command that goes on from there."""
+    """Return what is saved, and the command that continues from there; where the run would end the same way, what to
+    change and the command that begins again."""
     newest = newest_checkpoint(run_dir)
-    command = shlex.join(["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via, "--resume", "auto"])
+    launch = ["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via]
+    if change := to_change(run_dir):
+        again = shlex.join([*launch, "--set", f"run_dir={run_dir}-2"])
+        kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
+        return (
+            f"{kept}; continuing as it is would end the same way. {change}, and begin again (a checkpoint continues "
+            f"only with the optim section that it was made with): {again} --set KEY=VALUE"
+        )
+    command = shlex.join([*launch, "--resume", "auto"])
     mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
     script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""
     saved = f"saved: {newest}" if newest else "no checkpoint yet, so it begins anew"
@@ -57,6 +66,11 @@ def why_left(run_dir: Path) -> str:
     return str(ended(run_dir).get("why") or "")
 
 
+def to_change(run_dir: Path) -> str:
+    """Return what exit.json says must be changed for the run to come further; empty where it says nothing."""
+    return str(ended(run_dir).get("change") or "")
+
+
 def step_left(run_dir: Path) -> int:
     """Return the step that rank 0 wrote into exit.json; 0 where it wrote none."""
     step = ended(run_dir).get("step")
@@ -66,4 +80,4 @@ def step_left(run_dir: Path) -> int:
 def note_failure(run_dir: Path, code: int, why: str) -> None:
     """exit.json of an attempt that failed: the launcher knows more than rank 0, which may not have lived to write it
     (dist_gpt.track.ExitRecord); the step is rank 0's word, if it left one."""
-    note_end(run_dir, code, why, ended(run_dir).get("step"))
+    note_end(run_dir, code, why, ended(run_dir).get("step"), ended(run_dir).get("change"))

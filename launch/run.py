@@ -20,6 +20,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
 from dist_gpt.rundir import CHECKPOINTS, EXIT, RESUME_FROM, Resume, branch_of, set_aside
 from dist_gpt.rundir import replace as replace_file
+from dist_gpt.skips import Skipped
 from launch import slurm
 from launch.env import Device, choose_device, count_gpus
 from launch.spec import RUN_DIR, JobSpec, train_argv
@@ -227,7 +228,8 @@ def job_text(document: dict[str, Any]) -> str:
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """Read from metrics.jsonl: steps, first and last loss and validation loss, median tokens_per_s and step_s."""
+    """Read from metrics.jsonl: steps, how many of them were skipped and why, first and last loss and validation loss
+    (null: not finite), median tokens_per_s and step_s."""
     rows = []
     if (run_dir / "metrics.jsonl").is_file():
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -235,9 +237,12 @@ def summary(run_dir: Path) -> dict[str, Any]:
     def column(key: str) -> list[float]:
         return [row[key] for row in rows if row.get(key) is not None]
 
-    loss, val_loss = column("loss"), column("val_loss")
+    loss, val_loss = column("loss"), [row["val_loss"] for row in rows if "val_loss" in row]
+    skipped = Skipped.of(rows)
     return {
-        "steps": len(loss),
+        "steps": skipped.steps,
+        "skipped": skipped.count,
+        "skipped_why": skipped.text() or None,
         "loss": [loss[0], loss[-1]] if loss else None,
         "val_loss": [val_loss[0], val_loss[-1]] if val_loss else None,
         "tokens_per_s": median(column("tokens_per_s")) if column("tokens_per_s") else None,
@@ -264,14 +269,21 @@ def last_lines(document: dict[str, Any], with_summary: bool) -> str:
     return f"{text}run_dir: {document['run_dir']}"
 
 
+def _told(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def summary_text(document: dict[str, Any]) -> str:
     """One line per thing worth knowing at the end of a run."""
-    lines = [f"{document['steps']} steps done"]
+    lines = [f"{document['steps'] - document['skipped']} steps done"]
+    if document["skipped_why"]:
+        lines = [f"{document['steps'] - document['skipped']} steps trained, {document['skipped_why']}"]
     if document["loss"]:
         lines.append("loss             {:.4f} -> {:.4f}".format(*document["loss"]))
     if document["val_loss"]:
         first, last = document["val_loss"]
-        lines.append(f"validation loss  {first:.4f} -> {last:.4f}  ({last / first:.2f} x the initial)")
+        ratio = f"  ({last / first:.2f} x the initial)" if first and last is not None else ""
+        lines.append(f"validation loss  {_told(first)} -> {_told(last)}{ratio}")
     if document["tokens_per_s"]:
         lines.append(f"median           {document['tokens_per_s']:.0f} tokens/s")
     if document.get("verdict"):

@@ -21,7 +21,7 @@ from dist_gpt.awake import Suspension
 from dist_gpt.rundir import EXIT
 from launch import explain
 from launch.facts import CONFIG_HASH, config_digest
-from launch.files import last_words, newest_checkpoint, note_failure, size, step_left, tail, why_left
+from launch.files import last_words, newest_checkpoint, note_failure, size, step_left, tail, to_change, why_left
 from launch.preflight import check_answers, warnings
 from launch.spec import ATTEMPT, LOG_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec
 from launch.starter import Failure, Starter
@@ -39,6 +39,8 @@ SETTLE_S = 1.0
 TICK_S = 0.2
 SAID_S = 3.0
 """A shorter suspension is not worth a line: a busy machine looks alike."""
+SHORTLY_S = 60.0
+"""After a suspension: it may have caused a failure."""
 BACK_S = 1.0
 """From a suspension's end to the line about it: by then it is known whether the ranks ran meanwhile."""
 PASSED_THROUGH = (2, PREEMPTED)
@@ -76,7 +78,6 @@ class Supervisor:
         self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
         self.starter_start = 0
         self.told: Suspension | None = None  # the last one that a line was said about
-        self.longest_s = 0.0  # of this attempt's suspensions
 
     def on_signal(self, number: int, frame: object) -> None:
         """Signal handler: only notes it (SimpleQueue.put may be called from a handler)."""
@@ -88,7 +89,7 @@ class Supervisor:
         steps_before = None
         for attempt in range(self.spec.max_restarts + 1):
             code = self.attempt(attempt)
-            over = code in (0, *PASSED_THROUGH) or self.took_leave
+            over = code in (0, *PASSED_THROUGH) or self.took_leave or bool(to_change(self.spec.log_dir.parent))
             if over or self.stops or attempt == self.spec.max_restarts:
                 break
             steps = newest_checkpoint(self.spec.log_dir.parent)
@@ -108,7 +109,7 @@ class Supervisor:
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
         shown, self.let_go, self.took_leave = None, False, False
-        self.told, self.longest_s = None, 0.0
+        self.told = None
         self.starter_start = size(Path(self.starter.where())) if self.starter.where() else 0
         self.watch = (
             Watch(self.host, spec.ranks, silence_s=spec.silence_s, on_event=lambda: self.starter.wake.put(self))
@@ -235,7 +236,6 @@ class Supervisor:
         last = self.watch.clock.last if self.watch is not None else None
         if self.watch is None or last is None or last is self.told or last.seconds < SAID_S:
             return
-        self.longest_s = max(self.longest_s, last.seconds)
         if not ended and (self._now() - last.at < BACK_S or not self.starter.running()):
             return
         self.told = last
@@ -370,6 +370,8 @@ class Supervisor:
             culprits = [first.rank]
         else:
             text = found.text if found is not None else ""
+        if self.told is not None and self._now() - self.told.at < SHORTLY_S:
+            text += f"\n  (shortly before, the job was suspended for {self.told.seconds:.0f} s)"
         say(text)
         for rank in culprits[:2]:
             self._show_log(rank)

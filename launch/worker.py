@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
 
 ENTRY = ("/launch/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/", "/click/", "runpy")
 """Files whose frames lead from this process's start to the program, and say nothing about what went wrong."""
-EXPLAINED = ("ConfigError", "RendezvousError")
+EXPLAINED = ("ConfigError", "RendezvousError", "DivergedError")
 """Errors of ours whose text says what to do; where they were raised helps nobody."""
 
 

@@ -26,6 +26,9 @@ Store = dist.Store
 LOOPBACK = "127.0.0.1"
 STORE_FD = "DIST_GPT_STORE_FD"
 ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, started again by it, tells its ranks that this is 0
+WATCH_FD = "DIST_GPT_WATCH_FD"  # dist_gpt.pulse
+OUTLAST_S = 86400.0
+"""Longest suspension of a job that its collectives outlast."""
 NONCE = "dist_gpt/attempt"
 POLL_S = 0.05
 READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
@@ -47,6 +50,8 @@ class RankEnv:
     master_port: int
     attempt: int
     deadline: float
+    watched: bool = False
+    """A launcher hears this rank's heartbeats, and ends the job when no rank has moved for launch.timeout_s."""
 
     @property
     def one_node(self) -> bool:
@@ -87,6 +92,7 @@ def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> Rank
         master_port=_number(env, "MASTER_PORT"),
         attempt=_number(env, ATTEMPT if ATTEMPT in env else "TORCHELASTIC_RESTART_COUNT", 0),
         deadline=deadline,
+        watched=WATCH_FD in env,
     )
 
 
@@ -300,11 +306,14 @@ def make_backends(
 ) -> Backends:
     """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
 
-    Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective;
-    `single_copy`: whether ranks of a node read each other's memory where they may. On several nodes gloo listens on the
-    interfaces that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose route leads to MASTER_ADDR:
+    Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective. Under a
+    launcher gloo's own is OUTLAST_S longer: gloo's clock counts suspensions, the launcher's does not. `single_copy`:
+    whether ranks of a node read each other's memory where they may. On several nodes gloo listens on the interfaces
+    that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose route leads to MASTER_ADDR:
     what a host's own name means is often an address that only the host itself can reach.
     """
+    if device.type != "cuda" and env.watched:
+        timeout_s += OUTLAST_S
     if device.type == "cuda":
         if env.one_node:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")

@@ -32,6 +32,7 @@ from dist_gpt.params import SHARDED, Param, parameter_table, params_of_blocks
 from dist_gpt.plan.precision import STAGES
 from dist_gpt.plan.steps import RankPlan, calls_by_key
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, UPDATE
+from dist_gpt.skips import CHANGE, DivergedError
 
 
 def _imported() -> Any:
@@ -319,7 +320,7 @@ class DeepSpeedOptimizer:
     def step(self, rate: float, loss: Tensor) -> None:
         """One update with learning rate `rate`; `loss` is this rank's part of the summed loss.
 
-        RuntimeError where DeepSpeed has stepped with gradients that are not finite: the weights are lost.
+        DivergedError where DeepSpeed has stepped with gradients that are not finite: the weights are lost.
         """
         engine = self.parts.engine
         for group in engine.optimizer.param_groups:
@@ -335,10 +336,11 @@ class DeepSpeedOptimizer:
         self.statistics, self.stop_votes = sums[:2], sums[2]
         self.statistics[1] = self.statistics[1].sqrt()
         if engine.was_step_applied() and not torch.isfinite(self.statistics).all():
-            raise RuntimeError(
+            raise DivergedError(
                 f"the loss ({self.statistics[0].item()}) or the gradient norm ({self.statistics[1].item()}) is not "
-                "finite, and DeepSpeed has stepped the weights with it: they are lost. Lower optim.lr, lengthen "
-                "optim.warmup or lower optim.clip; optim.engine: native leaves weights as they are in such a step"
+                f"finite, and DeepSpeed has stepped the weights with it: they are lost. {CHANGE}; optim.engine: native "
+                "leaves weights as they are in such a step",
+                CHANGE,
             )
 
     def _squared_norm_here(self) -> Tensor:

@@ -11,6 +11,7 @@ from dist_gpt.plan.flops import flops_document
 from dist_gpt.plan.peaks import published_peak
 from dist_gpt.report.budget import COMPUTE, Budget
 from dist_gpt.report.load import Run
+from dist_gpt.skips import Skipped
 
 SETTLING = 3
 """First steps that the headline leaves out where there are many more: the first one allocates, caches fill."""
@@ -77,6 +78,7 @@ def headline(run: Run, budget: Budget | None) -> dict[str, Any]:
     peak = peak_of(run)
     mfu = per_gpu / peak["flops_per_s"] if per_gpu and peak and peak["flops_per_s"] > 0 else None
     losses = [row["loss"] for row in run.metrics if isinstance(row.get("loss"), float)]
+    skipped = Skipped.of(run.metrics)
     inside = set(budget.steps) if budget is not None else set()
     return {
         "step_s_p50": p50,
@@ -88,6 +90,9 @@ def headline(run: Run, budget: Budget | None) -> dict[str, Any]:
         "hfu": mfu * hardware if mfu else None,
         "mfu_causal": mfu * flops["published"]["causal"] / flops["model_flops_per_token"] if mfu else None,
         **_goodput(run),
+        "steps": skipped.steps,
+        "steps_skipped": skipped.count,
+        "skipped": skipped.text() or None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "formula": FORMULA,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_gpt.events import TRAIN
 from dist_gpt.report.headline import step_times
 from dist_gpt.report.load import Run
 from dist_gpt.report.units import percent
+from dist_gpt.skips import Skipped
 
 BOUND = 0.10
 """A loss smaller than this share of the step is not what a run is bound by."""
@@ -68,7 +69,25 @@ def verdict(
     collectives: list[dict[str, Any]],
     pipeline: dict[str, Any] | None,
 ) -> Verdict:
-    """The largest loss of the step, with why and what to try."""
+    """Return the largest loss of the step, with why and what to try; skipped steps come first where they made the run
+    fail, and last where they are ordinary. They take time like any other step."""
+    said = _of_time(run, budget_s, stragglers, collectives, pipeline)
+    skipped = Skipped.of(run.metrics)
+    if skipped.failed:
+        trained = f"{skipped.steps - skipped.count} of {skipped.steps} steps changed the weights"
+        why = f"{trained}. Time is spent in skipped steps too: {said.line}; {said.why}"
+        line = f"{skipped.text()}: the run failed" if run.failed else skipped.text()
+        return replace(said, line=line, why=why, next=skipped.change)
+    return replace(said, why=f"{said.why}. {skipped.text()}") if skipped.count else said
+
+
+def _of_time(
+    run: Run,
+    budget_s: dict[str, float],
+    stragglers: dict[str, Any] | None,
+    collectives: list[dict[str, Any]],
+    pipeline: dict[str, Any] | None,
+) -> Verdict:
     wall = sum(budget_s.values())
     lost = losses(budget_s)
     worst = max(lost, key=lambda name: lost[name], default=None)

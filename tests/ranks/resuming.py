@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dist_gpt.data.tokens import prepare
 from dist_gpt.meeting import agree_on_attempt
 from dist_gpt.profile.recorder import Recorder, attempts_in
 from dist_gpt.rank import Rank
+from dist_gpt.skips import Skips
 from dist_gpt.track import Tracker
 from dist_gpt.train import Trainer, begin
 from tests.ranks.runs import rows
@@ -61,6 +63,7 @@ class Part:
     accounting: list[str]
     tensors: dict[str, Tensor]
     lines: tuple[str, ...]
+    skips: Skips
 
 
 def env_of(rank: int, world: int, attempt: int = 0) -> RankEnv:
@@ -68,9 +71,14 @@ def env_of(rank: int, world: int, attempt: int = 0) -> RankEnv:
 
 
 def train(
-    config: Config, run_dir: Path, resume: str | None = None, stop: tuple[int, int] | None = None
-) -> list[Part]:  # fmt: skip
-    """One attempt in `run_dir`; `stop` = (rank, step): that rank wants to stop during that step."""
+    config: Config,
+    run_dir: Path,
+    resume: str | None = None,
+    stop: tuple[int, int] | None = None,
+    spoil: Callable[[Rank, int], None] | None = None,
+) -> list[Part]:
+    """One attempt in `run_dir`; `stop` = (rank, step): that rank wants to stop from that step on. `spoil` may change a
+    rank's gradients in a step."""
     run_dir.mkdir(exist_ok=True)
     data, store, world = prepare(config), dist.HashStore(), config.world_size
 
@@ -83,13 +91,15 @@ def train(
         with closing(rank), closing(recorder), Tracker(config, run_dir, number, start.after) as tracker:
             checkpoints = Checkpoints(config, run_dir, data.digest, store, env)
             trainer = Trainer(config, rank, Batches(data, config), tracker, recorder, checkpoints)
-            trainer.step, trainer.skipped = start.step, start.skipped
-            rank.optimizer.wants_stop = lambda: (number, trainer.step + 1) == stop
+            trainer.resume(start)
+            rank.optimizer.wants_stop = lambda: stop is not None and number == stop[0] and trainer.step + 1 >= stop[1]
+            if spoil is not None:
+                rank.optimizer.before_clip = lambda: spoil(rank, trainer.step + 1)
             finished = trainer.run()
             accounting = trainer.accounting()
             recorder.finish(accounting)
         tensors = {name: t.clone() for name, t in tensors_of(rank.buffers.tensors(), rank.optimizer).items()}
-        return Part(finished, trainer.step, accounting, tensors, start.lines)
+        return Part(finished, trainer.step, accounting, tensors, start.lines, trainer.skips)
 
     return on_gloo(world, body)
 

@@ -20,7 +20,6 @@ import pytest
 from dist_gpt import cli
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
-from dist_gpt.train import main
 from tests.ranks.resuming import STEPS, config_of, curve, same, train
 from tests.ranks.runs import PATIENCE_S, Place, environment, finish, rows, wait_until
 from tests.ranks.threads import RankFailed
@@ -123,21 +122,6 @@ class TestAttempts:
         [part] = train(config, run_dir, resume=str(path))
         assert same(whole, [part]) and "is of a later step: moved to aside-step_00000006-" in part.lines[0]
         assert part.lines[-1] == f"resumed at step 4 from {path}"
-
-    def test_counts_of_skipped_steps_are_kept(
-        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The first step makes the weights infinite. Five steps that are not finite before the end, and five after it,
-        are ten in a row."""
-        for name in ("RANK", "DIST_GPT_RUN_DIR"):
-            monkeypatch.delenv(name, raising=False)
-        sets = [f"run_dir={tmp_path}", "optim.lr=1e300", "optim.warmup=0", "optim.decay=none", "train.dtype=fp32",
-                "train.global_batch=2", "train.eval_every=0", "train.eval_batches=0", "checkpoint.every=6"]  # fmt: skip
-        assert main(load(str(place.config), [*sets, "train.steps=6"])) == 0
-        path = tmp_path / "checkpoints" / "step_00000006" / "manifest.json"
-        assert json.loads(path.read_text())["trainer"] == {"skipped": 5}
-        with pytest.raises(RuntimeError, match="10 steps in a row, up to step 11,"):
-            main(load(str(place.config), [*sets, "train.steps=20"]), "auto")
 
     def test_another_layout_is_refused(self, tmp_path: Path) -> None:
         config, run_dir = config_of(tmp_path), tmp_path / "run"

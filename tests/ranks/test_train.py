@@ -285,7 +285,7 @@ class TestTrainer:
         """A resumed run may allow less than the one that saved."""
         rank = SimpleNamespace(optimizer=SimpleNamespace(scale=None))
         trainer = Trainer(load(str(place.config), ["train.max_skipped=3"]), rank, Mock(), Mock(), Mock())  # type: ignore[arg-type]
-        trainer.skipped = 5
+        trainer.skips.in_a_row = 5
         with pytest.raises(RuntimeError, match="6 steps in a row, up to step 8"):
             trainer.record(8, math.nan, 1.0, 0.1)
 

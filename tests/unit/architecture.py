@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAYERS = (
-    ("rundir", "awake"),
+    ("rundir", "awake", "skips"),
     ("config",),
     ("layout", "params"),
     ("schedule",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("train", "meeting", "pulse"),
     ("verify", "dryrun", "sample"),
 )
-PURE = {"rundir", "awake", "config", "layout", "params", "schedule", "plan", "events"}
+PURE = {"rundir", "awake", "skips", "config", "layout", "params", "schedule", "plan", "events"}
 TORCH_FREE = PURE | {"report", "stop", "pulse", "processors", "launch", "cli", "__main__", "dist_gpt"}
 DISTRIBUTED_ELSEWHERE = {"dist_gpt/optim/deepspeed.py"}  # DeepSpeed's engine communicates by itself
 MAX_LINES, MAX_FUNCTION_LINES = 600, 60
@@ -43,7 +43,7 @@ def allowed_imports() -> dict[str, set[str]]:
         events = {"events"} if layer[0] not in ("rundir", "config", "layout", "schedule") else set()
         allowed |= {room: (below - {room}) | events for room in layer}
     allowed["events"] = set()
-    allowed["report"] = {"config", "layout", "schedule", "plan", "events"}
+    allowed["report"] = {"config", "layout", "schedule", "plan", "events", "skips"}
     allowed["launch"] = allowed["report"] | {"report", "rundir", "awake"}
     allowed["cli"] = set(PURE)
     allowed["__main__"] = {"cli"}

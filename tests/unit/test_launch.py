@@ -324,8 +324,22 @@ class TestRunDirectory:
         rows[-1]["val_loss"] = 2.0
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         found = run.summary(tmp_path)
-        assert found == {"steps": 3, "loss": [5.0, 3.0], "val_loss": [5.0, 2.0], "tokens_per_s": 20.0, "step_s": 0.1}
+        assert found == {"steps": 3, "skipped": 0, "skipped_why": None, "loss": [5.0, 3.0], "val_loss": [5.0, 2.0],
+                         "tokens_per_s": 20.0, "step_s": 0.1}  # fmt: skip
         assert "5.0000 -> 2.0000  (0.40 x the initial)" in run.summary_text(found)
+        assert run.summary_text(found).startswith("3 steps done\n")
+
+    def test_summary_of_a_run_that_skipped(self, tmp_path: Path) -> None:
+        rows: list[dict[str, object]] = [{"step": 0, "val_loss": 5.0}, {"step": 1, "loss": 5.0, "step_s": 0.1}]
+        rows += [{"step": k, "loss": None, "grad_norm": None, "step_s": 0.1, "skipped": True} for k in (2, 3)]
+        rows[-1]["val_loss"] = None
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = run.summary(tmp_path)
+        assert (found["steps"], found["skipped"], found["step_s"]) == (3, 2, 0.1)
+        first, loss, validation, *_ = run.summary_text(found).splitlines()
+        assert first == ("1 steps trained, 2 of 3 steps skipped (loss not finite); "
+                         "the validation loss after step 3 is not finite")  # fmt: skip
+        assert loss.endswith("5.0000 -> 5.0000") and validation == "validation loss  5.0000 -> not finite"
 
 
 class TestGpus:

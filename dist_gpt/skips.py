@@ -1,0 +1,137 @@
+"""Steps that changed no weight because the loss or the gradients were not finite. Standard library alone.
+
+`Skips` counts them while a run trains and says what follows from it; `Skipped.of(rows)` reads the same from the lines
+of metrics.jsonl. Loss, gradient norm and loss scale are equal on all ranks, so all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LOSS, GRADIENTS, SCALE = "loss not finite", "gradients not finite", "fp16 overflow while the loss scale comes down"
+KEYS = {"skipped_loss": LOSS, "skipped_gradients": GRADIENTS, "skipped_scale": SCALE}
+"""Of a checkpoint's trainer state."""
+CHANGE = "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
+CHANGE_SCALE = "Raise train.steps or train.max_skipped, or lower train.loss_scale"
+
+
+class DivergedError(RuntimeError):
+    """The run cannot train as it is configured; `change` says what to change before it is started again."""
+
+    def __init__(self, text: str, change: str) -> None:
+        super().__init__(text)
+        self.change = change
+
+
+def cause_of(loss: float | None, norm: float | None, scale: float | None) -> str:
+    """Return why a step with these numbers is skipped; empty where it is not. `scale` is the loss scale after it; an
+    overflow at the smallest one, 1, is of the gradients themselves."""
+    if loss is None or not math.isfinite(loss):
+        return LOSS
+    if norm is None or not math.isfinite(norm):
+        return SCALE if scale is not None and scale > 1 else GRADIENTS
+    return ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Steps of a run, and those that were skipped, by cause."""
+
+    steps: int
+    causes: Mapping[str, int]
+    last: str = ""
+    """The cause of the last step; empty where it was not skipped."""
+    validation: int | None = None
+    """The last step, where the validation loss after it was not finite."""
+
+    @staticmethod
+    def of(rows: Iterable[Mapping[str, Any]]) -> Skipped:
+        """Read lines of metrics.jsonl, where numbers that are not finite are null."""
+        steps, causes, last, validation = 0, Counter[str](), "", None
+        for row in rows:
+            if "loss" not in row:
+                continue  # a validation before the first step
+            steps += 1
+            norm = row.get("grad_norm") if row.get("skipped") else 0.0
+            last = cause_of(row["loss"], norm, row.get("loss_scale"))
+            causes.update([last] if last else [])
+            validation = row.get("step") if row.get("val_loss", 0.0) is None else None
+        return Skipped(steps, causes, last, validation)
+
+    @property
+    def count(self) -> int:
+        return sum(self.causes.values())
+
+    @property
+    def failed(self) -> bool:
+        """Return whether the run trained nothing, or ends while a loss or its gradients are not finite."""
+        diverged = self.last in (LOSS, GRADIENTS) or self.validation is not None
+        return self.steps > 0 and (self.count == self.steps or diverged)
+
+    @property
+    def change(self) -> str:
+        """Return what to change where it failed."""
+        return CHANGE_SCALE if self.last == SCALE else CHANGE
+
+    def text(self) -> str:
+        """Return `5 of 6 steps skipped (loss not finite)`; empty where all is well."""
+        parts = []
+        if self.count:
+            one = len(self.causes) == 1
+            why = ", ".join(cause if one else f"{count} {cause}" for cause, count in sorted(self.causes.items()))
+            parts.append(f"{self.count} of {self.steps} steps skipped ({why})")
+        if self.validation is not None:
+            parts.append(f"the validation loss after step {self.validation} is not finite")
+        return "; ".join(parts)
+
+
+@dataclass
+class Skips:
+    """The count of a run that trains; earlier attempts are in it, by way of the checkpoint (`state`)."""
+
+    causes: Counter[str] = field(default_factory=Counter)
+    step: int = 0
+    in_a_row: int = 0
+    cause: str = ""
+    """Of the last step; empty where it was not skipped."""
+    validation: int | None = None
+    """The step after which the validation loss was not finite, with no good step since."""
+
+    def resume(self, step: int, trainer: Mapping[str, int]) -> None:
+        """Continue after `step` with what its checkpoint says of skipped steps."""
+        self.step, self.in_a_row = step, trainer.get("skipped", 0)
+        self.causes = Counter({cause: trainer[key] for key, cause in KEYS.items() if trainer.get(key)})
+
+    def state(self) -> dict[str, int]:
+        """Return what a checkpoint keeps: how many in a row, and all by cause where there are any."""
+        by_cause = {key: self.causes[cause] for key, cause in KEYS.items() if self.causes[cause]}
+        return {"skipped": self.in_a_row, **by_cause}
+
+    def count(self, step: int, loss: float, norm: float, scale: float | None) -> bool:
+        """Count a step; return whether it was skipped."""
+        self.step, self.cause, self.validation = step, cause_of(loss, norm, scale), None
+        self.in_a_row = self.in_a_row + 1 if self.cause else 0
+        self.causes.update([self.cause] if self.cause else [])
+        return bool(self.cause)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Note the validation loss after `step`."""
+        self.validation = None if math.isfinite(loss) else step
+
+    @property
+    def sound(self) -> bool:
+        """Return whether the weights are worth a checkpoint. An overflow in fp16 is ordinary and leaves them good."""
+        return self.cause in ("", SCALE) and self.validation is None
+
+    @property
+    def so_far(self) -> Skipped:
+        return Skipped(self.step, self.causes, self.cause, self.validation)
+
+    def failure(self) -> DivergedError | None:
+        """Return why a run that ends here has failed; None where it has not."""
+        found = self.so_far
+        return DivergedError(f"{found.text()}. {found.change}", found.change) if found.failed else None
