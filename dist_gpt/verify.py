@@ -120,9 +120,12 @@ class Verdict:
             self.where[measure] = where
 
 
-def certify_rank(config: Config, rank: int, backends: Backends, reference: Path) -> Verdict:
-    """Train in the layout of `config` as rank `rank` and compare with the reference on disk."""
-    replica = Rank(config, rank, backends, torch.device("cpu"))
+def certify_rank(
+    config: Config, rank: int, backends: Backends, reference: Path, device: torch.device | None = None
+) -> Verdict:
+    """Train in the layout of `config` as rank `rank`, on `device` (default the CPU), and compare with the reference on
+    disk."""
+    replica = Rank(config, rank, backends, device or torch.device("cpu"))
     try:
         trace = run_steps(replica, config)
         verdict = Verdict(rank)
@@ -141,14 +144,14 @@ def _compare(verdict: Verdict, replica: Rank, trace: Trace, ref: dict[str, Tenso
     largest = max(t.abs().max().item() for k, t in ref.items() if k.startswith("g:"))
     for param in replica.params:
         weight = ref[f"w:{param.name}"]
-        here = trace.weights[param.name]
+        here = trace.weights[param.name].cpu()
         error = (here - local_part(param, weight, tp, index)).abs().max().item()
         verdict.see("weight", error, f"{param.name} on rank {verdict.rank}")
         for step in range(STEPS):
             key = f"{step}:{param.name}"
             whole = ref[f"g:{key}"]
             scale = max(whole.abs().max().item(), GRADIENT_FLOOR * largest)
-            error = (trace.gradients[key] - local_part(param, whole, tp, index)).abs().max().item() / scale
+            error = (trace.gradients[key].cpu() - local_part(param, whole, tp, index)).abs().max().item() / scale
             verdict.see("gradient", error, f"{param.name}, step {step}, rank {verdict.rank}")
 
 

@@ -208,7 +208,7 @@ class GlooBackends:
         options._threads = 1
         store = dist.PrefixStore(_key(name, ranks), self.store)
         index = ranks.index(rank)
-        backend = GlooGroup(store, index, len(ranks), options)
+        backend = self.make_group(store, index, len(ranks), options)
         if self.single_copy and name in NEAR_AXES:
             try:
                 backend.near = connect_members(backend, ranks, index, self.timeout_s)
@@ -217,6 +217,10 @@ class GlooBackends:
         backend.limit(timedelta(seconds=self.timeout_s))
         backend.one_node = self.one_node
         return backend
+
+    def make_group(self, store: dist.Store, index: int, size: int, options: Any) -> GlooGroup:
+        """Return a new group; `create` sets the rest."""
+        return GlooGroup(store, index, size, options)
 
 
 class NcclBackends:
