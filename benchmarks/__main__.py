@@ -21,6 +21,7 @@ NAMES = {
     "start": "start",
     "groups": "groups",
     "bubble": "bubble",
+    "epochs": "epochs",
     "one-process": "one_process",
     "layouts": "layouts",
     "ledger": "ledger",

@@ -239,7 +239,7 @@ def _vocab_size(config: Config) -> tuple[int, str | None]:
         )
     if given is not None:
         return given, None
-    if source == "synthetic" or source.endswith((".bin", ".idx")):
+    if source == "synthetic" or source.endswith((".bin", ".idx", ".npy")):
         return 1, (
             f"model.vocab_size: missing, and data.source {source} is tokenised already, so no tokenizer tells it; "
             "set vocab_size to at least the largest token id + 1"

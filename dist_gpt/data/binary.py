@@ -129,8 +129,8 @@ def _refuse_shards(folder: Path) -> None:
 
 
 def _cut(whole: Span, first_val: int) -> tuple[Span, Span]:
-    train = Span(whole.path, whole.dtype, 0, first_val)
-    return train, Span(whole.path, whole.dtype, first_val, whole.count - first_val)
+    train = Span(whole.path, whole.dtype, whole.offset, first_val)
+    return train, Span(whole.path, whole.dtype, whole.offset + first_val, whole.count - first_val)
 
 
 def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple[Span, Span]:

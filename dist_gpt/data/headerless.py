@@ -30,15 +30,16 @@ class Layout:
     name: str
     words: int
     low: int
+    swapped: bool
     advice: str
 
 
 BIG_ENDIAN = "write them again in little-endian order, or as .npy"
 LAYOUTS = (
-    Layout("8-byte integers", 4, 0, "set data.dtype: int64"),
-    Layout("big-endian 8-byte integers", 4, 3, BIG_ENDIAN),
-    Layout("4-byte integers", 2, 0, "set data.dtype: uint32 (or int32)"),
-    Layout("big-endian 4-byte integers", 2, 1, BIG_ENDIAN),
+    Layout("8-byte integers", 4, 0, False, "set data.dtype: int64"),
+    Layout("big-endian 8-byte integers", 4, 3, True, BIG_ENDIAN),
+    Layout("4-byte integers", 2, 0, False, "set data.dtype: uint32 (or int32)"),
+    Layout("big-endian 4-byte integers", 2, 1, True, BIG_ENDIAN),
 )
 
 
@@ -78,6 +79,8 @@ def wider(words: NDArray[np.uint16]) -> Layout | None:
     """Return the layout of wider integers whose pattern the words show, (multiple of 4,); None if there is none."""
     for layout in LAYOUTS:
         places = words[: len(words) // layout.words * layout.words].reshape(-1, layout.words)
+        if layout.swapped:
+            places = places.byteswap()
         low = places[:, layout.low]
         high = np.delete(places, layout.low, axis=1)
         for tiny in TINY:

@@ -111,6 +111,7 @@ class TestMeet:
         prepare = lambda _: SimpleNamespace(path=f"of {here()}", digest=f"of {here()}")  # noqa: E731
         (line,) = set(map(str, self.said(config, prepare, monkeypatch)))
         assert "rank 2 on" in line and "rank 3 on" in line and "has data of 2, rank 0 has of 0" in line
+        assert line.startswith("DataError: data.source: ") and "give every node the same files" in line
 
     def test_another_configuration_is_found_before_data_is_made(
         self, config: Config, monkeypatch: pytest.MonkeyPatch

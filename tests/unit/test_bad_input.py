@@ -40,6 +40,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids = np.arange(4000, dtype="<u2") % 250
     ids[1234] = 300
     (folder / "ids.bin").write_bytes(ids.tobytes())
+    (folder / "wide.bin").write_bytes((np.arange(4000) % 250).astype("<u4").tobytes())
+    (folder / "packed.bin").write_bytes(b"\x1f\x8b\x08\0" + ids.tobytes())
+    (folder / "zeros.bin").write_bytes(bytes(8000))
+    (folder / "odd.bin").write_bytes(bytes(8001))
     (folder / "no_text").mkdir()
     (folder / "occupied").mkdir()
     (folder / "occupied" / "metrics.jsonl").write_text("{}\n")
@@ -139,6 +143,25 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "text_of_another_encoding": (["data.source=latin1.txt"], [r"not UTF-8 at byte 3 \(0xe9\)", r"convert it to UTF-8"]),
     "folder_without_text": (["data.source=no_text"], [r"no_text", r"allowed: stdlib, synthetic"]),
     "missing_data": (["data.source=missing.txt"], [r"'missing\.txt' does not exist", r"allowed: stdlib, synthetic"]),
+    "wide_tokens": (
+        ["data.source=wide.bin", "model.vocab_size=256"], [r"looks like 4-byte integers", r"set data\.dtype: uint32"],
+    ),
+    "tokens_of_a_large_vocabulary": (
+        ["data.source=ids.bin", "model.vocab_size=100000"], [r"model\.vocab_size 100000", r"set data\.dtype: uint32"],
+    ),
+    "compressed_tokens": (
+        ["data.source=packed.bin", "model.vocab_size=256"], [r"packed\.bin is a gzip file", r"decompress it first"],
+    ),
+    "zeros": (
+        ["data.source=zeros.bin", "model.vocab_size=256"],
+        [r"all 3,800 train tokens of zeros\.bin are the id 0", r"write it again"],
+    ),
+    "odd_length": (
+        ["data.source=odd.bin", "model.vocab_size=256"], [r"8001 bytes, an odd number", r"cut off"],
+    ),
+    "dtype_of_text": (["data.dtype=uint32"], [r"data\.dtype: uint32, but text\.txt", r"leave data\.dtype at auto"]),
+    "dtype_of_floats": (["data.dtype=float32"], [r"data\.dtype", r"float32", r"uint16"]),
+    "unknown_order": (["data.order=shuffle"], [r"data\.order", r"shuffle", r"epochs", r"replacement"]),
     "unknown_key": (["train.stepz=3"], [r"train\.stepz", r"did you mean (train\.)?steps"]),
     "wrong_type": (["train.steps=many"], [r"train\.steps", r"many", r"integer|whole number"]),
     "number_as_text": (["optim.lr='fast'"], [r"optim\.lr", r"fast", r"number"]),
