@@ -236,8 +236,10 @@ class Supervisor:
         last = self.watch.clock.last if self.watch is not None else None
         if self.watch is None or last is None or last is self.told or last.seconds < SAID_S:
             return
-        if not ended and (self._now() - last.at < BACK_S or not self.starter.running()):
-            return
+        if not ended:
+            leaving = any(state.bye is not None or state.closed is not None for state in self.watch.states())
+            if leaving or self._now() - last.at < BACK_S or not self.starter.running():
+                return  # what it meant is said at the end
         self.told = last
         alone = ended or self.watch.ran_on()
         who = "the launcher" if alone else "this job"

@@ -189,12 +189,12 @@ RANK = """
 """
 
 
-def start(launcher: Launcher, silence_s: float = 30.0) -> subprocess.Popen[str]:
+def start(launcher: Launcher, silence_s: float = 30.0, code: str = RANK, *argv: str) -> subprocess.Popen[str]:
     number = launcher.rank_end.fileno()
     os.set_inheritable(number, True)
     env = os.environ | {"DIST_GPT_WATCH_FD": str(number), "DIST_GPT_SILENCE_S": str(silence_s)}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(RANK)], env=env, pass_fds=[number],
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *argv], env=env, pass_fds=[number],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     launcher.rank_end.close()
     return process
 
@@ -227,6 +227,48 @@ def test_a_rank_leaves_with_its_launcher(way: str) -> None:
     assert expected[way] in err
     if way in ("hang up", "silence"):
         assert "no contact with the launcher at 127.0.0.1:" in err and socket.gethostname() in err
+
+
+SAVES = """
+    import sys, time
+    from dist_gpt.pulse import Pulse
+    from dist_gpt.stop import Stop
+    stop = Stop()
+    pulse = Pulse.from_environ(stop)
+    pulse.can_save(float(sys.argv[1]))
+    while not stop.requested:
+        time.sleep(0.05)
+    print(stop.requested, flush=True)
+    time.sleep(float(sys.argv[2]))  # to the step boundary, and saves
+    pulse.bye(75)
+    pulse.close()
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("way", ["hang up", "silence", "back", "never saved"])
+def test_a_rank_that_can_save_does_so_without_its_launcher(way: str) -> None:
+    launcher = Launcher()
+    grace_s, takes_s = {"back": (0.5, 3.0), "never saved": (0.5, 60.0)}.get(way, (60.0, 0.5))
+    process = start(launcher, 1.0, SAVES, str(grace_s), str(takes_s))
+    try:
+        launcher.next("beat")
+        if way == "hang up":
+            launcher.close()
+        assert process.stdout is not None and "no contact with the launcher at 127.0.0.1:" in process.stdout.readline()
+        for _ in range(30) if way == "back" else ():  # it is heard again, and sees to the rest
+            launcher.tell(do="ok")
+            time.sleep(0.05)
+        _, err = process.communicate(timeout=30)
+        if way == "never saved":
+            assert "not saved within 0 s without a launcher" in launcher.next("failed")["error"]
+        elif way != "hang up":
+            assert launcher.next("bye") == {"code": 75}
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == (1 if way == "never saved" else 75), err
+    assert "the ranks save at the next step boundary and leave" in err
 
 
 def test_long_groups_are_written_short() -> None:

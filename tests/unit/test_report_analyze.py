@@ -17,7 +17,10 @@ from dist_gpt.report import collectives, stragglers
 from dist_gpt.report.analyze import Profile, analyze, profile
 from dist_gpt.report.identity import _trained
 from dist_gpt.report.load import load
+from dist_gpt.report.page import render
+from dist_gpt.report.text import markdown, terminal
 from dist_gpt.report.verdict import losses
+from dist_gpt.rundir import note_end
 from dist_gpt.schedule.expand import RECV, SEND
 from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write
 
@@ -311,6 +314,35 @@ class TestDocument:
         assert "blocks ranks" in document["verdict"]["line"] and "profile.steps" in document["verdict"]["next"]
         assert document["headline"]["step_s_p50"] > 0
         assert all(row["error"] == 0 for row in document["predicted"] if row["must_be_equal"])
+
+    @pytest.mark.parametrize("window", [None, (2, 4)])
+    @pytest.mark.parametrize(("bad", "told"), [
+        ({2, 3, 4, 5, 6}, "5 of 6 steps skipped (loss not finite)"),
+        ({1, 2, 3, 4, 5, 6}, "6 of 6 steps skipped (loss not finite)"),
+        ({6}, "1 of 6 steps skipped (loss not finite)"),
+        ({2}, ""),
+    ])  # fmt: skip
+    def test_skipped_steps_are_told_and_their_time_is_shown(
+        self, window: tuple[int, int] | None, bad: set[int], told: str, tmp_path: Path
+    ) -> None:
+        write(tmp_path, small(*CUBE, window=window))
+        path = tmp_path / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"loss": None, "grad_norm": None, "skipped": True} if row["step"] in bad else {}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if told:
+            note_end(tmp_path, 1, f"{told}. Lower optim.lr", 6, "Lower optim.lr")
+        document = analyze(load(tmp_path))
+        said = document["verdict"]
+        assert document["headline"]["step_s_p50"] > 0 and document["headline"]["steps_skipped"] == len(bad)
+        if told:
+            assert said["line"] == f"{told}: the run failed" and "optim.lr" in said["next"] and document["failed"]
+            assert f"{6 - len(bad)} of 6 steps changed the weights" in said["why"]
+            assert told in terminal(document).replace("\n         ", " ") and told in markdown(document, None)
+            assert told in render(document, None)
+        else:
+            assert "skipped" not in said["line"] and "1 of 6 steps skipped (loss not finite)" in said["why"]
 
     def test_a_missing_rank_is_told_and_the_rest_is_shown(self, tmp_path: Path) -> None:
         write(tmp_path, small(*CUBE))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch import supervise as module
@@ -249,6 +250,68 @@ def test_a_launcher_whose_terminal_is_gone_has_its_ranks_save(tmp_path: Path) ->
         process.kill()
         process.wait()
     assert all((tmp_path / f"saved.{rank}").exists() for rank in range(2))
+
+
+SUSPENDED = """
+    import sys
+    from pathlib import Path
+    from tests.unit.test_supervise import job, run
+    body = '''
+        pulse = Pulse()
+        while not (here / "end").exists():
+            pulse.beat()
+            said(f"beats.{rank}")
+            time.sleep(0.5)
+        pulse.say(bye={"code": 0})
+    '''
+    sys.exit(run(job(Path(sys.argv[1]), body, timeout_s=60.0, silence_s=5.0)))
+"""
+
+
+@pytest.mark.parametrize("first", ["launcher", "ranks"])
+def test_a_job_that_is_suspended_and_continued(first: str, tmp_path: Path) -> None:
+    """Longer than a rank may be silent; some are continued later than others."""
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SUSPENDED), str(tmp_path)], cwd=ROOT,
+                                   stderr=said)  # fmt: skip
+    try:
+        until(lambda: all((tmp_path / f"beats.{rank}").exists() for rank in range(2)))
+        launcher = psutil.Process(process.pid)
+        order = [launcher, *launcher.children(recursive=True)]
+        order = order if first == "launcher" else order[::-1]
+        for one in order:
+            one.suspend()
+        time.sleep(7.0)
+        for one in order:
+            one.resume()
+            time.sleep(0.5)
+        until(lambda: "suspended for" in (tmp_path / "said").read_text() or process.poll() is not None)
+        (tmp_path / "end").touch()
+        assert process.wait(30) == 0, (tmp_path / "said").read_text()
+    finally:
+        for one in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            one.kill()
+        process.kill()
+        process.wait()
+    assert re.search(r"this job was suspended for [6-9]\d* s; continuing", (tmp_path / "said").read_text())
+
+
+def test_a_run_that_would_end_the_same_is_not_started_again(tmp_path: Path) -> None:
+    """It has written down what must be changed first."""
+    body = """
+        with open(here / "starts", "a") as file:
+            file.write(str(rank))
+        if rank == 0:
+            end = {"code": 1, "why": "5 of 6 steps skipped", "step": 6, "change": "Lower optim.lr"}
+            (here / "exit.json").write_text(json.dumps(end))
+        Pulse().say(failed={"error": "DivergedError: 5 of 6 steps skipped", "inside": False, "position": None})
+        time.sleep(0.3)
+        sys.exit(1)
+    """
+    assert run(job(tmp_path, body, max_restarts=3)) == 1
+    assert sorted((tmp_path / "starts").read_text()) == ["0", "1"]
+    end = json.loads((tmp_path / "exit.json").read_text())
+    assert end["change"] == "Lower optim.lr" and end["step"] == 6
 
 
 def test_saying_something_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:

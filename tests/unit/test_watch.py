@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dist_gpt.awake import AwakeClock
 from dist_gpt.pulse import STARTING
 from launch import watch as watch_module
 from launch.explain import RankState, explain
@@ -24,6 +25,7 @@ class FakeRank:
     """One end of a connection, by hand."""
 
     def __init__(self, watch: Watch, rank: int, host: str = "here", token: str | None = None) -> None:
+        self.rank = rank
         address, port = watch.address.rsplit(":", 1)
         self.link = socket.create_connection((address, int(port)))
         self.link.settimeout(5.0)
@@ -277,6 +279,98 @@ def processes(make: Callable[..., Watch]) -> Iterator[tuple[Watch, list[subproce
         for process in started:
             process.kill()
             process.wait()
+
+
+class Hands:
+    """The clock of a watch, moved by hand in steps that are no suspension."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+        self.clock = AwakeClock(lambda: self.time, lambda: self.time)
+
+    def pass_by(self, seconds: float) -> None:
+        end = self.time + seconds
+        while self.time < end:
+            self.time = min(end, self.time + 0.9)
+            self.clock.now()
+
+    def suspend(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def beat(watch: Watch, *ranks: FakeRank) -> None:
+    """One heartbeat of each, as far as the watch."""
+    for rank in ranks:
+        rank.beat()
+    until(lambda: all(watch.states()[rank.rank].heard == watch.now() for rank in ranks))
+
+
+def two_that_beat(make: Callable[..., Watch], silence_s: float = 5.0) -> tuple[Watch, Hands, list[FakeRank]]:
+    hands = Hands()
+    watch = make(2, silence_s=silence_s, clock=hands.clock)
+    ranks = [FakeRank(watch, r) for r in range(2)]
+    beat(watch, *ranks)
+    return watch, hands, ranks
+
+
+@pytest.mark.parametrize("seconds", [3.0, 36.0, 700.0])
+def test_a_suspension_is_no_silence(make: Callable[..., Watch], seconds: float) -> None:
+    """Ranks may be continued later than the launcher; one that never is is found all the same. Twice in a row."""
+    watch, hands, ranks = two_that_beat(make)
+    for _ in range(2):
+        hands.suspend(seconds)
+        states = watch.states()
+        assert not silent(states) and explain(states, watch.now(), told, stuck_s=60.0) is None
+        hands.pass_by(min(seconds, 30.0) + 1.0)  # the others are continued only now
+        assert explain(watch.states(), watch.now(), told, stuck_s=60.0) is None
+        beat(watch, *ranks)
+    hands.suspend(seconds)
+    watch.now()
+    hands.pass_by(min(seconds, 30.0) + 2.0)
+    beat(watch, ranks[0])
+    hands.pass_by(4.0)
+    assert silent(watch.states()) == [1]
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_rank_that_is_stopped_is_found_without_a_suspension(make: Callable[..., Watch]) -> None:
+    watch, hands, ranks = two_that_beat(make)
+    hands.pass_by(4.0)
+    beat(watch, ranks[0])
+    assert not silent(watch.states())
+    hands.pass_by(2.0)
+    assert silent(watch.states()) == [1]
+    for rank in ranks:
+        rank.close()
+
+
+def test_whether_ranks_ran_on_shows_in_their_heartbeats(make: Callable[..., Watch]) -> None:
+    watch, hands, ranks = two_that_beat(make)
+    assert not watch.ran_on()
+    for beats, ran in ((2, False), (60, True)):
+        hands.suspend(36.0)
+        watch.now()
+        for _ in range(beats):
+            ranks[0].beat()
+        beat(watch, ranks[0])
+        assert watch.ran_on() is ran
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_hello_that_waited_says_nothing_about_clocks(make: Callable[..., Watch]) -> None:
+    hands = Hands()
+    watch = make(2, clock=hands.clock)
+    early = FakeRank(watch, 0)
+    until(lambda: watch.missing() == [1])
+    hands.suspend(36.0)
+    watch.now()
+    late = FakeRank(watch, 1)
+    until(lambda: not watch.missing())
+    assert watch.states()[0].arrived == pytest.approx(time.time(), abs=60.0) and watch.states()[1].arrived is None
+    for rank in (early, late):
+        rank.close()
 
 
 def told(rank: int) -> str:

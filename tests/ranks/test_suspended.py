@@ -1,0 +1,45 @@
+"""A launcher that is suspended alone (Ctrl-Z): its ranks save and leave, and it says why when it is continued."""
+
+from __future__ import annotations
+
+import signal
+
+import psutil
+import pytest
+
+from dist_gpt.rundir import committed, ended, step_of
+from tests.ranks.runs import Place, finish, rows, wait_until
+
+SETS = {"parallel.pp": 2, "train.steps": 1_000_000, "train.eval_batches": 0, "train.eval_every": 0,
+        "launch.silence_s": 6}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("suspended"))
+
+
+def test_the_ranks_of_a_suspended_launcher_save_and_leave(place: Place) -> None:
+    process, run_dir = place.start(place.argv("launch", "alone", sets=SETS)), place.folder / "alone"
+    try:
+        wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2, process)
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: ended(run_dir), process)
+        ranks = psutil.Process(process.pid).children()
+        wait_until(lambda: all(rank.status() == psutil.STATUS_ZOMBIE for rank in ranks), process)
+        process.send_signal(signal.SIGCONT)
+        out, error = finish(process)
+    finally:
+        process.kill()
+    assert process.returncode == 75, error
+    [newest] = committed(run_dir / "checkpoints")
+    step = step_of(newest)
+    assert f"s; the 2 ranks saved at step {step} and left (exit code 75)\n" in error
+    assert "the launcher was suspended for " in error and "continuing" not in error
+    assert f"saved: {newest.name}; go on: " in error and "accounting: exact" in out
+    end = ended(run_dir)
+    assert (end["code"], end["step"]) == (75, step) and "no contact with the launcher" in end["why"]
+    more = {**SETS, "train.steps": step + 2}
+    again = place.run(place.argv("launch", "alone", "--resume", "auto", sets=more), "alone")
+    assert again.code == 0, again.err
+    assert [row["step"] for row in rows(run_dir / "metrics.jsonl")] == [*range(1, step + 3)]
