@@ -23,7 +23,7 @@ from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, step_of
 from launch import mpi, slurm, submit, torchrun
 from launch.command import CommandRanks
 from launch.facts import address_towards
-from launch.files import go_on
+from launch.files import go_on, to_change
 from launch.local import HOST, launch_local
 from launch.ports import free_port
 from launch.spec import MASTER, JobSpec
@@ -193,7 +193,7 @@ class Allocation:
         alone = warned and all(slurm.is_warning(number) for number in stops)  # nobody asked for an end besides
         after = newest_step(run_dir)
         saved = code == PREEMPTED and warned
-        if not self.requeue or not (saved or (code not in (0, BAD_INPUT) and alone)):
+        if not self.requeue or to_change(run_dir) or not (saved or (code not in (0, BAD_INPUT) and alone)):
             return told_how_to_go_on(code, spec, "slurm")
         made = after - max(before, 0)
         if made >= (LEAST_STEPS if saved else 1):

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dist_gpt.awake import AwakeClock
 from launch.spec import ERROR_FILE, LAUNCHER_PID, LOG_DIR, WATCH, WATCH_FD, WATCH_TOKEN
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -29,6 +30,7 @@ POLL_S = 1.0
 CONNECT_S = 20.0
 GO_S = 600.0
 """Longest wait for the launcher's word: it waits for the other ranks itself."""
+LOOK_S = 0.5
 BAD_INPUT, PREEMPTED = 2, 75
 MAX_ERROR = 2000
 
@@ -124,19 +126,29 @@ def greet(environ: MutableMapping[str, str]) -> None:
 
 
 def _word(line: socket.socket) -> dict[str, Any]:
-    """The launcher's first command, read byte by byte: nothing behind it may be taken from the pulse."""
-    line.settimeout(GO_S)
+    """Return the launcher's first command, read byte by byte: nothing behind it may be taken from the pulse. Time in
+    which this process is suspended does not count."""
+    clock = AwakeClock()
+    end = clock.now() + GO_S
+    line.settimeout(LOOK_S)
     text = b""
-    try:
-        while not text.endswith(b"\n"):
+    while clock.now() < end:
+        try:
             byte = line.recv(1)
-            if not byte:
-                return {}
-            text += byte
-        word: dict[str, Any] = json.loads(text)
-        return word if word.get("do") in ("go", "leave") else _word(line)
-    except (OSError, ValueError):
-        return {}
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+        if not byte:
+            break
+        text += byte
+        if byte == b"\n":
+            with suppress(ValueError):
+                word: dict[str, Any] = json.loads(text)
+                if word.get("do") in ("go", "leave"):
+                    return word
+            text = b""
+    return {}
 
 
 def main(argv: list[str]) -> None:

@@ -6,7 +6,11 @@ import signal
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
+from dist_gpt.comm.mesh import GlooBackends
+from dist_gpt.comm.rendezvous import OUTLAST_S, make_backends, rank_env
 from dist_gpt.rundir import committed, ended, step_of
 from tests.ranks.runs import Place, finish, rows, wait_until
 
@@ -43,3 +47,13 @@ def test_the_ranks_of_a_suspended_launcher_save_and_leave(place: Place) -> None:
     again = place.run(place.argv("launch", "alone", "--resume", "auto", sets=more), "alone")
     assert again.code == 0, again.err
     assert [row["step"] for row in rows(run_dir / "metrics.jsonl")] == [*range(1, step + 3)]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_collectives_under_a_launcher_outlast_a_suspension(watched: bool) -> None:
+    """Gloo's clock counts it; the launcher's, which finds a job that does not move, leaves it out."""
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
+    env = rank_env(300.0, environ | ({"DIST_GPT_WATCH_FD": "7"} if watched else {}))
+    made = make_backends(dist.HashStore(), env, torch.device("cpu"), 300.0)
+    assert isinstance(made, GlooBackends) and made.timeout_s == 300.0 + (OUTLAST_S if watched else 0.0)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_gpt.awake import AwakeClock
 from launch import supervise as module
+from launch import worker
 from launch.command import CommandRanks
 from launch.mpi import OURS
 from launch.spec import JobSpec
@@ -294,6 +297,25 @@ def test_a_job_that_is_suspended_and_continued(first: str, tmp_path: Path) -> No
         process.kill()
         process.wait()
     assert re.search(r"this job was suspended for [6-9]\d* s; continuing", (tmp_path / "said").read_text())
+
+
+def test_a_rank_waits_for_its_launchers_word_without_counting_suspensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both may be suspended for longer than a rank waits. What comes behind the word stays in the socket."""
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    readings = [0.0, 0.0, 1000.0, *(1000.0 + n / 2 for n in range(5000))]
+    left = iter(readings)
+    monkeypatch.setattr(worker, "AwakeClock", lambda: AwakeClock(lambda: next(left), lambda: 0.0))
+    here, there = socket.socketpair()
+    with here, there:
+        assert worker._word(here) == {}  # never said, in GO_S of its own time
+        assert next(left) + 5.0 > 1000.0 + worker.GO_S
+        there.sendall(b'nonsense\n{"do": "ok"}\n{"do": "go"}\n{"do": "stop"}\n')
+        left = iter([0.0, 0.0, *(5000.0 + n / 100 for n in range(5000))])
+        assert worker._word(here) == {"do": "go"}
+        assert here.recv(100) == b'{"do": "stop"}\n'
+        there.close()
+        left = iter([0.0] * 100)
+        assert worker._word(here) == {}
 
 
 def test_a_run_that_would_end_the_same_is_not_started_again(tmp_path: Path) -> None:
