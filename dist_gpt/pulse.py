@@ -20,7 +20,7 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,6 +66,7 @@ class Pulse:
     def __init__(self, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
         self.stop, self.line, self.silence_s = stop, line, silence_s
         self.ledger: Ledger | None = None
+        self.record: Callable[[BaseException], None] = lambda error: None  # writes down why this rank gives up
         self.clock = AwakeClock()
         self.heard = self.clock.now()
         self._grace_s: float | None = None  # for a save without the launcher; None: none is possible
@@ -150,7 +151,7 @@ class Pulse:
                 if self._is_silent(now):
                     self._lost("the link between this host and that one, or the launcher, is gone")
                 if self._is_late(now):
-                    self._leave(f"not saved within {self._grace_s:.0f} s without a launcher; this rank leaves")
+                    self._give_up(f"not saved within {self._grace_s:.0f} s without a launcher; this rank leaves")
                 if now >= beat:
                     self._send({"beat": self._position()})
                     beat = now + BEAT_S
@@ -215,17 +216,22 @@ class Pulse:
         lost = f"no contact with the launcher at {self.launcher} since {when} ({since:.0f} s): {why}"
         here = socket.gethostname()
         if self._grace_s is None:
-            self._leave(f"{lost}; this rank on {here} leaves")
+            self._give_up(f"{lost}; this rank on {here} leaves")
         self._lost_at = self.clock.now()
         self.stop.request(lost)
         with suppress(Exception):
             sys.stderr.write(f"{lost}; the ranks save at the next step boundary and leave ({here})\n")
             sys.stderr.flush()
 
+    def _give_up(self, why: str) -> None:
+        """Leave without the launcher, which may only be suspended, and reads later why."""
+        with suppress(Exception):
+            self.record(RuntimeError(why))
+        self._send({"failed": {"error": why, "inside": False, "position": self._position(), "code": 1}})
+        self._leave(why)
+
     def _leave(self, why: str) -> None:
-        """End this process, whatever it is doing. The launcher may only be suspended, and reads later why."""
-        if not self._leaving:
-            self._send({"failed": {"error": why, "inside": False, "position": self._position(), "code": 1}})
+        """End this process, whatever it is doing."""
         with suppress(Exception):
             sys.stderr.write(f"{why}\n")
             sys.stderr.flush()

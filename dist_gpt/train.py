@@ -225,6 +225,7 @@ class Attempt:
     def __init__(self, run_dir: Path, env: RankEnv) -> None:
         self.stop = Stop()
         self.pulse = Pulse.from_environ(self.stop)
+        self.pulse.record = record_failure
         self.rank: Rank | None = None
         self.trainer: Trainer | None = None
         self._record = ExitRecord(run_dir, env.rank)

@@ -78,6 +78,7 @@ class Supervisor:
         self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
         self.starter_start = 0
         self.told: Suspension | None = None  # the last one that a line was said about
+        self.survived: Suspension | None = None  # the last one after which the job continued
 
     def on_signal(self, number: int, frame: object) -> None:
         """Signal handler: only notes it (SimpleQueue.put may be called from a handler)."""
@@ -109,7 +110,7 @@ class Supervisor:
             spec.error_path(rank).unlink(missing_ok=True)
             self.log_starts[rank] = size(spec.log_path(rank))
         shown, self.let_go, self.took_leave = None, False, False
-        self.told = None
+        self.told = self.survived = None
         self.starter_start = size(Path(self.starter.where())) if self.starter.where() else 0
         self.watch = (
             Watch(self.host, spec.ranks, silence_s=spec.silence_s, on_event=lambda: self.starter.wake.put(self))
@@ -240,7 +241,7 @@ class Supervisor:
             leaving = any(state.bye is not None or state.closed is not None for state in self.watch.states())
             if leaving or self._now() - last.at < BACK_S or not self.starter.running():
                 return  # what it meant is said at the end
-        self.told = last
+        self.told, self.survived = last, self.survived if ended else last
         alone = ended or self.watch.ran_on()
         who = "the launcher" if alone else "this job"
         say(f"{who} was suspended for {last.seconds:.0f} s" + ("" if ended else "; continuing"))
@@ -372,8 +373,8 @@ class Supervisor:
             culprits = [first.rank]
         else:
             text = found.text if found is not None else ""
-        if self.told is not None and self._now() - self.told.at < SHORTLY_S:
-            text += f"\n  (shortly before, the job was suspended for {self.told.seconds:.0f} s)"
+        if self.survived is not None and self._now() - self.survived.at < SHORTLY_S:
+            text += f"\n  (shortly before, the job was suspended for {self.survived.seconds:.0f} s)"
         say(text)
         for rank in culprits[:2]:
             self._show_log(rank)
