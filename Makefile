@@ -14,7 +14,7 @@ PARALLEL := -n $(WORKERS) --dist loadgroup
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-browser test-cluster lint bench bench-sharding clean
+.PHONY: help install demo test test-all test-browser test-cluster lint bench bench-sharding gpu-check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,10 @@ bench: install ## what the README compares, measured here
 
 bench-sharding: install ## ZeRO: ours, DeepSpeed and fully_shard in turn, with bytes and memory (an hour on 2 cores)
 	$(BIN)/python -m benchmarks sharding $(ARGS)
+
+# Where nothing can be installed too: with $(PYTHON) and what it has, or with .venv where that is there already.
+gpu-check: ## what one GPU can tell, in ten minutes; without a GPU: says so. Needs Python and torch alone (docs/gpu.md)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 clean: ## remove caches; run directories and the environment stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -256,8 +256,9 @@ def table_cases() -> Iterator[tuple[str, Config]]:
         ):  # fmt: skip
             train = {"global_batch": 2 * 4 * MICRO_BATCHES, "micro_batch": 4, "dtype": dtype}
             model = {**GPT2_SMALL, "dropout": dropout, "attention_dropout": 0.0}
-            yield f"{family} {dtype} {stage}" + (f" dropout {dropout}" if dropout else ""), config_of(
-                family, model, train, {"dp": 2}, {"sharding": stage}
+            yield (
+                f"{family} {dtype} {stage}" + (f" dropout {dropout}" if dropout else ""),
+                config_of(family, model, train, {"dp": 2}, {"sharding": stage}),
             )
 
 
