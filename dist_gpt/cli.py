@@ -12,8 +12,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -162,32 +163,76 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """What one rank runs.
+    """Train as one rank.
 
-    Directly under torchrun: `torchrun --nproc-per-node 8 -m dist_gpt train CONFIG`.
+    Started once per rank by dist-gpt launch, torchrun, srun or mpirun, for example `torchrun --nproc-per-node 8 -m
+    dist_gpt train CONFIG`; alone, it trains in one process.
     """
     from dist_gpt.checkpoint.resume import AUTO
     from dist_gpt.config.load import load
 
+    if "DIST_GPT_RUN_DIR" not in os.environ:  # no launcher has made it
+        _train_directly(config, overrides or [], as_json, resume)
     world = os.environ.get("WORLD_SIZE", "1")
     loaded = load(config, overrides or [], world=int(world) if world.isdecimal() else None)
-    first = os.environ.get("RANK", "0") == "0"
     with _progress(as_json):
-        if first and "DIST_GPT_RUN_DIR" not in os.environ:  # no launcher made it; others write after the roll call
-            _require_extras(loaded)
-            _make_run_dir(loaded, _asked(loaded, resume))
         from dist_gpt.train import main as train_main
 
         code = train_main(loaded, AUTO if resume else None)  # what a PATH means is in the run directory by now
-    if first and "DIST_GPT_RUN_DIR" not in os.environ:
-        from launch.run import verdict
-
-        line = verdict(Path(str(loaded.run_dir)))
-        with _progress(as_json):
-            print(f"verdict: {line}", flush=True)
-    if as_json and first:
+    if as_json and os.environ.get("RANK", "0") == "0":
         _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
     raise typer.Exit(code)
+
+
+def _train_directly(config: str, overrides: list[str], as_json: bool, resume: str | None) -> NoReturn:
+    """Train as a rank that knows from its environment alone which one it is, and leave with the exit code."""
+    from dist_gpt.checkpoint.resume import AUTO, resolve
+    from dist_gpt.config.load import load
+    from launch import direct
+    from launch.run import verdict
+
+    with _told_once() as told, contextlib.ExitStack() as held:
+        start = direct.recognise(os.environ)
+        told.shared = True
+        loaded = load(config, overrides, world=start.place.world)
+        _require_extras(loaded)
+        run_dir, again = Path(str(loaded.run_dir)), direct.is_restart(os.environ)
+        folder = direct.RunFolder(loaded, lambda: resolve(resume, run_dir, loaded, again), again, held)
+        folder.may_exist = again or resume is not None
+        if start.place.world == 1:
+            folder.check()  # at once, before torch is imported
+        start.enter(os.environ)
+        with _progress(as_json):
+            from dist_gpt.train import main as train_main
+
+            code = train_main(loaded, AUTO if resume else None, folder)
+            if start.place.rank == 0:
+                print(f"verdict: {verdict(run_dir)}", flush=True)
+        if as_json and start.place.rank == 0:
+            _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
+    start.linger(code)
+    raise typer.Exit(code)
+
+
+@dataclass
+class _Told:
+    """Whether every rank finds the error that ends this one."""
+
+    shared: bool = False
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[_Told]:
+    """Leave it to rank 0 to print bad input that all ranks find, as far as its starter allows."""
+    from launch import direct
+
+    told = _Told()
+    try:
+        yield told
+    except Exception as error:
+        if _is_bad_input(error) and not direct.speaks(os.environ, told.shared):
+            raise typer.Exit(2) from None
+        raise
 
 
 def _require_extras(config: Config) -> None:
@@ -197,20 +242,6 @@ def _require_extras(config: Config) -> None:
 
     require_wandb(config.log.wandb.mode)
     require_deepspeed(config.optim.engine)
-
-
-def _asked(config: Config, resume: str | None) -> Resume:
-    """What --resume means where no launcher has looked; torchrun may have started the ranks again. Raises ConfigError,
-    before anything is changed in the run directory."""
-    from dist_gpt.checkpoint.resume import resolve
-    from launch import lock
-
-    run_dir = Path(str(config.run_dir))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    again = restarts.isdecimal() and int(restarts) > 0
-    if resume is not None or again:
-        lock.look(run_dir)
-    return resolve(resume, run_dir, config, again)
 
 
 @app.command()
@@ -368,8 +399,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             record_failure(error)
         if not _is_bad_input(error):
-            raise
+            if "DIST_GPT_RUN_DIR" in os.environ or type(error).__name__ != "RendezvousError":
+                raise
+            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # it explains itself; launch.worker does the same
+            sys.exit(1)
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
-        if "--json" in (sys.argv[1:] if argv is None else argv) and os.environ.get("RANK", "0") == "0":
+        if "--json" in (sys.argv[1:] if argv is None else argv) and _is_first_rank():
             _print({"problems": getattr(error, "problems", [str(error)])}, True, "")
         sys.exit(2)
+
+
+def _is_first_rank() -> bool:
+    from launch.direct import rank_of
+
+    return rank_of(os.environ) == 0

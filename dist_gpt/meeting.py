@@ -4,40 +4,87 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Protocol
 
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, identity, roll_call, scoped, wait_for
 from dist_gpt.config.load import config_hash
 from dist_gpt.config.schema import Config
 from dist_gpt.data.corpus import DataError
-from dist_gpt.data.tokens import Prepared, open_prepared, prepare
+from dist_gpt.data.tokens import Prepared, describe, open_prepared, prepare
 from dist_gpt.track import Tracker, record_failure
 
 DATA_TIMEOUT_S = 1800.0  # reading and tokenising a large text; ranks that are missing are found before it starts
 
 
-def meet(config: Config, store: Store, env: RankEnv) -> tuple[Prepared, RankEnv]:
+class Folder(Protocol):
+    """The run directory where no launcher has made it; its methods are called on rank 0 alone."""
+
+    def check(self) -> None:
+        """Raise ConfigError where it cannot be made or continued; change nothing."""
+
+    def make(self, about_data: str) -> None:
+        """Make or take over the folder and lock it. Raise ConfigError where another training has it."""
+
+    def discard(self) -> None:
+        """Remove what `make` has made."""
+
+
+def meet(config: Config, store: Store, env: RankEnv, folder: Folder | None = None) -> tuple[Prepared, RankEnv]:
     """The run's data, once all ranks are here with one configuration and one data set.
 
-    Data has an allowance of its own, and the deadline of the environment that is returned starts after it.
+    `folder` is made last, when nothing can be missing any more. Data has an allowance of its own, and the deadline of
+    the environment that is returned starts after it.
     """
-    roll_call(store, env, identity(config_hash(config)))
-    data = shared_data(config, store, env)
-    return data, replace(env, deadline=time.monotonic() + config.launch.timeout_s)
+    mine = identity(config_hash(config))
+    if folder is None:
+        roll_call(store, env, mine)
+        return shared_data(config, store, env), _fresh(config, env)
+    _led_by_first(store, env, mine, folder.check)
+    data = shared_data(config, store, env, say=True)
+    env = _fresh(config, env)
+    try:
+        _led_by_first(scoped(store, "folder"), env, {}, lambda: folder.make(describe(data)))
+    except BaseException:
+        if env.rank == 0:
+            folder.discard()
+        raise
+    return data, _fresh(config, env)
 
 
-def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
+def _fresh(config: Config, env: RankEnv) -> RankEnv:
+    """Return `env` with a deadline that starts now."""
+    return replace(env, deadline=time.monotonic() + config.launch.timeout_s)
+
+
+def _led_by_first(store: Store, env: RankEnv, mine: dict[str, str], act: Callable[[], None]) -> None:
+    """Call the roll after rank 0 has done `act`. If `act` fails, rank 0 raises its error, and every other rank a
+    RendezvousError with the same reason."""
+    if env.rank == 0:
+        try:
+            act()
+        except Exception as error:
+            record_failure(error)
+            with suppress(Exception):  # this rank's own error says more
+                roll_call(store, env, {"error": f"cannot start: {error}"})
+            raise
+    roll_call(store, env, mine)
+
+
+def shared_data(config: Config, store: Store, env: RankEnv, say: bool = False) -> Prepared:
     """Tokens from the cache, the same ones on all ranks. A rank without data tells the others why, and all raise.
 
     DataError where ranks have different tokens, as where nodes have different files under one path.
 
     To be called by all ranks, when all are known to be here: one that is silent is waited for DATA_TIMEOUT_S long.
+    `say`: rank 0 prints how the preparation proceeds.
     """
     scope = scoped(store, "data")
     patient = replace(env, deadline=time.monotonic() + DATA_TIMEOUT_S)
     try:
-        data = _prepared(config, scope, patient)
+        data = _prepared(config, scope, patient, say)
     except Exception as error:
         record_failure(error)  # before the others know and fail too
         with suppress(Exception):  # this rank's own error says more
@@ -55,13 +102,13 @@ def shared_data(config: Config, store: Store, env: RankEnv) -> Prepared:
     return data
 
 
-def _prepared(config: Config, scope: Store, env: RankEnv) -> Prepared:
+def _prepared(config: Config, scope: Store, env: RankEnv, say: bool) -> Prepared:
     """The first rank of each node prepares the tokens, the others wait for its word."""
     first = env.rank - env.local_rank
     key = f"node/{first}"
     if env.local_rank == 0:
         try:
-            data = prepare(config)
+            data = prepare(config, _print_line) if say and env.rank == 0 else prepare(config)
         except Exception as error:
             record_failure(error)
             scope.set(key, json.dumps({"error": str(error)}))
@@ -73,6 +120,10 @@ def _prepared(config: Config, scope: Store, env: RankEnv) -> Prepared:
     if "error" in word:
         raise RendezvousError(f"rank {first} could not prepare the data: {word['error']}")
     return open_prepared(word["path"])
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
 
 
 def agree_on_attempt(store: Store, env: RankEnv, before: int) -> int:

@@ -161,8 +161,8 @@ class Console:
         self._step_s: float | None = None
         self._before = time.monotonic()
         self._bar: Progress | None = None
-        columns = os.environ.get(TERMINAL)  # standard output is a launcher's pipe to a terminal
-        if columns or sys.stdout.isatty():
+        columns = os.environ.get(TERMINAL)  # of the terminal behind a launcher's pipe; empty: none, whatever stdout is
+        if columns or (columns is None and sys.stdout.isatty()):
             self._bar = _bar(steps, int(columns) if columns else None)
 
     def step(self, record: dict[str, Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
 from dist_gpt.events import EVAL, TRAIN, Counts, moved_by_engine
 from dist_gpt.heap import Heap, prepare_heap
-from dist_gpt.meeting import agree_on_attempt, meet, settle
+from dist_gpt.meeting import Folder, agree_on_attempt, meet, settle
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.plan.buffers import needs_room
 from dist_gpt.plan.count import count_comm
@@ -222,12 +222,16 @@ def _count_calls(calls: tuple[Call, ...], size: int) -> Counts:
 class Attempt:
     """What others are told of how this process fares: exit.json in the run directory, and the launcher."""
 
-    def __init__(self, run_dir: Path, env: RankEnv) -> None:
+    def __init__(self) -> None:
         self.stop = Stop()
         self.pulse = Pulse.from_environ(self.stop)
         self.pulse.record = record_failure
         self.rank: Rank | None = None
         self.trainer: Trainer | None = None
+        self._record: ExitRecord | None = None
+
+    def has_run_dir(self, run_dir: Path, env: RankEnv) -> None:
+        """Write exit.json from here on: the run directory is known to be this run's."""
         self._record = ExitRecord(run_dir, env.rank)
 
     def begins(self, rank: Rank) -> None:
@@ -267,7 +271,8 @@ class Attempt:
         self.pulse.close()
 
     def _write(self, code: int, why: str | None, change: str | None = None) -> None:
-        self._record.write(code, why, self.trainer.step if self.trainer is not None else 0, change)
+        if self._record is not None:
+            self._record.write(code, why, self.trainer.step if self.trainer is not None else 0, change)
 
 
 @dataclass(frozen=True)
@@ -292,14 +297,42 @@ def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
     return Start(loaded.step, loaded.trainer, loaded.step, (*loaded.notes, line))
 
 
-def main(config: Config, resume: str | None = None) -> int:
-    """Train as the rank that torchrun's variables name, in a run directory that is there already.
+def main(config: Config, resume: str | None = None, folder: Folder | None = None) -> int:
+    """Train as the rank that torchrun's variables name.
 
+    The run directory is there already, or `folder` makes it when all ranks have met.
     `resume`: auto (from the newest checkpoint there, if any, else from what the run directory branches from), or the
     path of a checkpoint or of a run directory. Where the ranks have been started again it is auto.
     Returns the exit code: 0; 1 when the accounting differs or the run trained nothing or ends while its loss is not
     finite (skips.Skips.failure); 75 when the run was asked to stop, saved and left.
+    Raises ConfigError where the ranks that are to make `folder` do not meet: nothing was made or changed then.
     """
+    with _bad_input_until_met(folder):
+        env = expected_env(config)
+    torch.manual_seed(config.train.seed)
+    attempt = Attempt()
+    if folder is None:
+        attempt.has_run_dir(Path(str(config.run_dir)), env)
+    with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails
+        parts.callback(attempt.close)
+        try:
+            with _bad_input_until_met(folder):
+                store = connect_store(env)  # it goes after all parts, with this function's frame
+            resume = AUTO if env.attempt else resume
+            return attempt.ends(*_train(config, resume, store, env, attempt, folder, parts))
+        except BaseException as error:
+            if not oom.is_out_of_memory(error):
+                attempt.fails(error)
+                raise
+            device = choose_device(env, config.launch.backend)
+            held = held_now(attempt.rank) if attempt.rank is not None else None
+            explained = oom.explain(config, env.rank, error, oom.device_bytes(device), held)
+            attempt.fails(explained)
+            raise explained from error
+
+
+def expected_env(config: Config) -> RankEnv:
+    """Read torchrun's variables. Raise RendezvousError or ConfigError where they do not fit the layout."""
     env = rank_env(config.launch.timeout_s)
     if env.world != config.world_size:
         raise RendezvousError(
@@ -312,36 +345,38 @@ def main(config: Config, resume: str | None = None) -> int:
             f"launch.nodes {nodes} with optim.shard_group node, but {per_node} of the {env.world} ranks were started "
             f"on this node; set launch.nodes: {env.world // per_node}, or shard_group: data"
         ])  # fmt: skip
-    torch.manual_seed(config.train.seed)
-    attempt = Attempt(Path(str(config.run_dir)), env)
-    with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails
-        parts.callback(attempt.close)
-        try:
-            store = connect_store(env)  # it goes after all parts, with this function's frame
-            return attempt.ends(*_train(config, AUTO if env.attempt else resume, store, env, attempt, parts))
-        except BaseException as error:
-            if not oom.is_out_of_memory(error):
-                attempt.fails(error)
-                raise
-            device = choose_device(env, config.launch.backend)
-            held = held_now(attempt.rank) if attempt.rank is not None else None
-            explained = oom.explain(config, env.rank, error, oom.device_bytes(device), held)
-            attempt.fails(explained)
-            raise explained from error
+    return env
+
+
+@contextmanager
+def _bad_input_until_met(folder: Folder | None) -> Iterator[None]:
+    """Turn a RendezvousError into a ConfigError where the ranks make their run directory themselves."""
+    try:
+        yield
+    except RendezvousError as error:
+        if folder is None:
+            raise
+        raise ConfigError([str(error)]) from error
 
 
 def _train(
-    config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, parts: ExitStack
-) -> tuple[int, DivergedError | None]:
+    config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, folder: Folder | None,
+    parts: ExitStack,
+) -> tuple[int, DivergedError | None]:  # fmt: skip
     """Train, from the first meeting of the ranks to the last; what is to be closed goes to `parts`. Return the exit
     code, and why the run has failed where that is not the accounting."""
-    run_dir, device = Path(str(config.run_dir)), choose_device(env, config.launch.backend)
+    with _bad_input_until_met(folder):
+        device = choose_device(env, config.launch.backend)
+    run_dir = Path(str(config.run_dir))
     bound: list[int] = []
     if device.type == "cpu":
         if config.launch.bind == "auto":
             bound = parts.enter_context(processors.kept(env.local_rank, env.local_world, torch.get_num_threads()))
         prepare_heap()
-    data, env = meet(config, store, env)
+    with _bad_input_until_met(folder):
+        data, env = meet(config, store, env, folder)
+    if folder is not None:
+        attempt.has_run_dir(run_dir, env)
     parts.enter_context(attempt.stop.listen())  # before, there is nothing to save: signals end the process
     baseline = Heap().bytes_in_use()
     rank = make_rank(config, env, store, device)

@@ -5,8 +5,11 @@
     torchrun          TORCHELASTIC_RUN_ID (also under srun: the step's task is then torchrun itself, not the rank)
     Slurm step        SLURM_PROCID, SLURM_STEP_NUM_TASKS and a SLURM_STEP_ID that is a step's number (a batch script and
                       an interactive shell have SLURM_PROCID too), unless an mpirun is nearer
-    Open MPI          OMPI_COMM_WORLD_SIZE: only mpirun sets it (srun --mpi=pmix does not)
-    MPICH, Intel MPI  PMI_SIZE
+    Open MPI          OMPI_COMM_WORLD_SIZE: only mpirun sets it (srun --mpi=pmix does not); jsrun's Spectrum MPI too
+    MVAPICH           MV2_COMM_WORLD_SIZE
+    MPICH, Intel MPI  PMI_SIZE; PALS (aprun, Cray's mpiexec) too
+    jsrun             JSM_NAMESPACE_SIZE
+    Flux              FLUX_TASK_RANK and FLUX_JOB_SIZE
     somebody else     RANK and WORLD_SIZE
     nobody            a single process
 
@@ -61,17 +64,18 @@ class Place:
             if not 0 <= value < end:
                 shown = value if what != "ranks of a node" else value + 1
                 raise ConfigError([
-                    f"{self.source} contradicts itself: {what} {shown} of {end} (rank {self.rank}, world {self.world}, "
-                    f"local rank {self.local_rank}, {self.local_world} ranks on the node, node {self.node} of "
-                    f"{self.nodes}); unset the variables that are left over from another program"
+                    f"the variables of {self.source} contradict each other: {what} {shown} of {end} (rank {self.rank}, "
+                    f"world {self.world}, local rank {self.local_rank}, {self.local_world} ranks on the node, node "
+                    f"{self.node} of {self.nodes}); unset those that an earlier job left behind"
                 ])  # fmt: skip
 
     def environ(self) -> dict[str, str]:
         """torchrun's variables. ConfigError where several ranks would have no place to meet."""
         if self.world > 1 and (self.master_addr is None or self.master_port is None):
             raise ConfigError([
-                f"{self.source} says that this is rank {self.rank} of {self.world}, but not where the ranks meet; set "
-                f"{MASTER}=HOST:PORT (or MASTER_ADDR and MASTER_PORT) for all ranks, or start them with dist-gpt launch"
+                f"this is rank {self.rank} of {self.world} (started by: {self.source}), but it is not known where the "
+                f"ranks meet; set {MASTER}=HOST:PORT (or MASTER_ADDR and MASTER_PORT) for all ranks, start them with "
+                "dist-gpt launch, or unset the variables that an earlier job left behind"
             ])  # fmt: skip
         found = {
             "RANK": str(self.rank),
@@ -93,6 +97,9 @@ class Place:
         )
 
 
+Reader = Callable[[Mapping[str, str]], Place]
+
+
 @dataclass(frozen=True)
 class Variables:
     """The environment, read with errors that name the variable and who should have set it."""
@@ -104,8 +111,8 @@ class Variables:
         value = self.environ.get(name, "")
         if not value:
             raise ConfigError([
-                f"{self.source} has not set {name}, which says where this rank is; start the job again, or unset the "
-                f"other variables of {self.source} if they are left over"
+                f"{name} is not set, so this process cannot tell which rank it is (started by: {self.source}); set it, "
+                "or unset the variables that an earlier job left behind"
             ])  # fmt: skip
         return value
 
@@ -114,7 +121,7 @@ class Variables:
             return default
         value = self.text(name)
         if not (value.isascii() and value.isdigit() and len(value) < 12):
-            raise ConfigError([f"{name}={value!r}, set by {self.source}, must be a whole number from 0"])
+            raise ConfigError([f"{name}={value!r}, set by {self.source}, must be a whole number, 0 or more"])
         return int(value)
 
     def master(self) -> tuple[str | None, int | None]:
@@ -125,7 +132,7 @@ class Variables:
             return None, None
         port = self.number("MASTER_PORT")
         if not 0 < port < 65536:
-            raise ConfigError([f"MASTER_PORT={port}, set by {self.source}, is no port: 1 to 65535"])
+            raise ConfigError([f"MASTER_PORT={port}, set by {self.source}, is not a port: expected 1 to 65535"])
         return self.text("MASTER_ADDR"), port
 
 
@@ -191,23 +198,49 @@ def _slurm(environ: Mapping[str, str]) -> Place:
         addr, port = split_address(environ[MASTER], MASTER)
     else:
         hosts = expand(seen.text("SLURM_STEP_NODELIST"))
-        addr, port = hosts[0], port_of(job, environ["SLURM_STEP_ID"])
+        # A step on one node stays on loopback, whatever its host's name resolves to.
+        addr = hosts[0] if len(tasks) > 1 else "127.0.0.1"
+        port = port_of(job, environ["SLURM_STEP_ID"])
     return Place(seen.source, rank, world, local, tasks[node], node, len(tasks), addr, port)
 
 
-def _open_mpi(environ: Mapping[str, str]) -> Place:
-    seen = Variables(environ, "Open MPI")
-    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    return _mpi(seen, *(seen.number(f"OMPI_COMM_WORLD_{name}") for name in names))
+MPI_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "Open MPI": tuple((f"OMPI_COMM_WORLD_{name}",) for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MVAPICH": tuple((f"MV2_COMM_WORLD_{name}",) for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MPICH (PMI)": (
+        ("PMI_RANK",),
+        ("PMI_SIZE",),
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+    ),
+    "jsrun": tuple((f"JSM_NAMESPACE_{name}",) for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+}
+"""Rank, world, local rank and ranks on the node: the variables that may hold each, the first that is set counts."""
 
 
-def _mpich(environ: Mapping[str, str]) -> Place:
-    seen = Variables(environ, "MPICH (PMI)")
-    return _mpi(seen, *(seen.number(name) for name in ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")))
+def _mpi_reader(who: str) -> Reader:
+    def read(environ: Mapping[str, str]) -> Place:
+        seen = Variables(environ, who)
+        set_ones = [next((name for name in names if environ.get(name)), names[0]) for names in MPI_NAMES[who]]
+        return _mpi(seen, *(seen.number(name) for name in set_ones))
+
+    return read
+
+
+def _flux(environ: Mapping[str, str]) -> Place:
+    """Flux tells the number of nodes, not how many tasks this one has: evenly filled nodes are taken."""
+    seen = Variables(environ, "Flux")
+    rank, world, nodes = seen.number("FLUX_TASK_RANK"), seen.number("FLUX_JOB_SIZE"), seen.number("FLUX_JOB_NNODES")
+    if nodes < 1 or world % nodes:
+        raise ConfigError([
+            f"Flux started {world} tasks (FLUX_JOB_SIZE) on {nodes} nodes (FLUX_JOB_NNODES): nodes must hold equally "
+            "many; flux run --tasks-per-node=N starts them so"
+        ])  # fmt: skip
+    return _mpi(seen, rank, world, seen.number("FLUX_TASK_LOCAL_ID"), world // nodes)
 
 
 def _mpi(seen: Variables, rank: int, world: int, local: int, local_world: int) -> Place:
-    """Neither says which node this is: evenly filled ones in order are taken. launch.mpi.meet asks the ranks."""
+    """None of them says which node this is: evenly filled ones in order are taken. launch.mpi.meet asks the ranks."""
     each = max(1, local_world)
     if rank % each != local:
         raise ConfigError([
@@ -222,17 +255,24 @@ def _single(environ: Mapping[str, str]) -> Place:
     return Place("single process", 0, 1, 0, 1, 0, 1, None, None)
 
 
-Reader = Callable[[Mapping[str, str]], Place]
 TABLE: tuple[tuple[str, Callable[[Mapping[str, str]], bool], Reader], ...] = (
     ("dist-gpt launch", lambda e: bool(e.get(LAUNCHER)) or (ERROR_FILE in e and "RANK" in e), _ours),
     ("torchrun", lambda e: "TORCHELASTIC_RUN_ID" in e, _torchrun),
     ("Slurm step", is_slurm_step, _slurm),
-    ("Open MPI", lambda e: "OMPI_COMM_WORLD_SIZE" in e, _open_mpi),
-    ("MPICH (PMI)", lambda e: "PMI_SIZE" in e, _mpich),
+    ("Open MPI", lambda e: "OMPI_COMM_WORLD_SIZE" in e, _mpi_reader("Open MPI")),
+    ("MVAPICH", lambda e: "MV2_COMM_WORLD_SIZE" in e, _mpi_reader("MVAPICH")),
+    ("MPICH (PMI)", lambda e: "PMI_SIZE" in e, _mpi_reader("MPICH (PMI)")),
+    ("jsrun", lambda e: "JSM_NAMESPACE_SIZE" in e, _mpi_reader("jsrun")),
+    ("Flux", lambda e: "FLUX_TASK_RANK" in e and "FLUX_JOB_SIZE" in e, _flux),
     ("RANK and WORLD_SIZE", lambda e: "RANK" in e or "WORLD_SIZE" in e, _plain),
     ("single process", lambda e: True, _single),
 )
 """(who, whether it was they, how to read it); see the top of this file."""
+
+
+def started_by(environ: Mapping[str, str]) -> str:
+    """Return the table's name of the program that started this process, `single process` for none."""
+    return next(who for who, recognised, _ in TABLE if recognised(environ))
 
 
 def discover(environ: Mapping[str, str]) -> Place:

@@ -1,5 +1,5 @@
-"""One launcher to a run directory: RUN_DIR/launcher.lock holds {host, pid, job, ...} as JSON while one supervises ranks
-there.
+"""One training to a run directory: RUN_DIR/launcher.lock holds {host, pid, job, ...} as JSON while a launcher
+supervises ranks there, or rank 0 of a training without a launcher trains.
 
     lock.look(run_dir)                # raises ConfigError where somebody does
     with lock.hold(run_dir): ...      # the same, and nobody else does from here on
@@ -34,7 +34,7 @@ SAME_S = 1.0
 
 
 def look(run_dir: Path) -> None:
-    """Raise ConfigError, which names host, process and job, where another launcher supervises ranks in `run_dir`."""
+    """Raise ConfigError, which names host, process and job, where another training is at work in `run_dir`."""
     holder = _holder(run_dir / FILE)
     if holder is None:
         return
@@ -42,14 +42,14 @@ def look(run_dir: Path) -> None:
     who = f"process {pid} on {host}" if pid else "one that is just starting"
     end = f"scancel {job}" if job else f"kill {pid} on {host}"
     raise ConfigError([
-        f"run_dir: {run_dir} is in use by another launcher, {who}{f', Slurm job {job}' if job else ''}; wait for its "
+        f"run_dir: {run_dir} is in use by another training, {who}{f', Slurm job {job}' if job else ''}; wait for its "
         f"end, or end it ({end}), or choose another run_dir. If it is gone for certain, remove {run_dir / FILE}"
     ])  # fmt: skip
 
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Inside, this process is the only launcher in `run_dir`, which is there already."""
+    """Keep other trainings out of `run_dir`, which is there already. Raise ConfigError where one is in it."""
     path, own = run_dir / FILE, json.dumps(_ours()).encode()
     descriptor, done = _take(path, own), threading.Event()
     threading.Thread(target=_touch, args=(descriptor, done), name="lock", daemon=True).start()

@@ -111,11 +111,13 @@ def connect_store(env: RankEnv) -> Store:
     """
     if env.world == 1:
         return dist.HashStore()
-    timeout = timedelta(seconds=env.left_s())
     hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listen_fd = None
     if env.rank == 0 and not hosted_by_agent:
         listen_fd = int(os.environ[STORE_FD]) if STORE_FD in os.environ else _listen(env)
+    if listen_fd is None:
+        _wait_for_host(env)
+    timeout = timedelta(seconds=env.left_s())
     try:
         store = dist.TCPStore(
             env.master_addr,
@@ -127,10 +129,34 @@ def connect_store(env: RankEnv) -> Store:
         )
     except Exception as error:  # torch raises its own C++ error types here
         raise RendezvousError(
-            f"rank {env.rank}: no store at {env.master_addr}:{env.master_port} within {env.left_s():.0f} s. "
-            f"Is rank 0 running, and MASTER_ADDR reachable from {socket.gethostname()}? ({error})"
+            f"rank {env.rank}: no store at {env.master_addr}:{env.master_port} within {timeout.total_seconds():.0f} s. "
+            f"Is rank 0 running, and MASTER_ADDR reachable from {socket.gethostname()}? ({_first_line(error)})"
         ) from error
     return join_attempt(store, env) if hosted_by_agent else dist.PrefixStore(f"attempt{env.attempt}", store)
+
+
+def _first_line(error: Exception) -> str:
+    """The text of one of torch's errors without its C++ frames."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _wait_for_host(env: RankEnv) -> None:
+    """Wait until something listens at MASTER_ADDR and MASTER_PORT. Raise RendezvousError at the deadline.
+
+    torch would wait as well, but fill the screen with warnings and C++ frames where nothing comes.
+    """
+    started, wait_s = time.monotonic(), env.left_s()
+    while True:
+        left_s = started + wait_s - time.monotonic()
+        try:
+            return socket.create_connection((env.master_addr, env.master_port), timeout=max(left_s, 0.1)).close()
+        except OSError as error:
+            if left_s <= POLL_S:
+                raise RendezvousError(
+                    f"rank {env.rank}: no store at {env.master_addr}:{env.master_port} within {wait_s:.0f} s. Is rank "
+                    f"0 running, and MASTER_ADDR reachable from {socket.gethostname()}? ({error})"
+                ) from error
+        time.sleep(POLL_S * (1 + env.world / 256))
 
 
 def join_attempt(store: Store, env: RankEnv) -> Store:
@@ -197,6 +223,7 @@ def _listen(env: RankEnv) -> int:
     server = socket.socket()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        _refuse_loopback_name(env)
         server.bind((env.master_addr, env.master_port))
     except OSError as error:
         raise RendezvousError(
@@ -205,6 +232,19 @@ def _listen(env: RankEnv) -> int:
         ) from error
     server.listen(2048)
     return server.detach()
+
+
+def _refuse_loopback_name(env: RankEnv) -> None:
+    """Raise RendezvousError where this host's own name is a loopback address, at which other nodes find nothing."""
+    name = env.master_addr
+    if env.one_node or name == "localhost" or name.startswith("127.") or ":" in name:
+        return
+    address = socket.gethostbyname(name)
+    if address.startswith("127."):
+        raise RendezvousError(
+            f"rank 0 cannot be reached from other nodes: on {socket.gethostname()}, the name {name} is {address}; set "
+            "DIST_GPT_MASTER=ADDRESS:PORT for all ranks, with an address of this host that the other nodes reach"
+        )
 
 
 def wait_for(store: Store, env: RankEnv, keys: Mapping[int, str], purpose: str, timeout_s: float | None = None) -> None:

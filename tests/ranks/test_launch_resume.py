@@ -119,7 +119,7 @@ def test_two_launchers_do_not_share_a_run_directory(place: Place) -> None:
         for verb, *way in (["launch"], ["launch", "--via", "slurm"], ["train"]):
             sets = {**LONG, "log.every": 7}
             second = place.run(place.argv(verb, "shared", *way, "--resume", "auto", sets=sets), "shared")
-            assert second.code == 2 and f"in use by another launcher, process {process.pid} on " in second.err
+            assert second.code == 2 and f"in use by another training, process {process.pid} on " in second.err
         dry = place.run(place.argv("launch", "shared", "--resume", "auto", "--dry-run", sets=LONG), "shared")
         assert dry.code == 0, dry.err
         assert (run_dir / "config.yaml").read_text() == before and process.poll() is None

@@ -32,6 +32,14 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_RANK": "5",
 }  # fmt: skip
 MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "8", "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "JSM_NAMESPACE_LOCAL_SIZE": "4", "PMIX_RANK": "5",
+}  # fmt: skip
+MVAPICH = {f"MV2_COMM_WORLD_{name}": value for name, value in (
+    ("RANK", "5"), ("SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4"))}  # fmt: skip
+PALS = {"PMI_RANK": "5", "PMI_SIZE": "8", "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "4"}
+FLUX = {"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_JOB_NNODES": "2", "FLUX_TASK_LOCAL_ID": "1"}
 DAEMON = STEP | {  # the step in which mpirun's daemon runs on the second node: one task a node
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
 }  # fmt: skip
@@ -55,6 +63,13 @@ SAME = "rank 5/8 node 1/2 local 1/4"
     (OPEN_MPI | DAEMON | MASTER, "Open MPI"),
     (MPICH | DAEMON | MASTER, "MPICH (PMI)"),
     (MPICH | MASTER, "MPICH (PMI)"),
+    (MVAPICH | MASTER, "MVAPICH"),
+    (MVAPICH | {"PMI_RANK": "5", "PMI_SIZE": "8"} | MASTER, "MVAPICH"),
+    (PALS | MASTER, "MPICH (PMI)"),
+    (JSRUN | MASTER, "jsrun"),
+    (JSRUN | OPEN_MPI | MASTER, "Open MPI"),  # Spectrum MPI under jsrun
+    (FLUX | MASTER, "Flux"),
+    (FLUX | {"PMI_RANK": "5", "PMI_SIZE": "8"} | MPICH | MASTER, "MPICH (PMI)"),
     (TORCH, "RANK and WORLD_SIZE"),
     (TORCH | BATCH, "RANK and WORLD_SIZE"),
 ])  # fmt: skip
@@ -81,6 +96,8 @@ def test_master_of_a_slurm_step() -> None:
     assert (place.master_addr, place.master_port) == ("node1", port_of("12", "0"))
     assert place.environ()["MASTER_PORT"] == str(port_of("12", "0"))
     assert discover(STEP | MASTER).environ()["MASTER_ADDR"] == "10.0.0.1"
+    one_node = STEP | {"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_NODEID": "0", "SLURM_LOCALID": "5"}
+    assert discover(one_node).environ()["MASTER_ADDR"] == "127.0.0.1"
     uneven = STEP | {
         "SLURM_STEP_TASKS_PER_NODE": "4,3,1",
         "SLURM_NODEID": "2",
@@ -109,6 +126,10 @@ def test_master_of_a_slurm_step() -> None:
     (OPEN_MPI, ["DIST_GPT_MASTER", "Open MPI"]),
     (OPEN_MPI | MASTER | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}, ["--map-by ppr:4:node"]),
     ({"PMI_RANK": "0", "PMI_SIZE": "2"}, ["MPI_LOCALRANKID", "MPICH"]),
+    (FLUX | MASTER | {"FLUX_JOB_NNODES": "3"}, ["FLUX_JOB_NNODES", "8 tasks", "on 3 nodes"]),
+    (FLUX | MASTER | {"FLUX_JOB_NNODES": "0"}, ["on 0 nodes"]),
+    (JSRUN | MASTER | {"JSM_NAMESPACE_SIZE": "4"}, ["jsrun", "rank 5 of 4"]),
+    (MVAPICH | MASTER | {"MV2_COMM_WORLD_LOCAL_SIZE": ""}, ["MV2_COMM_WORLD_LOCAL_SIZE is not set"]),
 ])  # fmt: skip
 def test_contradictions_name_the_variable_and_its_source(environ: dict[str, str], named: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,0 +1,292 @@
+"""A rank of `dist-gpt train` that no launcher of ours started: by srun, mpirun, torchrun, or by hand.
+
+    start = recognise(os.environ)       # which rank of how many, by the table of launch.discover; nothing is touched
+    start.enter(os.environ)             # torchrun's variables, with the address at which the ranks meet
+    folder = RunFolder(config, ...)     # the run directory: checked at once, made by rank 0 when all ranks are there
+
+Ranks of an mpirun ask each other over MPI where they meet; on one node they can also work it out without MPI.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dist_gpt.config.errors import ConfigError
+from dist_gpt.config.schema import Config
+from dist_gpt.plan import api
+from dist_gpt.rundir import Resume
+from launch import lock, run
+from launch.discover import MPI_NAMES, TABLE, Place, split_address, started_by
+from launch.mpi import library_for, meet
+from launch.ports import port_of
+from launch.spec import ATTEMPT, MASTER, STORE_FD, TERMINAL
+
+QUIET_S, SLURM_QUIET_S = 20.0, 5.0
+"""How long a rank leaves it to rank 0 to report an error that all ranks found: their starter ends it meanwhile, but
+for srun, which waits for all of them."""
+LINGER_S = 5.0
+"""How long a rank of an mpirun that leaves with an error code waits for rank 0, which mpirun would kill otherwise."""
+SLURM, FLUX, TORCHRUN = "Slurm step", "Flux", "torchrun"
+ASKS_MPI = ("Open MPI", "MVAPICH", "MPICH (PMI)")
+NAMED_BY_TORCH = ("dist-gpt launch", TORCHRUN, "RANK and WORLD_SIZE")
+"""Starters that set torchrun's variables themselves; what is missing there is not guessed."""
+ALONE = ("RANK and WORLD_SIZE", "single process")
+"""Started one by one, each with a terminal of its own: every rank reports its errors."""
+RANK_NAMES = {
+    SLURM: "SLURM_PROCID",
+    FLUX: "FLUX_TASK_RANK",
+    **{who: names[0][0] for who, names in MPI_NAMES.items()},
+}
+"""Where each starter says the rank; the others say RANK."""
+SIGNS = (
+    "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID", "PMI_ID", "FLUX_TASK_RANK",
+    "JSM_NAMESPACE_RANK", "MV2_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK",
+)  # fmt: skip
+"""Set by programs that start several processes; alone, they do not tell how many."""
+STALE = (STORE_FD, ATTEMPT, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+"""Meant for the ranks of one start; from an earlier one they would make this start a restart, or move its store."""
+DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy",
+           "hydra_bstrap_proxy", "pmi_proxy", "mpirun_rsh", "mpispawn")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which rank this process is, and which program started it."""
+
+    who: str
+    """Its name in launch.discover's table."""
+    place: Place
+
+    def enter(self, environ: MutableMapping[str, str]) -> None:
+        """Put torchrun's variables of this rank into `environ`. Raise ConfigError where the ranks cannot meet."""
+        if self.who != TORCHRUN:
+            for name in STALE:
+                environ.pop(name, None)
+        if self.who == "single process":
+            return
+        place = self.place
+        if place.world > 1 and place.master_addr is None:
+            place = _with_meeting_place(self.who, place, environ)
+        found = place.environ()
+        if self.who not in NAMED_BY_TORCH:
+            environ.update(found)
+            environ.setdefault(TERMINAL, "")  # mpirun gives its ranks a terminal of their own, which is not the user's
+
+    def linger(self, code: int) -> None:
+        """Wait before this rank leaves with `code`, where mpirun would kill rank 0 for it before rank 0 is done."""
+        if code and self.place.rank and self.who in MPI_NAMES:
+            time.sleep(LINGER_S)
+
+
+def recognise(environ: Mapping[str, str]) -> Start:
+    """Find out which rank this is. Raise ConfigError where the variables contradict each other or tell too little."""
+    who = started_by(environ)
+    if who == "single process":
+        seen = [name for name in SIGNS if environ.get(name)]
+        if seen:
+            raise ConfigError([
+                f"{seen[0]}={environ[seen[0]]} says that another program started this process as one of several, but "
+                "not of how many; start the ranks with dist-gpt launch, torchrun, srun or mpirun, or unset "
+                f"{', '.join(seen)} to train in one process"
+            ])  # fmt: skip
+    reader = next(read for name, _, read in TABLE if name == who)
+    return Start(who, reader(environ))
+
+
+def rank_of(environ: Mapping[str, str]) -> int:
+    """Return the rank that the environment names, without checking anything else; 0 where it names none."""
+    value = environ.get(RANK_NAMES.get(started_by(environ), "RANK"), "")
+    return int(value) if value.isascii() and value.isdigit() else 0
+
+
+def is_restart(environ: Mapping[str, str]) -> bool:
+    """Return whether torchrun has started its ranks again after a failure."""
+    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return started_by(environ) == TORCHRUN and restarts.isdecimal() and int(restarts) > 0
+
+
+def speaks(environ: Mapping[str, str], shared: bool) -> bool:
+    """Return whether this rank prints its error; other ranks than rank 0 first give rank 0 time to print it.
+
+    `shared`: every rank finds the same error. A starter ends the other ranks when rank 0 leaves with an error code, so
+    that most of them never get past the wait. srun may not: there one rank of a node is enough.
+    """
+    who = started_by(environ)
+    if rank_of(environ) == 0 or who in ALONE:
+        return True
+    time.sleep(SLURM_QUIET_S if who == SLURM else QUIET_S)
+    return not (shared and who == SLURM and environ.get("SLURM_LOCALID") != "0")
+
+
+# --- where the ranks meet --------------------------------------------------------------------------------------------
+
+
+def _with_meeting_place(who: str, place: Place, environ: MutableMapping[str, str]) -> Place:
+    """Return `place` with an address that all its ranks know, where they can find out one."""
+    if environ.get(MASTER):
+        addr, port = split_address(environ[MASTER], MASTER)
+        return replace(place, master_addr=addr, master_port=port)
+    if who in ASKS_MPI:
+        if _mpirun_is_there(who, environ) is False:
+            raise ConfigError([
+                f"this is rank {place.rank} of {place.world} by the variables of {place.source}, but the mpirun that "
+                "set them is gone; unset them (all of OMPI_*, PMIX_* and PMI_*), or start the ranks with mpirun"
+            ])  # fmt: skip
+        return _over_mpi(place, environ)
+    return _on_one_node(place, environ) or place
+
+
+def _over_mpi(place: Place, environ: MutableMapping[str, str]) -> Place:
+    """Ask the other ranks over MPI; where that fails and all are on one node, work the address out."""
+    local = _on_one_node(place, environ)
+    if local is not None and importlib.util.find_spec("mpi4py") is None:
+        return local
+    library = _library(environ)
+    if library is not None:
+        environ.setdefault("MPI4PY_LIBMPI", library)
+    try:
+        return meet(environ)
+    except ConfigError:
+        if local is None:
+            raise
+        return local
+
+
+def _on_one_node(place: Place, environ: Mapping[str, str]) -> Place | None:
+    """Return `place` with an address on loopback, derived from the name of this very start; None where it has none."""
+    if place.nodes > 1:
+        return None
+    name = environ.get("PMIX_NAMESPACE") or environ.get("FLUX_JOB_ID") or _daemon_name()
+    return replace(place, master_addr="127.0.0.1", master_port=port_of(name)) if name else None
+
+
+def _daemon_name() -> str | None:
+    """Return what names the mpirun above this process on this host; None where there is none."""
+    found = _daemon()
+    return f"{found.name()} {found.pid}" if found is not None else None
+
+
+def _daemon() -> psutil.Process | None:
+    with suppress(psutil.Error):
+        return next((above for above in psutil.Process().parents() if above.name() in DAEMONS), None)
+    return None
+
+
+def _library(environ: Mapping[str, str]) -> str | None:
+    """Return the libmpi.so of the mpirun that started this rank; mpi4py's wheel would take the first one it finds."""
+    told = Path(environ.get("OMPI_LIBDIR_LOC") or "/nowhere") / "libmpi.so.40"
+    if told.is_file():
+        return str(told)
+    daemon, path = _daemon(), None
+    with suppress(psutil.Error):
+        path = daemon.exe() if daemon is not None else None
+    path = path or shutil.which("mpirun", path=environ.get("PATH"))
+    return library_for(path) if path else None
+
+
+def _mpirun_is_there(who: str, environ: Mapping[str, str]) -> bool | None:
+    """Return whether the mpirun that set these variables can be reached; None: it leaves no trace to look for.
+
+    MPI ends the process, or crashes, where its variables are left over from an mpirun that is gone.
+    """
+    if who == "Open MPI":
+        uris = [value for name, value in environ.items() if name.startswith("PMIX_SERVER_URI")]
+        return any(_listens(uri.rpartition("://")[2]) for uri in uris if "tcp" in uri) or any(
+            "tcp" not in uri for uri in uris
+        )
+    if environ.get("PMI_FD"):
+        with suppress(ValueError, OSError):
+            return stat.S_ISSOCK(os.fstat(int(environ["PMI_FD"])).st_mode)
+        return False
+    return _listens(environ["PMI_PORT"]) if environ.get("PMI_PORT") else None
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.split(";")[0].rpartition(":")
+    with suppress(OSError, ValueError), socket.create_connection((host.strip("[]"), int(port)), timeout=5.0):
+        return True
+    return False
+
+
+# --- the run directory -----------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """The run directory of a training that has no launcher. All its methods are for rank 0 alone.
+
+    It is made when all ranks have met and have their data, and locked from then on: a start that fails before leaves
+    nothing behind, and a second training in the same folder is refused. `held` keeps the lock as long as it is open.
+    """
+
+    def __init__(self, config: Config, resolve: Callable[[], Resume], restarted: bool, held: ExitStack) -> None:
+        """`resolve` returns what --resume means; `restarted`: torchrun has started its ranks again."""
+        self._config, self._resolve, self._restarted = config, resolve, restarted
+        self.may_exist = restarted
+        """Whether a run in the folder may be continued; then another training may be at work there."""
+        self._held, self._path = held, Path(str(config.run_dir))
+        self._plan: dict[str, Any] = {}
+        self._made = False
+
+    def check(self) -> None:
+        """Raise ConfigError where the run directory cannot be made or continued; nothing is changed."""
+        if self.may_exist:
+            self._look()
+        if not self._resolve().goes_on:
+            run.refuse_existing(self._config)
+        self._plan = api.plan_document(self._config, 0)
+
+    def make(self, about_data: str) -> None:
+        """Make the run directory, or take over the one there is, and lock it. Raise ConfigError where it is taken."""
+        print(f"data: {about_data}", flush=True)
+        if self._restarted:
+            self._look()
+        there, asked = os.path.lexists(self._path), self._resolve()
+        run.make_run_dir(self._config, asked.goes_on)
+        try:
+            self._held.enter_context(lock.hold(self._path))
+        except ConfigError:
+            if not there:
+                with suppress(OSError):  # not empty: another training was faster and works in it
+                    self._path.rmdir()
+            raise
+        self._made = not there
+        try:
+            run.fill_run_dir(self._config, self._plan, self._resolve() if there else asked)
+        except BaseException:
+            self.discard()
+            raise
+        print(f"run directory {self._path}, logs in {self._path / 'logs'}", flush=True)
+
+    def discard(self) -> None:
+        """Remove the run directory if this start made it; by another name, so that the next start finds all or none."""
+        if self._made:
+            self._made = False
+            aside = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+            with suppress(OSError):
+                self._path.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _look(self) -> None:
+        """Raise ConfigError where another training holds the folder. torchrun may have moved rank 0 to another host:
+        the lock of its former process there is waited for until it is stale."""
+        until = time.monotonic() + (lock.STALE_S + lock.TOUCH_S if self._restarted else 0.0)
+        while True:
+            try:
+                return lock.look(self._path)
+            except ConfigError:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(1.0)
