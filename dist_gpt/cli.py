@@ -175,6 +175,7 @@ def train(
         _train_directly(config, overrides or [], as_json, resume)
     world = os.environ.get("WORLD_SIZE", "1")
     loaded = load(config, overrides or [], world=int(world) if world.isdecimal() else None)
+    _refuse_other_run_dir(loaded)
     with _progress(as_json):
         from dist_gpt.train import main as train_main
 
@@ -182,6 +183,18 @@ def train(
     if as_json and os.environ.get("RANK", "0") == "0":
         _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
     raise typer.Exit(code)
+
+
+def _refuse_other_run_dir(config: Config) -> None:
+    """Raise ConfigError where the launcher that set DIST_GPT_RUN_DIR is not this run's, or no longer there."""
+    from dist_gpt.config.errors import ConfigError
+
+    made, run_dir = Path(os.environ["DIST_GPT_RUN_DIR"]), Path(str(config.run_dir))
+    if made != run_dir or not made.is_dir():
+        raise ConfigError([
+            f"DIST_GPT_RUN_DIR={made} is not a run directory that a launcher has made for run_dir {run_dir}; unset the "
+            "variables DIST_GPT_* that an earlier job left behind"
+        ])  # fmt: skip
 
 
 def _train_directly(config: str, overrides: list[str], as_json: bool, resume: str | None) -> NoReturn:

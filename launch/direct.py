@@ -38,7 +38,7 @@ QUIET_S, SLURM_QUIET_S = 20.0, 5.0
 """How long a rank leaves it to rank 0 to report an error that all ranks found: their starter ends it meanwhile, but
 for srun, which waits for all of them."""
 LINGER_S = 5.0
-"""How long a rank of an mpirun that leaves with an error code waits for rank 0, which mpirun would kill otherwise."""
+"""How long a rank that exits with an error code waits for rank 0, which its starter would kill otherwise."""
 SLURM, FLUX, TORCHRUN = "Slurm step", "Flux", "torchrun"
 ASKS_MPI = ("Open MPI", "MVAPICH", "MPICH (PMI)")
 NAMED_BY_TORCH = ("dist-gpt launch", TORCHRUN, "RANK and WORLD_SIZE")
@@ -86,8 +86,8 @@ class Start:
             environ.setdefault(TERMINAL, "")  # mpirun gives its ranks a terminal of their own, which is not the user's
 
     def linger(self, code: int) -> None:
-        """Wait before this rank leaves with `code`, where mpirun would kill rank 0 for it before rank 0 is done."""
-        if code and self.place.rank and self.who in MPI_NAMES:
+        """Wait before this rank exits with `code`, as mpirun, `srun -K` and Flux end the others when one rank fails."""
+        if code and self.place.rank and self.who in (*MPI_NAMES, SLURM, FLUX):
             time.sleep(LINGER_S)
 
 

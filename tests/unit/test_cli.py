@@ -16,6 +16,10 @@ import pytest
 from dist_gpt import cli
 from tests.patience import PATIENCE_S
 
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "16",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -190,9 +194,10 @@ class TestVerbs:
 
     def test_train_takes_the_world_from_torchrun_and_returns_the_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         worlds = []
-        stand_in(monkeypatch, "dist_gpt.train", main=lambda config, resume: worlds.append(config.world_size) or 75)
-        monkeypatch.setenv("WORLD_SIZE", "16")
-        monkeypatch.setenv("RANK", "3")  # rank 0 would make the run directory
+        stand_in(monkeypatch, "dist_gpt.train", main=lambda config, resume, _: worlds.append(config.world_size) or 75)
+        for name, value in TORCHRUN.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("DIST_GPT_RUN_DIR", raising=False)
         assert run("train", "demo", "--set", "parallel.dp=auto") == 75
         assert worlds == [16]
 
@@ -326,8 +331,38 @@ class TestBadInput:
         monkeypatch.setenv("WORLD_SIZE", "8")
         monkeypatch.setenv("DIST_GPT_RUN_DIR", str(tmp_path))  # the launcher has made it
         with pytest.raises(RuntimeError):
-            cli.main(["train", "demo"])
+            cli.main(["train", "demo", "--set", f"run_dir={tmp_path}"])
         assert json.loads((tmp_path / "error.json").read_text())["error"] == "RuntimeError: lost a peer"
+
+    @pytest.mark.parametrize("left", ["gone", "."])
+    def test_a_launcher_of_another_run_is_not_believed(
+        self, left: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stand_in(monkeypatch, "dist_gpt.train", main=lambda *words: pytest.fail("it trains"))
+        monkeypatch.delenv("DIST_GPT_ERROR_FILE", raising=False)
+        monkeypatch.setenv("DIST_GPT_RUN_DIR", str(tmp_path / left))
+        one = [word for axis in ("dp", "tp", "pp") for word in ("--set", f"parallel.{axis}=1")]
+        assert run("train", "demo", *one, "--set", f"run_dir={tmp_path / 'gone'}") == 2
+        assert f"DIST_GPT_RUN_DIR={tmp_path / left} is not a run directory" in capsys.readouterr().err
+        assert not (tmp_path / "gone").exists()
+
+    def test_a_lost_peer_is_a_sentence_and_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Where no launcher shows the ranks' logs; after the meeting it is no longer bad input."""
+
+        class RendezvousError(RuntimeError):
+            pass
+
+        def failing(config: Any, resume: str | None, folder: Any) -> int:
+            raise RendezvousError("rank 0: rank 1 did not hand in its account")
+
+        stand_in(monkeypatch, "dist_gpt.train", main=failing)
+        for name in ("RANK", "WORLD_SIZE", "DIST_GPT_RUN_DIR", "DIST_GPT_ERROR_FILE"):
+            monkeypatch.delenv(name, raising=False)
+        one = [word for axis in ("dp", "tp", "pp") for word in ("--set", f"parallel.{axis}=1")]
+        assert run("train", "demo", *one, "--set", f"run_dir={tmp_path / 'run'}") == 1
+        assert capsys.readouterr().err == "dist-gpt: rank 0: rank 1 did not hand in its account\n"
 
     def test_a_closed_pipe_is_no_traceback(self) -> None:
         read, write = os.pipe()
