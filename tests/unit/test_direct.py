@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,9 +86,8 @@ class TestMeetingPlace:
             assert found["MASTER_PORT"] == str(port_of("prterun-n1-17@1"))
 
     def test_without_mpi4py_several_nodes_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(direct.os.environ, "PATH", os.environ["PATH"])
         monkeypatch.setattr(direct, "_mpirun_is_there", lambda who, environ: True)
-        monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
+        monkeypatch.setitem(sys.modules, "mpi4py", None)
         with pytest.raises(ConfigError, match="needs mpi4py"):
             entered(OPEN_MPI)
 
@@ -105,14 +104,12 @@ class TestMeetingPlace:
     @pytest.mark.parametrize("left", [
         TWO,  # nothing to reach it by
         TWO | {"PMIX_SERVER_URI41": "prterun-n1-17@0.0;tcp4://127.0.0.1:1"},
-        TWO | {"PMIX_SERVER_URI41": "nonsense"} | {"PMIX_SERVER_URI4": "tcp4://127.0.0.1:1"},
+        TWO | {"PMIX_SERVER_URI41": "tcp4://nonsense", "PMIX_SERVER_URI4": "prterun-n1-17@0.0;tcp4://127.0.0.1:1"},
         MPICH | {"PMI_FD": "987"}, MPICH | {"PMI_FD": "x"}, MPICH | {"PMI_PORT": "127.0.0.1:1"},
         MPICH | {"PMI_PORT": "nonsense"},
     ])  # fmt: skip
     def test_an_mpirun_that_is_gone(self, left: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(direct, "meet", lambda environ: pytest.fail("MPI was started"))
-        if left.get("PMIX_SERVER_URI41") == "nonsense":
-            left = {name: value for name, value in left.items() if value != "nonsense"}
         with pytest.raises(ConfigError, match="the mpirun that set them is gone; unset them"):
             entered(left)
 
