@@ -54,7 +54,7 @@ class Prepared:
     """Tokens ready for training.
 
     `digest` depends on the tokens alone: ranks compare it in the roll call. `vocab_size` is the tokenizer's, and for
-    tokenised sources the largest id + 1. `train_ids` are the smallest and the largest id of `train`. `tokenizer` is
+    tokenised sources the largest id + 1. `train_ids` and `val_ids` are their smallest and largest ids. `tokenizer` is
     "none" for tokenised and synthetic sources.
     """
 
@@ -66,6 +66,7 @@ class Prepared:
     min_id: int
     max_id: int
     train_ids: tuple[int, int]
+    val_ids: tuple[int, int]
     source: str
     tokenizer: str
 
@@ -89,6 +90,7 @@ def open_prepared(path: str | Path) -> Prepared:
             min_id=min(part.min_id for part in parts.values() if part.count),
             max_id=max(part.max_id for part in parts.values()),
             train_ids=(parts["train"].min_id, parts["train"].max_id),
+            val_ids=(parts["val"].min_id, parts["val"].max_id),
             source=str(meta["source"]),
             tokenizer=str(meta["tokenizer"]),
         )

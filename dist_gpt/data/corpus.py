@@ -19,8 +19,8 @@ STDLIB_LIMIT = 16_000_000  # bytes; keeps the first preparation within seconds o
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".html", ".xml", ".yaml", ".yml", ".toml"}
 SOURCES = (
-    "stdlib, synthetic, a text file, a folder of text files, a .bin of uint16 tokens, a folder with train.bin and "
-    "val.bin, or a Megatron .bin with its .idx"
+    "stdlib, synthetic, a text file, a folder of text files, a .bin or .npy of tokens, a folder with train.bin "
+    "and val.bin, or a Megatron .bin with its .idx"
 )
 
 

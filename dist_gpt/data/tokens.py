@@ -97,7 +97,7 @@ def check_fits(prepared: Prepared, config: Config) -> None:
                 f"{needed} (model.seq_len {config.model.seq_len} + 1 for the target); lower model.seq_len, use more "
                 f"data{advice}"
             )
-    _refuse_constant(prepared)
+    _refuse_constant(prepared, config.model.seq_len)
     vocabulary = config.model.vocab_size
     if vocabulary is None or (prepared.max_id < vocabulary and prepared.min_id >= 0):
         return
@@ -116,14 +116,22 @@ def check_fits(prepared: Prepared, config: Config) -> None:
                 )
 
 
-def _refuse_constant(prepared: Prepared) -> None:
-    """Raise DataError where the train part repeats one id: nothing can be learnt from it."""
-    low, high = prepared.train_ids
-    if low == high:
-        raise DataError(
-            f"data.source: all {len(prepared.train):,} train tokens of {prepared.source} are the id {low}, so there is "
-            "nothing to learn; it may be a file that was allocated and never written: write it again"
-        )
+def _refuse_constant(prepared: Prepared, seq_len: int) -> None:
+    """Raise DataError where a part repeats one id: nothing can be learnt from it.
+
+    Validation is the end of a single file, and constant where the file was allocated and only partly written.
+    """
+    parts = (
+        ("train", prepared.train, prepared.train_ids, 0),
+        ("validation", prepared.val, prepared.val_ids, seq_len),  # a few tokens may well be equal
+    )
+    for name, tokens, (low, high), fewest in parts:
+        if low == high and len(tokens) > fewest:
+            raise DataError(
+                f"data.source: all {len(tokens):,} {name} tokens of {prepared.source} are the id {low}, so there is "
+                "nothing to learn from them; it may be a file that was allocated and not, or only partly, written: "
+                "write it again"
+            )
 
 
 def describe(prepared: Prepared) -> str:

@@ -235,6 +235,19 @@ class TestPaths:
         loaded = load(other, tmp_path)  # written before seeds were noted: who knows
         assert loaded is not None and loaded.notes == []
 
+    def test_a_checkpoint_from_before_epochs(self, config: Config, tmp_path: Path) -> None:
+        """Its manifest names no order: windows were drawn with replacement, and the run continues so or not at all."""
+        save(config, tmp_path, 1)
+        path = tmp_path / "checkpoints" / "step_00000001" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["config"]["data"]["order"]
+        path.write_text(json.dumps(manifest))
+        said = r'data\.order: the checkpoint .* has "replacement", this run has "epochs"; resume with '
+        with pytest.raises(ConfigError, match=said + "data.order=replacement, or start another run"):
+            load(config, tmp_path)
+        loaded = load(config_of(tmp_path, data={"order": "replacement"}), tmp_path)
+        assert loaded is not None and loaded.step == 1
+
     @pytest.mark.parametrize("decay", ["cosine", "none"])
     def test_another_end_is_another_learning_rate(self, decay: str, tmp_path: Path) -> None:
         mine, longer = (config_of(tmp_path, optim={"decay": decay}, train={"steps": steps}) for steps in (6, 8))

@@ -149,6 +149,13 @@ def test_constant_files_are_refused(make: Any, tmp_path: Path, value: int, dtype
         prepare(make(tmp_path / "ids.bin", dtype=given))
 
 
+def test_a_file_that_was_partly_written_is_refused(make: Any, tmp_path: Path) -> None:
+    """Allocated in full, and copied in part: validation is all zeros."""
+    np.concatenate([IDS, np.zeros(400, "<u2")]).tofile(tmp_path / "ids.bin")
+    with pytest.raises(DataError, match=r"all 220 validation tokens of .* are the id 0, .*only partly, written"):
+        prepare(make(tmp_path / "ids.bin"))
+
+
 def test_constant_text_is_refused(make: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 4000)
     with pytest.raises(DataError, match="are the id 97"):
