@@ -48,12 +48,12 @@ def go_on(run_dir: Path, via: str) -> str:
     newest = newest_checkpoint(run_dir)
     launch = ["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via]
     if change := to_change(run_dir):
-        again = shlex.join([*launch, "--set", f"run_dir={run_dir}-2"])
         kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
-        return (
-            f"{kept}; continuing as it is would end the same way. {change}, and begin again (a checkpoint continues "
-            f"only with the optim section that it was made with): {again} --set KEY=VALUE"
-        )
+        how, more = "continue", ["--resume", "auto"]
+        if "optim." in change:  # a checkpoint continues only with the optim section that it was made with
+            how, more = "begin again", ["--set", f"run_dir={run_dir}-2"]
+        again = shlex.join([*launch, *more])
+        return f"{kept}; continuing as it is would end the same way. {change}, and {how}: {again} --set KEY=VALUE"
     command = shlex.join([*launch, "--resume", "auto"])
     mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
     script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.rundir import note_end
+from dist_gpt.skips import CHANGE, CHANGE_SCALE
 from launch.files import go_on
 from launch.starter import NotStartedError
 from launch.submit import Ended, Following, Guard, Stopped, cancel, final_state, follow, run_job, submit
@@ -94,6 +96,17 @@ def test_who_follows_a_job_that_said_nothing_is_told_how_to_go_on(
     assert run_job(tmp_path / "job.sbatch", tmp_path / "x.out", tmp_path, go_on=go_on, run=fake.run) == 1
     words = f"saved: step_00000095; go on: dist-gpt launch {tmp_path}/config.yaml --via slurm --resume auto"
     assert (words in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(("change", "ends"), [
+    (CHANGE, "and begin again: dist-gpt launch {0}/config.yaml --via local --set run_dir={0}-2 --set KEY=VALUE"),
+    (CHANGE_SCALE, "and continue: dist-gpt launch {0}/config.yaml --via local --resume auto --set KEY=VALUE"),
+])  # fmt: skip
+def test_a_run_that_would_end_the_same_is_told_what_to_change(change: str, ends: str, tmp_path: Path) -> None:
+    note_end(tmp_path, 1, "6 of 6 steps skipped", 6, change)
+    said = go_on(tmp_path, "local")
+    assert said.startswith("there is no checkpoint; continuing as it is would end the same way. ") and change in said
+    assert said.endswith(ends.format(tmp_path))
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
