@@ -14,9 +14,13 @@ from benchmarks.gpu_check.section import Context
 from benchmarks.gpu_check.speed import GPT2_124M, fill, random_samples, train
 from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.comm.rendezvous import rank_env
+from dist_gpt.config.load import dump
 from dist_gpt.config.schema import Config, ProfileConfig
+from dist_gpt.plan.api import plan_document
 from dist_gpt.profile.recorder import Recorder
 from dist_gpt.rank import Rank, Samples
+from dist_gpt.report.analyze import analyze
+from dist_gpt.report.load import load
 
 FIRST, LAST, STEPS = 3, 5, 6
 TOP = 25
@@ -44,11 +48,14 @@ def run(context: Context) -> None:
 
 
 def recorded(context: Context, config: Config, replica: Rank, batch: Samples) -> None:
-    """Put what the events of the window say: rows by kind, and how much of a step its entries cover."""
+    """Put what the window says: rows of the events by kind, and the seconds of a step by kind of work, as a report
+    tells them. The folder is a run directory that `dist-gpt report` reads."""
     folder = context.out / "window"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.rank0.*"):
         old.unlink()
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "plan.json").write_text(json.dumps(plan_document(config)))
     recorder = Recorder(config, replica, rank_env(60.0, {}), folder)
     try:
         for number in range(1, STEPS + 1):
@@ -63,7 +70,11 @@ def recorded(context: Context, config: Config, replica: Rank, batch: Samples) ->
     context.check(any(_kind(row) == "list" for row in rows), "the window holds no spans")
     trace = folder / "torch.rank0.json.gz"
     context.check(trace.is_file() and trace.stat().st_size > 0, "torch.profiler's trace was not written")
-    context.put("files", sorted(path.name for path in folder.iterdir()))
+    report = analyze(load(folder))
+    (folder / "report.json").write_text(json.dumps(report))
+    context.put("budget_s", report["budget_s"])
+    context.put("roofline", report["roofline"])
+    context.check(sum(report["budget_s"].values()) > 0, "the report knows no time of the window's steps")
 
 
 def _kind(row: Any) -> str:

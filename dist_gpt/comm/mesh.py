@@ -237,6 +237,10 @@ class NcclBackends:
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
         if len(ranks) == 1:
             return None
+        return self.connect(name, ranks, rank)
+
+    def connect(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        """Return a new group, which may be of one rank."""
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self.left_s())
         store = dist.PrefixStore(_key(name, ranks), self.store)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.gpu_check import __main__ as check
 from benchmarks.gpu_check import ceiling, environment, one_process, packages, ranks, results, section, speed, tests_part
@@ -24,6 +25,9 @@ from benchmarks.gpu_check.cases import config_of, tiny
 from benchmarks.gpu_check.device import Cuda, StandIn
 from benchmarks.gpu_check.results import Outcome
 from benchmarks.gpu_check.section import BY_NAME, SECTIONS, Context
+from dist_gpt.comm.mesh import NcclBackends
+from dist_gpt.comm.rendezvous import rank_env
+from dist_gpt.comm.staged import StagedBackends
 from dist_gpt.config.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +231,13 @@ def test_a_rank_that_fails_or_dies_is_named(tmp_path: Path) -> None:
     fake = SimpleNamespace(folder=tmp_path, processes=[dead, silent])
     found = ranks.Team.collect(fake, "dp2", 2, 0.05)  # type: ignore[arg-type]
     assert "exit code -9" in found[0]["error"] and "no answer" in found[1]["error"]
+
+
+def test_ranks_with_a_gpu_each_talk_over_nccl_and_others_through_host_memory() -> None:
+    env, gpu = rank_env(60.0, {}), torch.device("cuda", 1)
+    assert isinstance(ranks.backends_for(dist.HashStore(), env, gpu, own=True), NcclBackends)
+    shared = ranks.backends_for(dist.HashStore(), env, gpu, own=False)
+    assert isinstance(shared, StagedBackends) and not shared.stages_all
 
 
 def test_every_layout_of_the_check_is_a_valid_configuration() -> None:
@@ -461,7 +472,10 @@ def module_with(**functions: Any) -> Iterator[ModuleType]:
     yield module
 
 
-@pytest.mark.parametrize("module", list(tests_part.modules(tests_part.FOLDER)), ids=lambda module: module.__name__)
+ON_THE_CPU_TOO = [module for module in tests_part.modules(tests_part.FOLDER) if "nccl" not in module.__name__]
+
+
+@pytest.mark.parametrize("module", ON_THE_CPU_TOO, ids=lambda module: module.__name__)
 def test_the_tests_for_a_gpu_hold_on_the_cpu_too(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     tests = {name: value for name, value in vars(module).items() if name.startswith("test_")}
