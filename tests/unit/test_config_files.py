@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from dist_gpt.config import explain, yaml_io
 from dist_gpt.config.load import ConfigError, config_hash, dump, load, presets, problems
+from dist_gpt.plan.api import plan_document
 from tests.patience import PATIENCE_S
 
 SMALL = """\
@@ -255,6 +257,36 @@ def test_model_presets_have_the_published_number_of_parameters(name: str, parame
         count = layers * (2 * h * h + 2 * h * kv + 3 * h * ffn + 2 * h) + 2 * v * h + h
         assert not m.bias and not m.tie_embeddings and m.position == "rope" and m.norm == "rmsnorm"
     assert count == parameters
+
+
+GPU_PRESETS = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1.5b", "gpt3-175b", "llama-8b")
+
+
+@pytest.mark.parametrize("name", GPU_PRESETS)
+def test_gpu_presets_fit_what_their_heads_say(name: str) -> None:
+    """A tenth of the GPU is left to the allocator, to NCCL and to what kernels need for a moment."""
+    head = " ".join(presets()[name].read_text(encoding="utf-8").split("\nname:")[0].replace("#", " ").split())
+    stated = re.search(r"in bf16 on (\d+) GPUs of (\d+) GB .* counts ([0-9.]+) GB on the fullest", head)
+    assert stated is not None
+    world, memory, counted = int(stated[1]), float(stated[2]), float(stated[3])
+    config = load(name, world=world)
+    assert config.world_size == world and config.launch.backend == "nccl"
+    peak = plan_document(config)["memory_bytes"]["peak"] / 1e9
+    assert peak == pytest.approx(counted, abs=0.05)
+    assert peak <= 0.9 * memory and memory == 80
+    assert config.train.dtype == "bf16" and config.model.dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "worlds"), [("gpt2-124m", (1, 16)), ("gpt2-355m", (1, 16)), ("gpt2-774m", (1, 32)), ("gpt2-1.5b", (8, 32))]
+)
+def test_gpt2_presets_take_the_worlds_that_their_heads_name(name: str, worlds: tuple[int, int]) -> None:
+    least, most = worlds
+    assert f"{least} to {most} GPUs take it as it is" in presets()[name].read_text(encoding="utf-8")
+    for world in worlds:
+        assert plan_document(load(name, world=world))["memory_bytes"]["peak"] <= 72e9
+    with pytest.raises(ConfigError, match=r"train\.global_batch"):
+        load(name, world=2 * most)
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

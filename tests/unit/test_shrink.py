@@ -11,15 +11,17 @@ from dist_gpt.plan.shrink import MAX_WORLD, certificate_config
 from dist_gpt.plan.steps import RankPlan
 
 CASES = {
-    "gpt2 over 16": ("gpt2-355m", ["parallel.dp=4", "parallel.tp=2", "parallel.pp=2", "train.global_batch=64"]),
+    "gpt2 over 16": ("gpt2-355m", ["parallel.dp=4", "parallel.tp=2", "parallel.pp=2", "train.global_batch=64",
+                                   "train.micro_batch=8"]),
     "zero3, bf16": ("llama-8b", ["parallel.dp=4", "parallel.tp=4", "parallel.pp=1", "train.global_batch=64",
                                  "optim.sharding=zero3", "optim.reshard=step", "train.dtype=bf16",
                                  "optim.grad_dtype=bf16", "optim.state_dtype=bf16", "train.recompute=full"]),
     "inside nodes": ("gpt2-124m", ["parallel.dp=16", "parallel.tp=1", "parallel.pp=1", "train.global_batch=128",
-                                   "launch.nodes=4", "optim.sharding=zero2", "optim.shard_group=node"]),
+                                   "train.micro_batch=8", "launch.nodes=4", "optim.sharding=zero2",
+                                   "optim.shard_group=node"]),
     "interleaved": ("gpt2-355m", ["parallel.dp=2", "parallel.pp=4", "parallel.schedule=interleaved",
-                                  "parallel.virtual_stages=2", "train.global_batch=64", "optim.sharding=zero3",
-                                  "train.recompute=selective"]),
+                                  "parallel.virtual_stages=2", "train.global_batch=64", "train.micro_batch=8",
+                                  "optim.sharding=zero3", "train.recompute=selective"]),
 }  # fmt: skip
 
 
