@@ -48,8 +48,7 @@ def explain(
         f"  held when it happened: {there}",
         f"  the plan's count for its peak: {_listed(counted)}; at once {size(counted['peak'])}"
         + (f" of {size(limit)}" if limit else "")
-        + "; what kernels need for a moment comes on top"
-        + ("; DeepSpeed holds more than this counts" if config.optim.engine == "deepspeed" else ""),
+        + "; what kernels need for a moment comes on top",
     ]
     fitting = sorted(_alternatives(config, rank, counted["peak"], limit is not None), key=lambda found: found[1])
     room = int(SPARE * limit) if limit else counted["peak"]

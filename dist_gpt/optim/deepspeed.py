@@ -28,7 +28,8 @@ from dist_gpt.model.gpt import Stage
 from dist_gpt.optim.traffic import START, Traffic
 from dist_gpt.parallel.executor import Batches, MicroBatch, Update
 from dist_gpt.parallel.sink import AutogradSink
-from dist_gpt.params import SHARDED, Param, parameter_table, params_of_blocks
+from dist_gpt.params import SHARDED, Param, params_of_blocks
+from dist_gpt.plan.deepspeed import LIVE, PREFETCHED, bucket_elements, persistence_threshold
 from dist_gpt.plan.precision import STAGES
 from dist_gpt.plan.steps import RankPlan, calls_by_key
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, UPDATE
@@ -146,14 +147,17 @@ def compile_nothing() -> None:
 def engine_config(config: Config, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
     o, t, dtype = config.optim, config.train, config.train.dtype
-    elements = max(1, int(o.bucket_mb * 1e6 / 4))
+    elements = bucket_elements(config)
     zero: dict[str, Any] = {
         "stage": STAGES[o.sharding], "overlap_comm": device.type == "cuda",
         "reduce_bucket_size": elements, "allgather_bucket_size": elements,
     }  # fmt: skip
     if o.sharding == "zero3":  # matrices are cut, vectors stay whole
-        longest = max(p.numel for p in parameter_table(config) if len(p.shape) == 1)
-        zero["stage3_param_persistence_threshold"] = min(100_000, longest)
+        zero |= {
+            "stage3_param_persistence_threshold": persistence_threshold(config),
+            "stage3_prefetch_bucket_size": PREFETCHED,
+            "stage3_max_live_parameters": LIVE,
+        }
     if o.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     found: dict[str, Any] = {

@@ -68,7 +68,9 @@ def _notes(config: Config) -> list[str]:
     """What the numbers take for granted."""
     notes = []
     if config.optim.engine == "deepspeed":
-        notes.append("comm: without DeepSpeed's own; memory: by the native engine's formulas, DeepSpeed holds more")
+        notes.append("comm: without DeepSpeed's own; memory: what DeepSpeed holds at the fullest moment of a step")
+        whole = 4 * max(stored_parameters(kind.plan) for kind in rank_kinds(config))
+        notes.append(f"start: before the first step every rank holds its whole model in float32, {whole / 1e9:.3g} GB")
     if config.model.attention_dropout:
         notes.append(
             "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"

@@ -11,6 +11,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.events import Counts
 from dist_gpt.params import parameter_table
 from dist_gpt.plan.buffers import peak_transients, scatter_bytes
+from dist_gpt.plan.deepspeed import DeepSpeedMemory, fullest_rank
 from dist_gpt.plan.steps import RankPlan, layout_of
 from dist_gpt.schedule.action import Op
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, RECOMPUTE, RECV, WEIGHT, Step
@@ -102,7 +103,11 @@ def memory_document(
 
 
 def count_memory(plan: RankPlan, steps: Sequence[Step]) -> dict[str, int]:
-    """Bytes of one rank in training, by category."""
+    """Bytes of one rank in training, by category; with DeepSpeed at the fullest moment of a step."""
+    if not plan.ours:
+        index = plan.layout.data_index(plan.rank)
+        held = DeepSpeedMemory(plan.config, plan.coords.tp, index, peak_activations(plan, steps))
+        return memory_document(**held.document())
     o, precision = plan.config.optim, plan.precision
     whole = sum(b.padded for b in plan.buckets)
     shard = whole // plan.shards
@@ -151,10 +156,15 @@ def _kinds(config_json: str) -> tuple[Kind, ...]:
     config = Config.model_validate_json(config_json)
     layout = layout_of(config)
     return tuple(
-        Kind(RankPlan(config, layout.rank(pp, 0, 0, tp)), alike * layout.data)
+        Kind(RankPlan(config, layout.rank(pp, _example(config, tp), 0, tp)), alike * layout.data)
         for pp in range(layout.pp)
         for tp, alike in _vocabulary_kinds(config)
     )
+
+
+def _example(config: Config, tp: int) -> int:
+    """The data rank that holds most: the first one owns no padding; DeepSpeed cuts inside of parameters."""
+    return fullest_rank(config, tp) if config.optim.engine == "deepspeed" else 0
 
 
 def _vocabulary_kinds(config: Config) -> list[tuple[int, int]]:
@@ -165,5 +175,5 @@ def _vocabulary_kinds(config: Config) -> list[tuple[int, int]]:
 
 
 def rank_kinds(config: Config) -> Iterator[Kind]:
-    """Ranks that do the same work, and memory's largest example of them: the first data rank owns no padding."""
+    """Ranks that do the same work, each with the one that holds most as its example."""
     yield from _kinds(config.model_dump_json())
