@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+TORCH ?= 2.13.0
+OTHER := .venv-$(notdir $(PYTHON))-torch-$(TORCH)
 PYTEST_ARGS ?=
 # Tests run in so many processes at once; some start up to 8 ranks themselves.
 WORKERS ?= 2
@@ -14,7 +16,7 @@ PARALLEL := -n $(WORKERS) --dist loadgroup
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-browser test-cluster lint bench bench-sharding gpu-check clean
+.PHONY: help install demo test test-all test-browser test-cluster test-versions lint bench bench-sharding gpu-check clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +46,14 @@ test: lint ## lint, and the tests that cover every pair of options
 
 test-all: lint ## every test and every cell (in a browser: make test-browser; on a cluster: make test-cluster)
 	$(PYTEST) $(PARALLEL) tests --ignore tests/browser --ignore tests/cluster $(PYTEST_ARGS)
+
+# What pyproject.toml allows, and no more, can be installed: widen its range first to try a new version.
+test-versions: ## the tests of `make test` in an own environment, e.g. PYTHON=python3.12 TORCH=2.11.0
+	test -d $(OTHER) || $(PYTHON) -m venv $(OTHER)
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
+	DS_BUILD_OPS=0 $(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all]" \
+		-c $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pytest --durations 20 $(PARALLEL) tests/unit tests/ranks -m "not all_cells" $(PYTEST_ARGS)
 
 test-browser: install ## the report in a real headless Chromium; as root on Debian it is installed when missing
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
