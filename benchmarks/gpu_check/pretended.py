@@ -122,7 +122,7 @@ class Watch(TorchDispatchMode):
         self.found.bytes_written += sum(_size(t) for t in (changed or made))
 
     def _note_copies(self, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        """Count copies between host and device; one to the host is a wait, unless it says that nobody waits."""
+        """Count copies between host and device; one to the host is a wait unless it is non-blocking."""
         if name not in ("aten._to_copy", "aten.copy_"):
             return
         source, target = (given[1], given[0]) if name == "aten.copy_" and len(given) > 1 else (given[0], made[0])
