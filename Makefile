@@ -7,6 +7,7 @@ RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 TORCH ?= 2.13.0
 OTHER := .venv-$(notdir $(PYTHON))-torch-$(TORCH)
 PYTEST_ARGS ?=
+GPU_PYTHON ?= 3.12
 # Tests run in so many processes at once; some start up to 8 ranks themselves.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --durations 20
@@ -16,7 +17,7 @@ PARALLEL := -n $(WORKERS) --dist loadgroup
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-browser test-cluster test-versions lint bench bench-sharding gpu-check clean
+.PHONY: help install demo test test-all test-browser test-cluster test-versions lint bench bench-sharding gpu-check gpu-wheels clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +77,11 @@ bench-sharding: install ## ZeRO: ours, DeepSpeed and fully_shard in turn, with b
 # Where nothing can be installed too: with $(PYTHON) and what it has, or with .venv where that is there already.
 gpu-check: ## what one GPU can tell, in ten minutes; without a GPU: says so. Needs Python and torch alone (docs/gpu.md)
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+
+gpu-wheels: ## what gpu-check needs beside torch, into vendor/, for a machine without a network (GPU_PYTHON=3.12)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -c constraints.txt -d vendor \
+		pydantic pydantic-core annotated-types typing-inspection PyYAML safetensors psutil
 
 clean: ## remove caches; run directories and the environment stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
