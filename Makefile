@@ -11,7 +11,7 @@ GPU_PYTHON ?= 3.12
 # Tests run in so many processes at once; some start up to 8 ranks themselves.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --durations 20
-PARALLEL := -n $(WORKERS) --dist loadgroup
+PARALLEL := -n $(WORKERS)
 
 # One thread per process: with several ranks on few cores more threads only get in each other's way.
 export OMP_NUM_THREADS ?= 1

@@ -19,16 +19,29 @@ def pool() -> Iterator[Pool]:
     processes.close()
 
 
-SHARED = {"pool": "pool", "eight": "runs", "alone": "runs", "by_torchrun": "runs", "killed": "runs"}
-"""Fixtures of the session that are costly to start -> the group of tests that stays on one worker of pytest-xdist."""
+GROUPS = {
+    "rank processes": ("test_parity", "test_plants", "test_one_process"),
+    "whole runs": ("test_train", "test_rendezvous"),
+}
+"""Files that share something of the session that takes long to start: they stay in one process of pytest-xdist."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share something costly on one worker: a session's rank processes and runs, else a file."""
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = next((SHARED[name] for name in names if name in SHARED), item.nodeid.split("::")[0])
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a process whole files, and files that share something together.
+
+    (`--dist loadgroup` would do, but pytest-xdist 3.8 finds no groups under pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    group_of = {file: name for name, files in GROUPS.items() for file in files}
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return group_of.get(path.rsplit("/", 1)[-1].removesuffix(".py"), path)
+
+    return ByFile(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
