@@ -179,9 +179,9 @@ class DataConfig(Section):
     tokenizer: str = "byte"
     """byte, or bpe:SIZE (trained on the source and cached)."""
     dtype: Literal["auto", "uint8", "uint16", "int32", "uint32", "int64"] = "auto"
-    """Integers of a headerless .bin, little-endian; auto: uint16, refused where the file looks otherwise."""
+    """Type of the little-endian integers in a headerless .bin; auto: uint16, refused if the file looks wider."""
     order: Literal["epochs", "replacement"] = "epochs"
-    """epochs: each window once in every pass over the data, in a new order; replacement: each drawn independently."""
+    """epochs: each window once per pass over the data, reshuffled every time; replacement: drawn independently."""
     seed: NonNegative = 0
     """Seed of the order of batches."""
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05

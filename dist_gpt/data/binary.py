@@ -1,4 +1,4 @@
-"""Tokens that exist already: files with a known header, headerless ones, Megatron's pairs; and synthetic ones.
+"""Find tokens that exist already (files with a known header, headerless files, Megatron's pairs); make synthetic ones.
 
 Tokenised files are used where they lie, never copied: a corpus of tens of GB is normal.
 """
@@ -26,11 +26,11 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatro
 def find_tokenised(
     source: str, val_fraction: float, dtype: str = AUTO, vocab_size: int | None = None
 ) -> tuple[Span, Span] | None:
-    """Train and validation spans of tokenised data, or None if `source` is something else.
+    """Return the train and validation spans of tokenised data, or None if `source` is something else.
 
     Accepted: a folder with train.bin and val.bin (or .npy); a file with a known header; NAME.bin without one; NAME.bin,
     NAME.idx or NAME where both exist (Megatron). One file is split at its end, Megatron's between documents where one
-    ends near the wanted place. `dtype` is data.dtype. DataError for other formats that hold tokens.
+    ends near the wanted place. `dtype` is data.dtype. Raise DataError for other formats that hold tokens.
     """
     path = Path(source).expanduser().absolute()
     if path.is_dir():
@@ -53,7 +53,7 @@ def find_tokenised(
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file that is not named as tokens begins as text, or is empty: the text reader judges these."""
+    """Return whether a file not named .bin or .npy begins as text or is empty: the text reader handles both."""
     with path.open("rb") as file:
         first = file.read(HEAD)
     try:
@@ -81,7 +81,7 @@ def synthetic(count: int, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span] | None:
-    """train.bin and val.bin, each read by its own header; one with a header and one without are refused."""
+    """Return the spans of train.bin and val.bin, each read by its own header; refuse a header in only one of them."""
     for suffix in SUFFIXES:
         pair = path / f"train{suffix}", path / f"val{suffix}"
         if not any(one.is_file() for one in pair):
@@ -90,14 +90,14 @@ def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span]
             if not one.is_file():
                 raise DataError(
                     f"data.source: the folder {path} has no {one.name}; tokenised folders hold train.bin and val.bin; "
-                    "to have one file split, give the file itself"
+                    "to split a single file, give its path"
                 )
         train, val = (identify(one, dtype) for one in pair)
         if (train is None) != (val is None):
             with_header, without = pair if train is not None else pair[::-1]
             raise DataError(
-                f"data.source: {with_header} has a header and {without} has none, so one of them is not what it "
-                "seems; write both in one format"
+                f"data.source: {with_header} has a header but {without} has none, so one of them is not what it "
+                "seems; write both in the same format"
             )
         return train or headerless(pair[0], dtype, vocab_size), val or headerless(pair[1], dtype, vocab_size)
     _refuse_shards(path)
@@ -105,7 +105,7 @@ def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span]
 
 
 def _refuse_shards(folder: Path) -> None:
-    """Raise DataError for a folder of token shards: read as a folder of text it would be its README."""
+    """Raise DataError for a folder of token shards, of which the text reader would only read the README."""
     index = folder / "index.json"
     if index.is_file():
         try:
@@ -115,16 +115,17 @@ def _refuse_shards(folder: Path) -> None:
         if isinstance(tree, dict) and ("chunks" in tree or "shards" in tree):
             name = "litdata chunks" if "chunks" in tree else "MosaicML MDS shards"
             raise DataError(
-                f"data.source: the folder {folder} holds {name} (index.json), which are not read in this version; "
+                f"data.source: the folder {folder} holds {name} (index.json), which are not supported in this version; "
                 "write the token ids as train.bin and val.bin"
             )
     shards = sorted(p for p in folder.iterdir() if p.suffix in (*SUFFIXES, ".mds", ".parquet", ".arrow", ".tfrecord"))
     for shard in shards[:1]:
         span = identify(shard) if shard.is_file() else None
         if span is not None or len(shards) > 1:
+            found = shard.name if len(shards) == 1 else f"{shard.name} and {len(shards) - 1} more"
             raise DataError(
-                f"data.source: the folder {folder} holds {len(shards)} files of tokens ({shard.name}), and of a folder "
-                "only train.bin and val.bin are read in this version; join them to these two, or give one file"
+                f"data.source: the folder {folder} holds token files ({found}), but only train.bin and val.bin are "
+                "read from a folder in this version; merge the files into these two, or give the path of a single file"
             )
 
 

@@ -36,7 +36,7 @@ Built = tuple[dict[str, "Part"], dict[str, object]]  # what a recipe returns: pa
 class Part:
     """Tokens [offset, offset + count) of `file` (inside the entry, or an absolute path), and what was seen in them.
 
-    `sha256` covers all tokens; `sample` blocks of them, so that it can be compared again at little cost.
+    `sha256` is the digest of all tokens; `sample` is that of blocks of them, which is cheap to compare again.
     """
 
     file: str
@@ -74,8 +74,8 @@ class Prepared:
 def open_prepared(path: str | Path) -> Prepared:
     """Open what `prepare` made (its `.path`).
 
-    DataError if it is missing or unreadable, or if a file does not hold the tokens that were prepared: this is also
-    how a rank notices that its node has another file under the same path.
+    Raise DataError if it is missing or unreadable, or if a file does not hold the tokens that were prepared: this is
+    also how a rank notices that its node has a different file under the same path.
     """
     folder = Path(path)
     try:
@@ -120,7 +120,7 @@ def write_part(path: Path, dtype: str, chunks: Iterable[NDArray[np.int64]]) -> P
 
 
 def scan_part(span: Span) -> Part:
-    """Largest and smallest id and digests of tokens that exist already. DataError if they change meanwhile."""
+    """Return smallest and largest id and digests of existing tokens. Raise DataError if they change meanwhile."""
     low: list[int] = []
     high: list[int] = []
 
@@ -135,7 +135,7 @@ def scan_part(span: Span) -> Part:
 
 
 def _open(folder: Path, part: Part) -> Tokens:
-    """The part's tokens. ValueError if the file is too short for them, or holds others."""
+    """Return the part's tokens. Raise ValueError if the file is too short for them or holds others."""
     path = folder / part.file  # an absolute part.file stands for itself
     dtype = np.dtype(part.dtype)
     if dtype.kind not in "iu":
@@ -163,9 +163,9 @@ def _digest(parts: dict[str, Part]) -> str:
 
 
 def entry_problem(folder: Path) -> str | None:
-    """Why the entry cannot be used, or None.
+    """Return why the entry cannot be used, or None.
 
-    Its own files are digested again; of sources that lie elsewhere blocks are, since the key has their size and time.
+    Its own files are hashed again in full; of sources elsewhere only blocks are: the key has their size and time.
     """
     try:
         meta, parts = _read_meta(folder)

@@ -1,4 +1,4 @@
-"""What a file of tokens is: known headers are read, other known formats are named and refused.
+"""Recognise files of tokens: read known headers, name and refuse other known formats.
 
 `identify` looks at the first bytes of a file. It returns where the tokens lie for a header that is read (llm.c, NumPy,
 LitGPT), None for a file without a known header, and raises DataError for a format that holds no plain tokens.
@@ -60,7 +60,7 @@ class Format:
     matches: Callable[[Head], bool]
     advice: str = WRITE_AGAIN
     sure: bool = True
-    """False: so few bytes decide that tokens may begin alike; an explicit data.dtype is believed instead."""
+    """False: the signature is so short that tokens may begin with it; an explicit data.dtype takes precedence."""
 
 
 def _at(magic: bytes, offset: int = 0) -> Callable[[Head], bool]:
@@ -76,7 +76,7 @@ def _zip_of(names: bytes) -> Callable[[Head], bool]:
 
 
 def _pickle(head: Head) -> bool:
-    """Protocols 2 to 5: a version, an opcode that may follow it, and the full stop at the end."""
+    """Match pickle protocols 2 to 5: a version, an opcode that may follow it, and the STOP opcode at the end."""
     if head.first[:1] != b"\x80" or head.last != b".":
         return False
     version, opcode = head.first[1:2], head.first[2:3]
@@ -85,7 +85,7 @@ def _pickle(head: Head) -> bool:
 
 
 def _shard_of_samples(head: Head) -> bool:
-    """litdata and MosaicML MDS: uint32 n, then n + 1 uint32 offsets, of which the last is the file's size."""
+    """Match litdata and MosaicML MDS: uint32 n, then n + 1 uint32 offsets, of which the last is the file's size."""
     count = head.word(0)
     end = 4 * (count + 1)
     if count < 1 or end + 4 > min(head.size, 1 << 32):
@@ -102,7 +102,7 @@ def _word_of(path: Path, offset: int) -> int:
 
 
 def _tfrecord(head: Head) -> bool:
-    """A length, its masked CRC-32C, the record and another checksum."""
+    """Match a length, its masked CRC-32C, and room for the record and another checksum."""
     if len(head.first) < 16 or head.long(0) + 16 > head.size:
         return False
     crc = 0xFFFFFFFF
@@ -119,12 +119,12 @@ def _safetensors(head: Head) -> bool:
 
 
 def _arrow_stream(head: Head) -> bool:
-    """A continuation marker, the metadata's length, and a flatbuffer whose root is near its beginning."""
+    """Match a continuation marker, the metadata's length, and a flatbuffer whose root is near its beginning."""
     return head.first[:4] == b"\xff" * 4 and 0 < head.word(4) < head.size and head.word(4) % 8 == 0 < head.word(8) < 64
 
 
 def _text(head: Head) -> bool:
-    """UTF-8 without control characters. Sixteen bytes at least: two tokens may look like anything."""
+    """Match UTF-8 without control characters, 16 bytes or more: a few tokens may look like anything."""
     data = head.first
     if len(data) < 16 or any(byte < 32 and byte not in b"\t\n\r\f\x1b" or byte == 127 for byte in data):
         return False
@@ -149,7 +149,7 @@ REFUSED: tuple[Format, ...] = (
     Format("a PyTorch file (a zip archive with a pickle)", _zip_of(b"/data.pkl"), "save the ids with numpy.save"),
     Format("a NumPy .npz file", _zip_of(b".npy"), "save the one array of token ids with numpy.save"),
     Format("a zip archive (also .npz, .pt)", _any(b"PK\x03\x04", b"PK\x05\x06"), "unpack it first"),
-    Format("a pickle (also an old PyTorch file), which is never loaded", _pickle, "save the ids with numpy.save"),
+    Format("a pickle (or an old PyTorch file)", _pickle, "pickles are never loaded: save the ids with numpy.save"),
     Format("a Parquet file", _any(b"PAR1", b"PARE")),
     Format("an Arrow file", _at(b"ARROW1")),
     Format("an Arrow stream (a Hugging Face dataset)", _arrow_stream),
@@ -178,11 +178,11 @@ REFUSED: tuple[Format, ...] = (
     Format("text (UTF-8, such as JSON, CSV or a web page)", _text,
            "name it .txt to have it tokenised; if these are byte tokens, set data.dtype: uint8", sure=False),
 )  # fmt: skip
-"""Formats that are named. The first that matches counts."""
+"""Formats that are named and refused. The first match counts."""
 
 
 def read_head(path: Path) -> Head:
-    """Return the first bytes of a file."""
+    """Return the size of a file, its first bytes and its last one."""
     with path.open("rb") as file:
         first = file.read(HEAD)
         size = file.seek(0, 2)
@@ -193,8 +193,8 @@ def read_head(path: Path) -> Head:
 def identify(path: Path, dtype: str = AUTO) -> Span | None:
     """Return the tokens of a file with a known header, None for a file without one.
 
-    DataError for a format that is not read, for a header that is damaged or contradicts the file's size, and for one
-    that contradicts `dtype` (data.dtype).
+    Raise DataError for a format that is not supported, for a header that is damaged or contradicts the file's size, and
+    for one that contradicts `dtype` (data.dtype).
     """
     head = read_head(path)
     if head.size == 0:
@@ -206,12 +206,12 @@ def identify(path: Path, dtype: str = AUTO) -> Span | None:
             return span
     for known in REFUSED:
         if (known.sure or dtype == AUTO) and known.matches(head):
-            raise DataError(f"data.source: {path} is {known.name}, which is not read as tokens; {known.advice}")
+            raise DataError(f"data.source: {path} is {known.name}, which cannot be read as tokens; {known.advice}")
     return None
 
 
 def refuse_contradiction(path: Path, header: str, dtype: str) -> None:
-    """Raise DataError where data.dtype is not what the file's header says."""
+    """Raise DataError if data.dtype contradicts the file's header."""
     name = np.dtype(header).name
     if dtype not in (AUTO, name):
         raise DataError(
@@ -221,26 +221,26 @@ def refuse_contradiction(path: Path, header: str, dtype: str) -> None:
 
 
 def _llmc(head: Head) -> Span | None:
-    """llm.c and modded-nanogpt: a header of 1,024 bytes."""
+    """Read the header of llm.c and modded-nanogpt, 1,024 bytes."""
     magic, version, count = head.word(0), head.word(4), head.word(8)
     tokens = {known for known, _ in LLMC}
     if magic in LLMC_OTHER and 0 < version < 100 and len(head.first) >= LLMC_HEADER:
         raise DataError(
-            f"data.source: {head.path} is an llm.c {LLMC_OTHER[magic]} (magic {magic}), which is not read as tokens; "
-            "give a file with magic 20240520 or 20240801"
+            f"data.source: {head.path} is an llm.c {LLMC_OTHER[magic]} (magic {magic}), which cannot be read as tokens;"
+            " give a file with magic 20240520 or 20240801"
         )
     if magic not in tokens:
         return None
     if (magic, version) not in LLMC:
-        known = ", ".join(f"magic {m} version {v}" for m, v in LLMC)
-        raise _damaged(head, "llm.c", f"has magic {magic} version {version}; {known} are read")
+        known = " and ".join(f"magic {m} version {v}" for m, v in LLMC)
+        raise _damaged(head, "llm.c", f"has magic {magic} version {version}, while {known} are supported")
     dtype = LLMC[magic, version]
     width = np.dtype(dtype).itemsize
     needed = LLMC_HEADER + count * width
     if head.size != needed:
         raise _damaged(head, "llm.c", f"counts {count} tokens of {width} bytes, which need {needed} bytes, and the "
                                       f"file has {head.size}")  # fmt: skip
-    return _span(head, dtype, LLMC_HEADER, count)
+    return _span(head, "llm.c", dtype, LLMC_HEADER, count)
 
 
 def _numpy(head: Head) -> Span | None:
@@ -252,45 +252,45 @@ def _numpy(head: Head) -> Span | None:
     except (ValueError, EOFError, SyntaxError, TypeError) as error:
         raise _damaged(head, "NumPy", f"cannot be read ({str(error).splitlines()[0][:100]})") from None
     if kind.kind not in "iu":
-        raise DataError(f"data.source: {head.path} holds {kind.name}, and tokens are integers; save the ids as "
+        raise DataError(f"data.source: {head.path} holds {kind.name} values, but tokens are integers; save the ids as "
                         "numpy.uint16 or numpy.uint32")  # fmt: skip
     if len(shape) != 1:
-        raise DataError(f"data.source: {head.path} has the shape {shape}, and tokens are one sequence; save "
+        raise DataError(f"data.source: {head.path} has the shape {shape}, but tokens are one-dimensional; save "
                         "array.reshape(-1)")  # fmt: skip
     if head.size != offset + shape[0] * kind.itemsize:
-        raise _damaged(head, "NumPy", f"has {head.size} bytes, and its one array ends at {offset} + "
-                                      f"{shape[0] * kind.itemsize}")  # fmt: skip
-    return _span(head, kind.str, offset, shape[0])
+        raise _damaged(head, "NumPy", f"has {head.size} bytes, while its one array ends at byte "
+                                      f"{offset + shape[0] * kind.itemsize}")  # fmt: skip
+    return _span(head, "NumPy", kind.str, offset, shape[0])
 
 
 def _litgpt(head: Head) -> Span | None:
-    """LitGPT's PackedDataset: a header of 24 bytes, and whole chunks."""
+    """Read LitGPT's PackedDataset: a header of 24 bytes, and whole chunks."""
     if not head.first.startswith(b"LITPKDS"):
         return None
     if len(head.first) < LITGPT.size:
-        raise _damaged(head, "LitGPT", f"has {head.size} bytes, and the header alone {LITGPT.size}")
+        raise _damaged(head, "LitGPT", f"has only {head.size} bytes of its {LITGPT.size}")
     _, version, code, chunk = LITGPT.unpack(head.first[: LITGPT.size])
     if version != 1:
-        raise _damaged(head, "LitGPT", f"has version {version}, and 1 is read")
+        raise _damaged(head, "LitGPT", f"has version {version}, while version 1 is supported")
     if code not in LITGPT_DTYPES:
-        raise _damaged(head, "LitGPT", f"has dtype code {code}; integers are {sorted(LITGPT_DTYPES)}, 6 and 7 floats")
+        raise _damaged(head, "LitGPT", f"has dtype code {code}, while integers are {sorted(LITGPT_DTYPES)}")
     width = np.dtype(LITGPT_DTYPES[code]).itemsize
     payload = head.size - LITGPT.size
     if chunk == 0 or payload % (chunk * width):
-        raise _damaged(head, "LitGPT", f"has {payload} bytes of tokens, no multiple of its chunk of {chunk} tokens of "
-                                       f"{width} bytes")  # fmt: skip
-    return _span(head, LITGPT_DTYPES[code], LITGPT.size, payload // width)
+        raise _damaged(head, "LitGPT", f"has {payload} bytes of tokens, not a multiple of its chunk of {chunk} tokens "
+                                       f"of {width} bytes")  # fmt: skip
+    return _span(head, "LitGPT", LITGPT_DTYPES[code], LITGPT.size, payload // width)
 
 
-def _span(head: Head, dtype: str, header: int, count: int) -> Span:
+def _span(head: Head, name: str, dtype: str, header: int, count: int) -> Span:
     width = np.dtype(dtype).itemsize
     if count == 0:
-        raise DataError(f"data.source: {head.path} is empty (a header and 0 tokens); give a file with tokens")
+        raise DataError(f"data.source: {head.path} has a header but 0 tokens; give a file with tokens")
     if header % width:  # no writer of these formats does that
-        raise _damaged(head, "its", f"ends its header at byte {header}, no multiple of {width}")
+        raise _damaged(head, name, f"ends it at byte {header}, not a multiple of {width}")
     return Span(head.path, dtype, header // width, count)
 
 
 def _damaged(head: Head, name: str, found: str) -> DataError:
-    return DataError(f"data.source: {head.path} begins with {name}'s header, but {found}; it is cut off or damaged: "
-                     "write it again")  # fmt: skip
+    return DataError(f"data.source: {head.path} begins with {name}'s header, but {found}; the file is truncated, "
+                     "damaged or of another version: write it again")  # fmt: skip

@@ -1,7 +1,7 @@
-"""Files of tokens without a header: how wide a token is, and when that is in doubt.
+"""Read files of tokens without a header, and refuse them where the width of a token is in doubt.
 
-A headerless .bin does not say how wide its tokens are. uint16 is the custom (nanoGPT), and 4-byte tokens that are read
-so give every second token the value 0 or 1, which trains without complaint. `refuse_doubt` looks for that pattern.
+A headerless .bin does not say how wide its tokens are. The convention is uint16 (nanoGPT). If 4-byte tokens are read as
+uint16, every second one is 0 or 1, and training raises no error. `refuse_doubt` looks for that pattern.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dist_gpt.data.reader import Span
 
 BLOCK, BLOCKS = 4096, 64
 TINY = (64, 1)
-"""What a high half is below: ids up to 2^22, and, for small vocabularies, ids below 2^16."""
+"""Bounds of a high half: 64 covers ids below 2^22, 1 (for small vocabularies) ids below 2^16."""
 FEWEST, RATIO = 8, 50
-"""A pattern needs so many words that are not tiny in the low places, and this many times fewer in the high ones."""
+"""A pattern needs FEWEST words in low places that are not tiny, and RATIO times as many as in high places."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store wider integers: where the low 2-byte word is among `words`."""
+    """A way to store wider integers: `low` is the index of the low 2-byte word among `words`."""
 
     name: str
     words: int
@@ -44,14 +44,14 @@ LAYOUTS = (
 
 
 def headerless(path: Path, dtype: str, vocab_size: int | None) -> Span:
-    """Return the tokens of a file without a header. DataError where its size or the width of its tokens is wrong."""
+    """Return the tokens of a file without a header. Raise DataError if their width is in doubt or does not fit."""
     size = path.stat().st_size
     width = np.dtype("uint16" if dtype == AUTO else dtype).itemsize
     if size % width:
-        odd = "an odd number" if width == 2 else f"no multiple of {width}"
+        odd = "an odd number" if width == 2 else f"not a multiple of {width}"
         raise DataError(
             f"data.source: {path} has {size} bytes, {odd}, but a headerless .bin holds {width}-byte tokens "
-            f"(data.dtype {dtype}); it is cut off, or not such a file (Megatron's needs its .idx beside it)"
+            f"(data.dtype {dtype}); it is truncated or of another format (Megatron's needs its .idx beside it)"
         )
     if dtype == AUTO:
         refuse_doubt(path, size, vocab_size)
@@ -63,7 +63,7 @@ def refuse_doubt(path: Path, size: int, vocab_size: int | None) -> None:
     """Raise DataError where data.dtype auto, which means uint16, may be wrong."""
     layout = wider(_samples(path, size))
     if layout is not None:
-        every = "every other 2-byte word is" if layout.words == 2 else "3 of 4 2-byte words are"
+        every = "every other 2-byte word is" if layout.words == 2 else "3 of every 4 2-byte words are"
         raise DataError(
             f"data.source: {path} has no header and looks like {layout.name} ({every} 0 or tiny), but without "
             f"data.dtype a headerless file is read as uint16; {layout.advice}, or data.dtype: uint16 if that is right"
@@ -71,12 +71,12 @@ def refuse_doubt(path: Path, size: int, vocab_size: int | None) -> None:
     if vocab_size is not None and vocab_size > 65_535:
         raise DataError(
             f"data.source: {path} has no header, and with model.vocab_size {vocab_size} its tokens may be wider than "
-            "uint16; say which: set data.dtype: uint32 or data.dtype: uint16"
+            "uint16; set data.dtype: uint32, or data.dtype: uint16 if that is right"
         )
 
 
 def wider(words: NDArray[np.uint16]) -> Layout | None:
-    """Return the layout of wider integers whose pattern the words show, (multiple of 4,); None if there is none."""
+    """Return the layout of wider integers that `words` (multiple of 4,) look like; None if there is none."""
     for layout in LAYOUTS:
         places = words[: len(words) // layout.words * layout.words].reshape(-1, layout.words)
         if layout.swapped:
@@ -92,7 +92,7 @@ def wider(words: NDArray[np.uint16]) -> Layout | None:
 
 
 def _samples(path: Path, size: int) -> NDArray[np.uint16]:
-    """Return 2-byte words of blocks spread over the file, each beginning at a multiple of 8 bytes."""
+    """Return the 2-byte words of blocks spread over the file, each of which begins at a multiple of 8 bytes."""
     blocks = min(BLOCKS, -(-size // BLOCK))
     found = []
     with path.open("rb") as file:

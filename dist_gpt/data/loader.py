@@ -19,9 +19,9 @@ class Batches:
     A rank asks for the samples [first, first + count) of the global batch that are its own. What a sample holds does
     not depend on who asks, on the layout, or on how often the run was restarted.
 
-    An epoch is one pass over all windows. Windows begin every seq_len tokens, so that every token is a target once; the
-    last tokens, too few for a window, are left out. With data.order replacement, windows begin anywhere and are drawn
-    independently; an epoch then is as many samples.
+    An epoch is one pass over all windows. Windows begin every seq_len tokens, so every token but the first is a target
+    once; the last tokens, too few for a window, are left out. With data.order replacement, windows begin anywhere and
+    are drawn independently, and an epoch is the same number of samples.
     """
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
@@ -37,7 +37,7 @@ class Batches:
         self._train = prepared.train
         self._val = prepared.val
         self.windows = (len(prepared.train) - 1) // self._seq_len
-        """Windows of an epoch."""
+        """Number of windows in an epoch."""
 
     def offsets(self, step: int, first: int, count: int) -> NDArray[np.int64]:
         """Return where samples [first, first + count) of `step` begin in the train part, (count,)."""
@@ -65,11 +65,11 @@ class Batches:
         return steps * self._batch / self.windows
 
     def describe(self) -> str:
-        """Return a line for the console: the windows of an epoch, and the epochs of the run."""
+        """Return a line for the console: the windows in an epoch and the epochs in the run."""
         left_out = len(self._train) - 1 - self.windows * self._seq_len
         replaced = ", drawn with replacement (data.order)" if self._order == "replacement" else ""
         return (
-            f"epoch: {self.windows:,} windows of {self._seq_len:,} tokens, {left_out:,} left over; "
+            f"epoch: {self.windows:,} windows of {self._seq_len:,} tokens ({left_out:,} tokens left over); "
             f"{self._steps:,} steps of {self._batch:,} windows are {self.epoch(self._steps):.4g} epochs{replaced}"
         )
 
@@ -78,7 +78,7 @@ class Batches:
         return self._gather(self._train, self.offsets(step, first, count))
 
     def validation(self, batch_index: int, first: int, count: int) -> NDArray[np.int64]:
-        """Return the same of validation batch `batch_index` (of train.eval_batches), (count, seq_len + 1).
+        """Return samples [first, first + count) of validation batch `batch_index`, (count, seq_len + 1).
 
         Always the same windows, spread evenly over the validation part; they overlap where it is short.
         """
@@ -94,14 +94,14 @@ class Batches:
             raise ValueError(f"samples [{first}, {first + count}) of a global batch of {self._batch}")
 
     def _gather(self, tokens: Tokens, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the windows at `offsets`. DataError for ids outside the vocabulary: the file may have changed."""
+        """Return the windows at `offsets`. Raise DataError for ids outside the vocabulary (a changed file)."""
         found = tokens.windows(offsets, self._window)
         limit = self._vocab_size
         if limit is not None and (found.min() < 0 or found.max() >= limit):
             row, column = np.argwhere((found < 0) | (found >= limit))[0].tolist()
             raise DataError(
-                f"data.source: token id {found[row, column]} at position {offsets[row] + column} of {tokens.path} is "
-                f"outside the vocabulary of {limit} (model.vocab_size), and was not there when the data were prepared; "
-                "leave the file alone while a run uses it, and start again"
+                f"data.source: token id {found[row, column]} at position {offsets[row] + column} of the tokens from "
+                f"{tokens.path} is outside the vocabulary of {limit} (model.vocab_size), and was not there when the "
+                "data were prepared; do not change the file while a run uses it, and start again"
             )
         return found

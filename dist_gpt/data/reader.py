@@ -1,7 +1,7 @@
-"""Tokens in a file, read with pread and checked while they are read.
+"""Read tokens from a file with pread, and check them while they are read.
 
-A memory map would be shorter, but a map of a file that is cut ends the process with SIGBUS, without a word. Here a read
-that comes out short is an error with the file's name, and a file that changes under the run is noticed.
+A memory map would be simpler, but if its file is truncated, the process dies of SIGBUS without a message. Here a short
+read is an error that names the file, and a file that changes during the run is noticed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCAN_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [offset, offset + count) of a file; a header is counted in tokens, as part of the offset."""
+    """Tokens [offset, offset + count) of a file; the offset includes a header, counted in tokens."""
 
     path: Path
     dtype: str
@@ -50,7 +50,7 @@ class Tokens:
         self._seen = self._stamp()
         stop = self._first + self.nbytes
         if self._seen[0] < stop:
-            raise ValueError(f"{span.path} has {self._seen[0]} bytes instead of {stop}")
+            raise ValueError(f"{span.path} has {self._seen[0]} bytes, but its tokens end at byte {stop}")
         if sample and self.sample() != sample:
             raise ValueError(f"{span.path} does not hold the tokens that were prepared")
 
@@ -77,14 +77,14 @@ class Tokens:
         return self.read(0, self._count).astype(dtype or self.dtype)
 
     def read(self, start: int, count: int) -> NDArray[Any]:
-        """Return tokens [start, start + count), (count,). DataError if the file ends before them."""
+        """Return tokens [start, start + count), (count,). Raise DataError if the file ends before them."""
         width = self.dtype.itemsize
         return np.frombuffer(self._bytes(start * width, count * width), dtype=self.dtype)
 
     def windows(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Return the tokens [start, start + length) of each start, (starts, length).
 
-        DataError if the file was cut, or was rewritten with other tokens since it was opened.
+        Raise DataError if the file was truncated, or rewritten with other tokens, since it was opened.
         """
         found = np.empty((len(starts), length), dtype=np.int64)
         for row, start in enumerate(starts.tolist()):
@@ -95,8 +95,8 @@ class Tokens:
     def refuse_changes(self) -> None:
         """Raise DataError if the file holds other tokens than when it was opened.
 
-        Its size and time are looked at. Where they have changed, the contents decide: a file of up to 1 GB is read
-        whole, of a larger one blocks are compared.
+        Its size and modification time are compared first. If they have changed, the contents decide: up to 1 GB of
+        tokens are read again in full; of more, blocks are compared.
         """
         stamp = self._stamp()
         if stamp == self._seen:
@@ -108,7 +108,7 @@ class Tokens:
         self._seen = stamp
 
     def sample(self) -> str:
-        """Return a digest of blocks spread over the tokens, both ends included; of all of them up to 4 MB."""
+        """Return a digest of blocks spread over the tokens, both ends included; up to 4 MB, of all tokens."""
         size = self.nbytes
         digest = hashlib.sha256(f"{self.dtype.str} {size} ".encode())
         blocks = [(0, size)] if size <= WHOLE else [(i * (size - BLOCK) // (BLOCKS - 1), BLOCK) for i in range(BLOCKS)]
@@ -121,7 +121,7 @@ class Tokens:
         return self.scan(lambda ids: None)
 
     def scan(self, look: Callable[[NDArray[Any]], None]) -> str:
-        """Call `look` with all tokens, piece by piece, and return their digest. DataError if the file changes."""
+        """Call `look` with all tokens, piece by piece, and return their digest. Raise DataError if the file changes."""
         before = self._stamp()
         digest = hashlib.sha256()
         step = SCAN_BYTES // self.dtype.itemsize
@@ -143,14 +143,14 @@ class Tokens:
             more = os.pread(self._file, count - len(found), self._first + start + len(found))
             if not more:
                 raise self._changed(
-                    f"it was cut: bytes {self._first + start} to {self._first + start + count} are wanted, and it has "
-                    f"{os.fstat(self._file).st_size}"
+                    f"it was truncated: bytes {self._first + start} to {self._first + start + count} are needed, but "
+                    f"it has {os.fstat(self._file).st_size}"
                 )
             found += more
         return found
 
     def _changed(self, how: str) -> DataError:
         return DataError(
-            f"data.source: {self.path} changed while it was being read ({how}); leave the file alone while a run uses "
-            "it, and start again"
+            f"data.source: {self.path} changed while it was being read ({how}); do not change the file while a run "
+            "uses it, and start again"
         )

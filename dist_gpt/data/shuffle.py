@@ -1,4 +1,4 @@
-"""A keyed permutation of 0 .. size - 1 that is computed element by element, in constant memory.
+"""Permute 0 .. size - 1 by a key, element by element and in constant memory.
 
 A Feistel network on pairs (l, r) of Z_a x Z_b permutes 0 .. a*b - 1 for the smallest convenient a*b >= size, and cycle
 walking restricts it to 0 .. size - 1: values outside are permuted again until they fall inside (J. Black and
@@ -59,7 +59,7 @@ def permute(positions: NDArray[np.int64], epochs: NDArray[np.int64], size: int, 
 
 
 def sides(size: int) -> tuple[int, int]:
-    """Return a and b of the network's domain: near the square root, a*b >= size, few elements too many.
+    """Return a and b of the network's domain: both near the square root, a*b at or a little above `size`.
 
     `a` is even because cyclic shifts of an odd length are even permutations, and with two odd sides half of all
     permutations could never occur. Neither side is below SMALLEST_SIDE, where 10 rounds mix too little.

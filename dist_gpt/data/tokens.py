@@ -117,7 +117,7 @@ def check_fits(prepared: Prepared, config: Config) -> None:
 
 
 def _refuse_constant(prepared: Prepared, seq_len: int) -> None:
-    """Raise DataError where a part repeats one id: nothing can be learnt from it.
+    """Raise DataError if a part repeats one id: nothing can be learnt from it.
 
     Validation is the end of a single file, and constant where the file was allocated and only partly written.
     """
@@ -129,8 +129,7 @@ def _refuse_constant(prepared: Prepared, seq_len: int) -> None:
         if low == high and len(tokens) > fewest:
             raise DataError(
                 f"data.source: all {len(tokens):,} {name} tokens of {prepared.source} are the id {low}, so there is "
-                "nothing to learn from them; it may be a file that was allocated and not, or only partly, written: "
-                "write it again"
+                "nothing to learn from them; the file may have been allocated but never fully written: write it again"
             )
 
 
@@ -182,11 +181,11 @@ def _recipe(config: Config, say: Say) -> _Recipe:
 
 
 def _refuse_dtype(config: Config) -> None:
-    """Raise DataError where data.dtype is set and the source has no stored tokens."""
+    """Raise DataError if data.dtype is set and the source is not a file of tokens."""
     if config.data.dtype != AUTO:
         raise DataError(
-            f"data.dtype: {config.data.dtype}, but {config.data.source} is tokenised here and not a file of tokens; "
-            "leave data.dtype at auto"
+            f"data.dtype: {config.data.dtype}, but data.source {config.data.source} is not a file of tokens; leave "
+            "data.dtype at auto"
         )
 
 
@@ -222,7 +221,10 @@ def _synthetic_recipe(config: Config) -> _Recipe:
 
 
 def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
-    """The key holds size, time and a digest of blocks: reading tens of GB at every start would take too long."""
+    """Return the recipe of tokenised files.
+
+    The key holds size, time and a digest of blocks: reading tens of GB at every start would take too long.
+    """
     key: list[object] = []
     with _reading():
         samples = [_opened(span).sample() for span in spans]
@@ -247,7 +249,7 @@ def _opened(span: Span) -> Tokens:
     try:
         return Tokens(span)
     except ValueError as error:
-        raise DataError(f"data.source: {error}; it changed while it was being prepared: start again") from None
+        raise DataError(f"data.source: {error}; it changed while it was being prepared; start again") from None
 
 
 def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:

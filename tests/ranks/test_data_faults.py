@@ -1,4 +1,4 @@
-"""Data that change under a run, and ids outside the vocabulary, on ranks."""
+"""Test, on ranks, data that change during a run and ids outside the vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_ids_outside_the_vocabulary_stop_every_layout(
     layout: str, place: int, said: str, value: int, tmp_path: Path
 ) -> None:
-    """The last token of a window is a target alone."""
+    """The last token of a window is a target only."""
     config = config_of(tmp_path, parallel=LAYOUTS[layout])
     ids = np.arange(4 * 9, dtype=np.int64).reshape(4, 9) % 32
     ids[:, place] = value

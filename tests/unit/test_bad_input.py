@@ -157,9 +157,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         [r"all 3,800 train tokens of zeros\.bin are the id 0", r"write it again"],
     ),
     "odd_length": (
-        ["data.source=odd.bin", "model.vocab_size=256"], [r"8001 bytes, an odd number", r"cut off"],
+        ["data.source=odd.bin", "model.vocab_size=256"], [r"8001 bytes, an odd number", r"truncated"],
     ),
-    "dtype_of_text": (["data.dtype=uint32"], [r"data\.dtype: uint32, but text\.txt", r"leave data\.dtype at auto"]),
+    "dtype_of_text": (["data.dtype=uint32"], [r"data\.dtype: uint32, but data\.source text\.txt", r"leave data\.dtype at auto"]),
     "dtype_of_floats": (["data.dtype=float32"], [r"data\.dtype", r"float32", r"uint16"]),
     "unknown_order": (["data.order=shuffle"], [r"data\.order", r"shuffle", r"epochs", r"replacement"]),
     "unknown_key": (["train.stepz=3"], [r"train\.stepz", r"did you mean (train\.)?steps"]),

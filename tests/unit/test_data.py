@@ -204,7 +204,7 @@ def test_nanogpt_file_and_folder(make: Any, tmp_path: Path) -> None:
     again = prepare(make(tmp_path / "ids.bin", val_fraction=0.1))
     assert again.digest != one.digest and again.path != one.path
     (folder / "val.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match=r"val.bin has 2 bytes instead of 4000"):
+    with pytest.raises(DataError, match=r"val.bin has 2 bytes, but its tokens end at byte 4000"):
         open_prepared(two.path)
 
 

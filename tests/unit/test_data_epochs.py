@@ -157,7 +157,8 @@ def test_one_window_is_an_epoch(make: Any, tmp_path: Path) -> None:
 def test_epochs_are_counted_and_described(make: Any) -> None:
     batches = Batches(prepare(make()), make())
     assert batches.epoch(11) == 11 * 6 / WINDOWS
-    assert batches.describe() == "epoch: 22 windows of 4 tokens, 2 left over; 11 steps of 6 windows are 3 epochs"
+    windows = "epoch: 22 windows of 4 tokens (2 tokens left over)"
+    assert batches.describe() == f"{windows}; 11 steps of 6 windows are 3 epochs"
     replaced = Batches(prepare(make()), make(order="replacement"))
     assert replaced.describe().endswith("3 epochs, drawn with replacement (data.order)")
     assert len(np.unique(np.concatenate([replaced.offsets(step, 0, 6) for step in range(11)]))) < 66

@@ -1,5 +1,5 @@
-"""Formats of tokenised files: headers are read, foreign formats named, doubtful widths refused. Files are written by
-hand from the formats' descriptions."""
+"""Test the formats of tokenised files: known headers, foreign formats, doubtful widths. Files are written by hand from
+the formats' descriptions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGE = (128_256 ** RNG.random(4000)).astype(int)
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Config]:
-    """A configuration whose cache is the test's own."""
+    """Return a function that builds a configuration with a cache of the test's own."""
 
     def build(source: Path | str, vocab_size: int = 50_257, **data: Any) -> Config:
         sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "seq_len": 16, "vocab_size": vocab_size}
@@ -43,7 +43,7 @@ def make(tmp_path: Path) -> Callable[..., Config]:
 
 
 def refused(config: Config, *words: str) -> str:
-    """What the refusal says; nothing is left of it."""
+    """Check that `config` is refused with `words` and leaves nothing in the cache; return the message."""
     with pytest.raises(DataError) as caught:
         prepare(config)
     said = str(caught.value)
@@ -113,21 +113,21 @@ def test_known_headers_are_read(make: Any, tmp_path: Path, content: bytes, ids: 
         (llmc(BPE, 20240801, 1, "<u4"), ["llm.c", "magic 20240801 version 1"]),
         (llmc(BPE, 20240520, 1, "<u2")[:-200], ["counts 4000 tokens of 2 bytes", "9024 bytes", "8824"]),
         (llmc(BPE, 20240520, 1, "<u2", 3999), ["counts 3999"]),
-        (llmc(BPE, 20240520, 1, "<u2")[:100], ["llm.c", "cut off or damaged"]),
+        (llmc(BPE, 20240520, 1, "<u2")[:100], ["llm.c", "truncated, damaged"]),
         (llmc([], 20240520, 1, "<u2"), ["0 tokens"]),
         (llmc(BPE, 20240326, 3, "<u2"), ["llm.c model checkpoint"]),
         (llmc(BPE, 20240522, 1, "<u2"), ["llm.c evaluation file"]),
         (llmc(BPE, 20240328, 2, "<u2"), ["llm.c tokenizer"]),
         (litgpt(BPE, 8, "<u2", 1000, version=2), ["LitGPT", "version 2"]),
         (litgpt(BPE, 6, "<f4", 1000), ["dtype code 6"]),
-        (litgpt(BPE, 8, "<u2", 4000)[:-2], ["no multiple of its chunk of 4000"]),
+        (litgpt(BPE, 8, "<u2", 4000)[:-2], ["not a multiple of its chunk of 4000"]),
         (litgpt(BPE, 8, "<u2", 0), ["LitGPT"]),
         (b"LITPKDS", ["LitGPT", "7 bytes"]),
         (npy(BPE.astype(float)), ["float64", "integers"]),
         (npy(BPE > 5), ["bool", "integers"]),
         (npy(BPE.reshape(40, 100)), ["(40, 100)", "reshape(-1)"]),
         (npy(np.array(7)), ["()"]),
-        (npy(BPE)[:-8], ["NumPy", "cut off or damaged"]),
+        (npy(BPE)[:-8], ["NumPy", "truncated, damaged"]),
         (npy(BPE) + npy(BPE), ["NumPy", "one array ends at"]),
         (b"\x93NUMPY\x01\x00\x10\x00nonsense", ["NumPy", "cannot be read"]),
         (npy(np.zeros(0, "<u2")), ["0 tokens"]),
@@ -160,7 +160,7 @@ def archive(kind: str) -> bytes:
 
 
 def samples(header: bytes) -> bytes:
-    """litdata: count, offsets, items. MDS has its columns' JSON between offsets and items."""
+    """Return a litdata shard: count, offsets, items; MDS has `header`, its columns as JSON, before the items."""
     items = [b"\0\1" * 20, b"\2\3" * 30]
     start = 4 * 4 + len(header)
     offsets = [start, start + 40, start + 100]
@@ -222,7 +222,7 @@ def test_foreign_formats_are_named(make: Any, tmp_path: Path, kind: str) -> None
     path = tmp_path / "train.bin"
     path.write_bytes(content)
     said = refused(make(path), str(path), name)
-    assert "; " in said, "it says what to do"
+    assert "; " in said, "the message says what to do"
     if kind not in ("json", "text", "html", "lfs"):  # text of another name is text
         other = tmp_path / "data.unknown"
         other.write_bytes(content)
@@ -244,14 +244,14 @@ def masked_crc(data: bytes) -> int:
 
 @pytest.mark.parametrize("begins", [[35_615, 8], [640, 93], [65_279], [16_975, 67], [0, 1], [1, 0, 2, 0]])
 def test_tokens_that_begin_like_a_short_magic_are_read(make: Any, tmp_path: Path, begins: list[int]) -> None:
-    """An explicit dtype is believed where only two or three bytes speak against it."""
+    """An explicit dtype takes precedence over a signature of two or three bytes."""
     ids = np.concatenate([begins, BPE])
     ids.astype("<u2").tofile(tmp_path / "ids.bin")
     assert np.array_equal(tokens_of(make(tmp_path / "ids.bin", 65_536, dtype="uint16")), ids)
 
 
 def test_folders_of_shards_are_not_read_as_text(make: Any, tmp_path: Path) -> None:
-    """Such a folder may hold a README, which would be trained on."""
+    """Otherwise training would use such a folder's README."""
     for name, files in {
         "litdata": {"index.json": b'{"chunks": []}', "chunk-0-0.bin": samples(b"")},
         "mds": {"index.json": b'{"shards": [], "version": 2}', "shard.00000.mds": samples(b"{}")},
@@ -317,14 +317,14 @@ def test_16_bit_tokens_are_not_doubted(make: Any, tmp_path: Path, ids: Any) -> N
 def test_a_large_vocabulary_needs_the_width(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "ids.bin"
     BPE.astype("<u2").tofile(path)
-    refused(make(path, 128_256), "model.vocab_size 128256", "data.dtype: uint32 or data.dtype: uint16")
+    refused(make(path, 128_256), "model.vocab_size 128256", "set data.dtype: uint32, or data.dtype: uint16")
     assert np.array_equal(tokens_of(make(path, 128_256, dtype="uint16")), BPE)
 
 
 def test_sizes_that_are_no_multiple_of_the_width(make: Any, tmp_path: Path) -> None:
     path = tmp_path / "ids.bin"
     path.write_bytes(LARGE.astype("<u4").tobytes()[:-2])
-    refused(make(path, 128_256, dtype="uint32"), "15998 bytes", "no multiple of 4")
+    refused(make(path, 128_256, dtype="uint32"), "15998 bytes", "not a multiple of 4")
     path.write_bytes(RAW[:-1])
     refused(make(path), "7999 bytes", "an odd number")
 
@@ -334,7 +334,7 @@ def test_a_folder_is_read_by_its_own_headers(make: Any, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.bin").write_bytes(llmc(BPE, 20240520, 1, "<u2"))
     (folder / "val.bin").write_bytes(RAW)
-    refused(make(folder), "train.bin has a header and", "val.bin has none")
+    refused(make(folder), "train.bin has a header but", "val.bin has none")
     (folder / "val.bin").write_bytes(llmc(BPE[:100], 20240801, 7, "<u4"))
     prepared = prepare(make(folder))
     assert np.array_equal(prepared.train[:], BPE) and np.array_equal(prepared.val[:], BPE[:100])

@@ -1,4 +1,4 @@
-"""Files of tokens that change, or never held any: what is noticed, and when."""
+"""Test token files that change during a run or were never written: what is noticed, and when."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Config]:
-    """A configuration whose cache is the test's own."""
+    """Return a function that builds a configuration with a cache of the test's own."""
 
     def build(source: Path | str, **data: Any) -> Config:
         sizes = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "seq_len": 16, "vocab_size": 256}
@@ -78,11 +78,11 @@ def test_large_files_are_compared_by_blocks(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_file_that_is_cut_while_a_run_reads_it(make: Any, path: Path) -> None:
-    """A memory map would end the process with SIGBUS."""
+    """With a memory map, SIGBUS would kill the process."""
     batches = Batches(prepare(make(path)), make(path))
     batches.sample(0, 0, 8)
     os.truncate(path, 100)
-    with pytest.raises(DataError, match=r"ids.bin changed while it was being read \(it was cut: .* it has 100\)"):
+    with pytest.raises(DataError, match=r"ids.bin changed while it was being read \(it was truncated: .* it has 100\)"):
         for step in range(10):
             batches.sample(step, 0, 8)
 
@@ -150,9 +150,9 @@ def test_constant_files_are_refused(make: Any, tmp_path: Path, value: int, dtype
 
 
 def test_a_file_that_was_partly_written_is_refused(make: Any, tmp_path: Path) -> None:
-    """Allocated in full, and copied in part: validation is all zeros."""
+    """The file was allocated in full and copied in part, so validation is all zeros."""
     np.concatenate([IDS, np.zeros(400, "<u2")]).tofile(tmp_path / "ids.bin")
-    with pytest.raises(DataError, match=r"all 220 validation tokens of .* are the id 0, .*only partly, written"):
+    with pytest.raises(DataError, match=r"all 220 validation tokens of .* are the id 0, .*never fully written"):
         prepare(make(tmp_path / "ids.bin"))
 
 
