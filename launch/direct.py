@@ -1,10 +1,10 @@
-"""A rank of `dist-gpt train` that no launcher of ours started: by srun, mpirun, torchrun, or by hand.
+"""Find the rank, meeting place and run directory of a `train` that dist-gpt launch did not start, but srun, mpirun, ...
 
-    start = recognise(os.environ)       # which rank of how many, by the table of launch.discover; nothing is touched
+    start = recognise(os.environ)       # which rank of how many, by the table of launch.discover; changes nothing
     start.enter(os.environ)             # torchrun's variables, with the address at which the ranks meet
     folder = RunFolder(config, ...)     # the run directory: checked at once, made by rank 0 when all ranks are there
 
-Ranks of an mpirun ask each other over MPI where they meet; on one node they can also work it out without MPI.
+Ranks of an mpirun agree on the address over MPI; on one node they can also derive it without MPI.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from launch.ports import port_of
 from launch.spec import ATTEMPT, MASTER, STORE_FD, TERMINAL
 
 QUIET_S, SLURM_QUIET_S = 20.0, 5.0
-"""How long a rank leaves it to rank 0 to report an error that all ranks found: their starter ends it meanwhile, but
-for srun, which waits for all of them."""
+"""How long a rank waits for rank 0 to report an error that all ranks found. Meanwhile the program that started them
+ends the rank; srun alone waits for all ranks."""
 LINGER_S = 5.0
-"""How long a rank that exits with an error code waits for rank 0, which its starter would kill otherwise."""
+"""How long a rank that exits with an error code waits for rank 0, which would otherwise be killed."""
 SLURM, FLUX, TORCHRUN = "Slurm step", "Flux", "torchrun"
 ASKS_MPI = ("Open MPI", "MVAPICH", "MPICH (PMI)")
 NAMED_BY_TORCH = ("dist-gpt launch", TORCHRUN, "RANK and WORLD_SIZE")
-"""Starters that set torchrun's variables themselves; what is missing there is not guessed."""
+"""Starters that set torchrun's variables themselves; missing ones are not guessed."""
 ALONE = ("RANK and WORLD_SIZE", "single process")
-"""Started one by one, each with a terminal of its own: every rank reports its errors."""
+"""Ranks that are started one by one, each with its own terminal, all report their errors."""
 RANK_NAMES = {
     SLURM: "SLURM_PROCID",
     FLUX: "FLUX_TASK_RANK",
     **{who: names[0][0] for who, names in MPI_NAMES.items()},
 }
-"""Where each starter says the rank; the others say RANK."""
+"""The variable in which each starter gives the rank; the others use RANK."""
 SIGNS = (
     "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID", "PMI_ID", "FLUX_TASK_RANK",
     "JSM_NAMESPACE_RANK", "MV2_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK",
 )  # fmt: skip
-"""Set by programs that start several processes; alone, they do not tell how many."""
+"""Variables of programs that start several processes; on their own, they do not say how many."""
 STALE = (STORE_FD, ATTEMPT, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
-"""Meant for the ranks of one start; from an earlier one they would make this start a restart, or move its store."""
+"""Variables for the ranks of one start: left over, they would turn this start into a restart or move its store."""
 DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy",
            "hydra_bstrap_proxy", "pmi_proxy", "mpirun_rsh", "mpispawn")  # fmt: skip
 
@@ -71,7 +71,7 @@ class Start:
     place: Place
 
     def enter(self, environ: MutableMapping[str, str]) -> None:
-        """Put torchrun's variables of this rank into `environ`. Raise ConfigError where the ranks cannot meet."""
+        """Put torchrun's variables of this rank into `environ`. Raise ConfigError if the ranks cannot meet."""
         if self.who != TORCHRUN:
             for name in STALE:
                 environ.pop(name, None)
@@ -86,20 +86,20 @@ class Start:
             environ.setdefault(TERMINAL, "")  # mpirun gives its ranks a terminal of their own, which is not the user's
 
     def linger(self, code: int) -> None:
-        """Wait before this rank exits with `code`, as mpirun, `srun -K` and Flux end the others when one rank fails."""
+        """Wait before exiting with an error `code`: mpirun, `srun -K` and Flux end the other ranks when one fails."""
         if code and self.place.rank and self.who in (*MPI_NAMES, SLURM, FLUX):
             time.sleep(LINGER_S)
 
 
 def recognise(environ: Mapping[str, str]) -> Start:
-    """Find out which rank this is. Raise ConfigError where the variables contradict each other or tell too little."""
+    """Return which rank this is. Raise ConfigError if the variables contradict each other or say too little."""
     who = started_by(environ)
     if who == "single process":
         seen = [name for name in SIGNS if environ.get(name)]
         if seen:
             raise ConfigError([
                 f"{seen[0]}={environ[seen[0]]} says that another program started this process as one of several, but "
-                "not of how many; start the ranks with dist-gpt launch, torchrun, srun or mpirun, or unset "
+                "not how many there are; start the ranks with dist-gpt launch, torchrun, srun or mpirun, or unset "
                 f"{', '.join(seen)} to train in one process"
             ])  # fmt: skip
     reader = next(read for name, _, read in TABLE if name == who)
@@ -119,10 +119,10 @@ def is_restart(environ: Mapping[str, str]) -> bool:
 
 
 def speaks(environ: Mapping[str, str], shared: bool) -> bool:
-    """Return whether this rank prints its error; other ranks than rank 0 first give rank 0 time to print it.
+    """Return whether this rank prints its error. Ranks other than 0 first wait, to give rank 0 time to print it.
 
-    `shared`: every rank finds the same error. A starter ends the other ranks when rank 0 leaves with an error code, so
-    that most of them never get past the wait. srun may not: there one rank of a node is enough.
+    `shared`: every rank finds the same error. When rank 0 exits with an error code, most starters end the other ranks
+    during this wait. srun may not, so one rank of each node prints the error.
     """
     who = started_by(environ)
     if rank_of(environ) == 0 or who in ALONE:
@@ -135,22 +135,23 @@ def speaks(environ: Mapping[str, str], shared: bool) -> bool:
 
 
 def _with_meeting_place(who: str, place: Place, environ: MutableMapping[str, str]) -> Place:
-    """Return `place` with an address that all its ranks know, where they can find out one."""
+    """Return `place` with an address that all its ranks know, if they can find one."""
     if environ.get(MASTER):
         addr, port = split_address(environ[MASTER], MASTER)
         return replace(place, master_addr=addr, master_port=port)
     if who in ASKS_MPI:
         if _mpirun_is_there(who, environ) is False:
             raise ConfigError([
-                f"this is rank {place.rank} of {place.world} by the variables of {place.source}, but the mpirun that "
-                "set them is gone; unset them (all of OMPI_*, PMIX_* and PMI_*), or start the ranks with mpirun"
+                f"this is rank {place.rank} of {place.world} according to the variables of {place.source}, but the "
+                "mpirun that set them is gone; unset them (all of OMPI_*, PMIX_*, PMI_* and MV2_*), or start the ranks "
+                "with mpirun"
             ])  # fmt: skip
         return _over_mpi(place, environ)
     return _on_one_node(place, environ) or place
 
 
 def _over_mpi(place: Place, environ: MutableMapping[str, str]) -> Place:
-    """Ask the other ranks over MPI; where that fails and all are on one node, work the address out."""
+    """Ask the other ranks over MPI; if that fails and all are on one node, derive the address."""
     local = _on_one_node(place, environ)
     if local is not None and importlib.util.find_spec("mpi4py") is None:
         return local
@@ -166,7 +167,7 @@ def _over_mpi(place: Place, environ: MutableMapping[str, str]) -> Place:
 
 
 def _on_one_node(place: Place, environ: Mapping[str, str]) -> Place | None:
-    """Return `place` with an address on loopback, derived from the name of this very start; None where it has none."""
+    """Return `place` with an address on loopback, derived from the name of this start; None if it has none."""
     if place.nodes > 1:
         return None
     name = environ.get("PMIX_NAMESPACE") or environ.get("FLUX_JOB_ID") or _daemon_name()
@@ -174,7 +175,7 @@ def _on_one_node(place: Place, environ: Mapping[str, str]) -> Place | None:
 
 
 def _daemon_name() -> str | None:
-    """Return what names the mpirun above this process on this host; None where there is none."""
+    """Return a name for the mpirun above this process on this host; None if there is none."""
     found = _daemon()
     return f"{found.name()} {found.pid}" if found is not None else None
 
@@ -198,9 +199,9 @@ def _library(environ: Mapping[str, str]) -> str | None:
 
 
 def _mpirun_is_there(who: str, environ: Mapping[str, str]) -> bool | None:
-    """Return whether the mpirun that set these variables can be reached; None: it leaves no trace to look for.
+    """Return whether the mpirun that set these variables can be reached; None if there is nothing to check.
 
-    MPI ends the process, or crashes, where its variables are left over from an mpirun that is gone.
+    MPI ends the process, or crashes, if its variables are left over from an mpirun that is gone.
     """
     if who == "Open MPI":
         uris = [value for name, value in environ.items() if name.startswith("PMIX_SERVER_URI")]
@@ -225,23 +226,23 @@ def _listens(address: str) -> bool:
 
 
 class RunFolder:
-    """The run directory of a training that has no launcher. All its methods are for rank 0 alone.
+    """The run directory of a training without a launcher. Only rank 0 may call its methods.
 
-    It is made when all ranks have met and have their data, and locked from then on: a start that fails before leaves
-    nothing behind, and a second training in the same folder is refused. `held` keeps the lock as long as it is open.
+    It is made once all ranks have met and have their data, and is locked from then on: a start that fails earlier
+    leaves nothing behind, and a second training in the folder is refused. The lock lasts as long as `held` is open.
     """
 
     def __init__(self, config: Config, resolve: Callable[[], Resume], restarted: bool, held: ExitStack) -> None:
-        """`resolve` returns what --resume means; `restarted`: torchrun has started its ranks again."""
+        """Prepare for rank 0. `resolve` returns what --resume means; `restarted`: torchrun has restarted the ranks."""
         self._config, self._resolve, self._restarted = config, resolve, restarted
         self.may_exist = restarted
-        """Whether a run in the folder may be continued; then another training may be at work there."""
+        """True if a run in the folder may be continued; then another training may be running there."""
         self._held, self._path = held, Path(str(config.run_dir))
         self._plan: dict[str, Any] = {}
         self._made = False
 
     def check(self) -> None:
-        """Raise ConfigError where the run directory cannot be made or continued; nothing is changed."""
+        """Raise ConfigError if the run directory cannot be made or continued; change nothing."""
         if self.may_exist:
             self._look()
         if not self._resolve().goes_on:
@@ -249,7 +250,7 @@ class RunFolder:
         self._plan = api.plan_document(self._config, 0)
 
     def make(self, about_data: str) -> None:
-        """Make the run directory, or take over the one there is, and lock it. Raise ConfigError where it is taken."""
+        """Make the run directory or take over the existing one, and lock it. Raise ConfigError if it is in use."""
         print(f"data: {about_data}", flush=True)
         if self._restarted:
             self._look()
@@ -259,7 +260,7 @@ class RunFolder:
             self._held.enter_context(lock.hold(self._path))
         except ConfigError:
             if not there:
-                with suppress(OSError):  # not empty: another training was faster and works in it
+                with suppress(OSError):  # not empty: another training was faster and uses it
                     self._path.rmdir()
             raise
         self._made = not there
@@ -271,7 +272,7 @@ class RunFolder:
         print(f"run directory {self._path}, logs in {self._path / 'logs'}", flush=True)
 
     def discard(self) -> None:
-        """Remove the run directory if this start made it; by another name, so that the next start finds all or none."""
+        """Remove the run directory if this start made it; rename it first, so the next start finds all or nothing."""
         if self._made:
             self._made = False
             aside = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
@@ -280,8 +281,10 @@ class RunFolder:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _look(self) -> None:
-        """Raise ConfigError where another training holds the folder. torchrun may have moved rank 0 to another host:
-        the lock of its former process there is waited for until it is stale."""
+        """Raise ConfigError if another training holds the folder.
+
+        torchrun may have moved rank 0 to another host; then wait until the lock of its former process is stale.
+        """
         until = time.monotonic() + (lock.STALE_S + lock.TOUCH_S if self._restarted else 0.0)
         while True:
             try:

@@ -10,8 +10,8 @@
     MPICH, Intel MPI  PMI_SIZE; PALS (aprun, Cray's mpiexec) too
     jsrun             JSM_NAMESPACE_SIZE
     Flux              FLUX_TASK_RANK and FLUX_JOB_SIZE
-    somebody else     RANK and WORLD_SIZE
-    nobody            a single process
+    another program   RANK and WORLD_SIZE
+    none of these     a single process
 
 An mpirun is nearer than a Slurm step: in an allocation mpirun starts its daemons (orted, prted, hydra's proxies) with
 srun, so a rank on another node sees SLURM_PROCID and the like of the daemon's step, one task per node, and on mpirun's
@@ -73,9 +73,9 @@ class Place:
         """torchrun's variables. ConfigError where several ranks would have no place to meet."""
         if self.world > 1 and (self.master_addr is None or self.master_port is None):
             raise ConfigError([
-                f"this is rank {self.rank} of {self.world} (started by: {self.source}), but it is not known where the "
-                f"ranks meet; set {MASTER}=HOST:PORT (or MASTER_ADDR and MASTER_PORT) for all ranks, start them with "
-                "dist-gpt launch, or unset the variables that an earlier job left behind"
+                f"this is rank {self.rank} of {self.world} (started by: {self.source}), but the address at which "
+                f"the ranks meet is not known; set {MASTER}=HOST:PORT (or MASTER_ADDR and MASTER_PORT) for all ranks, "
+                "start them with dist-gpt launch, or unset the variables that an earlier job left behind"
             ])  # fmt: skip
         found = {
             "RANK": str(self.rank),
@@ -111,8 +111,8 @@ class Variables:
         value = self.environ.get(name, "")
         if not value:
             raise ConfigError([
-                f"{name} is not set, so this process cannot tell which rank it is (started by: {self.source}); set it, "
-                "or unset the variables that an earlier job left behind"
+                f"{name} is not set, so this process cannot tell its rank or where the ranks meet (started by: "
+                f"{self.source}); set it, or unset the variables that an earlier job left behind"
             ])  # fmt: skip
         return value
 
@@ -215,7 +215,7 @@ MPI_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "jsrun": tuple((f"JSM_NAMESPACE_{name}",) for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
 }
-"""Rank, world, local rank and ranks on the node: the variables that may hold each, the first that is set counts."""
+"""Variables that may hold the rank, world, local rank and ranks on the node; the first that is set counts."""
 
 
 def _mpi_reader(who: str) -> Reader:
@@ -228,19 +228,19 @@ def _mpi_reader(who: str) -> Reader:
 
 
 def _flux(environ: Mapping[str, str]) -> Place:
-    """Flux tells the number of nodes, not how many tasks this one has: evenly filled nodes are taken."""
+    """Read Flux's variables. They give the number of nodes, not of tasks on this one: assume evenly filled nodes."""
     seen = Variables(environ, "Flux")
     rank, world, nodes = seen.number("FLUX_TASK_RANK"), seen.number("FLUX_JOB_SIZE"), seen.number("FLUX_JOB_NNODES")
     if nodes < 1 or world % nodes:
         raise ConfigError([
-            f"Flux started {world} tasks (FLUX_JOB_SIZE) on {nodes} nodes (FLUX_JOB_NNODES): nodes must hold equally "
-            "many; flux run --tasks-per-node=N starts them so"
+            f"FLUX_JOB_SIZE={world} is not a multiple of FLUX_JOB_NNODES={nodes}, but every node must run the same "
+            "number of tasks; start them with flux run --tasks-per-node=N"
         ])  # fmt: skip
     return _mpi(seen, rank, world, seen.number("FLUX_TASK_LOCAL_ID"), world // nodes)
 
 
 def _mpi(seen: Variables, rank: int, world: int, local: int, local_world: int) -> Place:
-    """None of them says which node this is: evenly filled ones in order are taken. launch.mpi.meet asks the ranks."""
+    """Return the place. No MPI gives the node: assume evenly filled nodes in order. launch.mpi.meet asks the ranks."""
     each = max(1, local_world)
     if rank % each != local:
         raise ConfigError([
@@ -271,7 +271,7 @@ TABLE: tuple[tuple[str, Callable[[Mapping[str, str]], bool], Reader], ...] = (
 
 
 def started_by(environ: Mapping[str, str]) -> str:
-    """Return the table's name of the program that started this process, `single process` for none."""
+    """Return the table's name for the program that started this process, or `single process`."""
     return next(who for who, recognised, _ in TABLE if recognised(environ))
 
 

@@ -58,7 +58,7 @@ class RankState:
     unacknowledged: bool | None = None
     """The kernel of its host does not acknowledge what the watch sends; None: not known."""
     excused: float = 0.0
-    """Up to then its silence says nothing: the job was suspended, and it may be continued later than the launcher."""
+    """Until then its silence means nothing: the job was suspended, and it may be continued later than the launcher."""
     arrived: float | None = None
     """When its hello came, in seconds since 1970; None: not known, or while the launcher was suspended."""
 

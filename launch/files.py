@@ -43,8 +43,10 @@ def newest_checkpoint(run_dir: Path) -> str:
 
 
 def go_on(run_dir: Path, via: str) -> str:
-    """Return what is saved, and the command that continues from there; where the run would end the same way, what to
-    change and the command that begins again."""
+    """Return what is saved and the command that continues from there.
+
+    If the run would end the same way again, return instead what to change and the command to run then.
+    """
     newest = newest_checkpoint(run_dir)
     launch = ["dist-gpt", "launch", str(run_dir / "config.yaml"), "--via", via]
     if change := to_change(run_dir):
@@ -53,7 +55,7 @@ def go_on(run_dir: Path, via: str) -> str:
         if "optim." in change:  # a checkpoint continues only with the optim section that it was made with
             how, more = "begin again", ["--set", f"run_dir={run_dir}-2"]
         again = shlex.join([*launch, *more])
-        return f"{kept}; continuing as it is would end the same way. {change}, and {how}: {again} --set KEY=VALUE"
+        return f"{kept}; continuing unchanged would end the same way. {change}, and {how}: {again} --set KEY=VALUE"
     command = shlex.join([*launch, "--resume", "auto"])
     mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
     script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""
@@ -67,12 +69,12 @@ def why_left(run_dir: Path) -> str:
 
 
 def to_change(run_dir: Path) -> str:
-    """Return what exit.json says must be changed for the run to come further; empty where it says nothing."""
+    """Return what exit.json says must be changed before the run can get further; empty if it says nothing."""
     return str(ended(run_dir).get("change") or "")
 
 
 def step_left(run_dir: Path) -> int:
-    """Return the step that rank 0 wrote into exit.json; 0 where it wrote none."""
+    """Return the step that rank 0 wrote to exit.json; 0 if it wrote none."""
     step = ended(run_dir).get("step")
     return step if isinstance(step, int) else 0
 

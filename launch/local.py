@@ -33,7 +33,7 @@ TERM_S = 5.0
 SAVING_TERM_S = 0.5
 """The same where SIGTERM asks for a save: the job has failed, and nothing will come of it."""
 PIPE_BYTES = 1 << 20
-"""Of rank 0's output, not yet read; Linux' limit for users that are not root."""
+"""Capacity of the pipe for rank 0's output; Linux's limit for users other than root."""
 VIOLENT = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 VIOLENT_LEAD_S = 0.5
 """A killed process closes its connections before its launcher hears of it, so a peer's error can look earlier. Such
@@ -179,8 +179,11 @@ class LocalRanks:
 
 
 def widen(pipe: int) -> None:
-    """Let a pipe hold PIPE_BYTES, where the system can: rank 0 must not wait at a full one while this launcher is
-    suspended, or it would never come to the step boundary at which the ranks save."""
+    """Enlarge a pipe to PIPE_BYTES, if the system can.
+
+    Rank 0 must not block on a full pipe while this launcher is suspended: it would never reach the step boundary at
+    which the ranks save.
+    """
     with suppress(AttributeError, OSError):
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 

@@ -1,8 +1,10 @@
-"""One training to a run directory: RUN_DIR/launcher.lock holds {host, pid, job, ...} as JSON while a launcher
-supervises ranks there, or rank 0 of a training without a launcher trains.
+"""Keep a run directory to one training at a time.
 
-    lock.look(run_dir)                # raises ConfigError where somebody does
-    with lock.hold(run_dir): ...      # the same, and nobody else does from here on
+RUN_DIR/launcher.lock holds {host, pid, job, ...} as JSON while a launcher supervises ranks there, or while rank 0 of a
+training without a launcher trains.
+
+    lock.look(run_dir)                # raises ConfigError if another training is there
+    with lock.hold(run_dir): ...      # the same, and keeps other trainings out
 
 The file is made by O_EXCL and touched every TOUCH_S by a thread, so that a launcher that was killed, here or on another
 host, holds nobody up: ages are by the clock of the file system alone, which all hosts share.
@@ -34,7 +36,7 @@ SAME_S = 1.0
 
 
 def look(run_dir: Path) -> None:
-    """Raise ConfigError, which names host, process and job, where another training is at work in `run_dir`."""
+    """Raise ConfigError, which names host, process and job, if another training is using `run_dir`."""
     holder = _holder(run_dir / FILE)
     if holder is None:
         return
@@ -49,7 +51,7 @@ def look(run_dir: Path) -> None:
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of `run_dir`, which is there already. Raise ConfigError where one is in it."""
+    """Keep other trainings out of `run_dir`, which must exist. Raise ConfigError if one is using it."""
     path, own = run_dir / FILE, json.dumps(_ours()).encode()
     descriptor, done = _take(path, own), threading.Event()
     threading.Thread(target=_touch, args=(descriptor, done), name="lock", daemon=True).start()

@@ -228,7 +228,7 @@ def job_text(document: dict[str, Any]) -> str:
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """Read from metrics.jsonl: steps, how many of them were skipped and why, first and last loss and validation loss
+    """Return what metrics.jsonl says: steps, how many were skipped and why, first and last loss and validation loss
     (null: not finite), median tokens_per_s and step_s."""
     rows = []
     if (run_dir / "metrics.jsonl").is_file():
@@ -275,9 +275,9 @@ def _told(loss: float | None) -> str:
 
 def summary_text(document: dict[str, Any]) -> str:
     """One line per thing worth knowing at the end of a run."""
-    lines = [f"{document['steps'] - document['skipped']} steps done"]
-    if document["skipped_why"]:
-        lines = [f"{document['steps'] - document['skipped']} steps trained, {document['skipped_why']}"]
+    trained = document["steps"] - document["skipped"]
+    steps = f"{trained} step{'' if trained == 1 else 's'}"
+    lines = [f"{steps} trained, {document['skipped_why']}" if document["skipped_why"] else f"{steps} done"]
     if document["loss"]:
         lines.append("loss             {:.4f} -> {:.4f}".format(*document["loss"]))
     if document["val_loss"]:

@@ -38,11 +38,11 @@ SETTLE_S = 1.0
 """The starter has ended: time for what the ranks said last to be read."""
 TICK_S = 0.2
 SAID_S = 3.0
-"""A shorter suspension is not worth a line: a busy machine looks alike."""
+"""Shorter suspensions are not reported: a busy machine looks the same."""
 SHORTLY_S = 60.0
-"""After a suspension: it may have caused a failure."""
+"""For how long after a suspension a failure is reported with a mention of it."""
 BACK_S = 1.0
-"""From a suspension's end to the line about it: by then it is known whether the ranks ran meanwhile."""
+"""From the end of a suspension to the line about it: by then it is known whether the ranks kept running."""
 PASSED_THROUGH = (2, PREEMPTED)
 ASKING = ("SIGTERM", "SIGUSR1")
 """Signals that ask the ranks to save and leave; others end them at once."""
@@ -77,7 +77,7 @@ class Supervisor:
         self.took_leave = False  # every rank left in an orderly way: starting again would change nothing
         self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
         self.starter_start = 0
-        self.told: Suspension | None = None  # the last one that a line was said about
+        self.told: Suspension | None = None  # the last one that was reported
         self.survived: Suspension | None = None  # the last one after which the job continued
 
     def on_signal(self, number: int, frame: object) -> None:
@@ -229,18 +229,18 @@ class Supervisor:
         return self._verdict(trouble)
 
     def _now(self) -> float:
-        """Return the time by the clock of the watch, which leaves out suspensions of this process."""
+        """Return the time on the watch's clock, which leaves out suspensions of this process."""
         return self.watch.now() if self.watch is not None else time.monotonic()
 
     def _tell_of_suspension(self, ended: bool = False) -> None:
-        """Say once that the job was suspended, or the launcher alone; `ended`: its ranks are gone by now."""
+        """Report once that the job, or the launcher alone, was suspended; `ended`: the ranks are gone by now."""
         last = self.watch.clock.last if self.watch is not None else None
         if self.watch is None or last is None or last is self.told or last.seconds < SAID_S:
             return
         if not ended:
             leaving = any(state.bye is not None or state.closed is not None for state in self.watch.states())
             if leaving or self._now() - last.at < BACK_S or not self.starter.running():
-                return  # what it meant is said at the end
+                return  # reported at the end, when its effect is known
         self.told, self.survived = last, self.survived if ended else last
         alone = ended or self.watch.ran_on()
         who = "the launcher" if alone else "this job"
@@ -314,13 +314,14 @@ class Supervisor:
         return code
 
     def _tell_saved(self) -> None:
-        """Say that the ranks saved and left, and why where this launcher has not asked them to."""
-        ranks, last = self.spec.ranks, self.watch.clock.last if self.watch is not None else None
+        """Report that the ranks saved and exited, and why if this launcher did not ask them to."""
+        last = self.watch.clock.last if self.watch is not None else None
+        ranks = f"{self.spec.ranks} rank{'' if self.spec.ranks == 1 else 's'}"
         if self.stops or not self.spec.saves:
-            say(f"preempted: {ranks} ranks saved and left (exit code {PREEMPTED})")
+            say(f"preempted: {ranks} saved and exited (exit code {PREEMPTED})")
             return
         step, why = step_left(self.spec.log_dir.parent), why_left(self.spec.log_dir.parent)
-        left = f"the {ranks} ranks saved at step {step} and left (exit code {PREEMPTED})"
+        left = f"the {ranks} saved at step {step} and exited (exit code {PREEMPTED})"
         if last is not None and last is not self.told and last.seconds >= SAID_S:
             say(f"the launcher was suspended for {last.seconds:.0f} s; {left}")
         else:

@@ -36,7 +36,8 @@ STRANGERS = 64
 ASK_S = 1.0
 PROBE_S = 5.0
 BEAT_S, STAGGER_S = 0.5, 10.0
-"""Between two heartbeats of a rank (dist_gpt.pulse); between the stops of a launcher and of its ranks, twice."""
+"""Seconds between two heartbeats of a rank (dist_gpt.pulse); twice the allowance for stopping the launcher and its
+ranks at different times."""
 STILL_S = 5.0
 """When no rank has come on for so long, hosts are asked whether they reach each other: later they may have left."""
 _UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
@@ -94,8 +95,10 @@ class Watch:
     # --- time ----------------------------------------------------------------------------------------------------
 
     def now(self) -> float:
-        """Return the time by the clock of all states, in which suspensions of this process are left out. After one,
-        every rank may stay silent for a while longer: it may be continued later."""
+        """Return the time on the clock of all states, which leaves out suspensions of this process.
+
+        After a suspension every rank may stay silent for longer, since it may be continued later.
+        """
         with self._lock:
             now, last = self.clock.now(), self.clock.last
             if last is not None and last is not self._back:
@@ -105,8 +108,10 @@ class Watch:
             return now
 
     def ran_on(self) -> bool:
-        """Return whether a rank has been beating while the launcher was suspended last: more heartbeats have been read
-        since then than fit into that time."""
+        """Return whether a rank kept beating while the launcher was last suspended.
+
+        It did if more heartbeats have been read since then than it can have sent in that time.
+        """
         with self._lock:
             if self._back is None:
                 return False

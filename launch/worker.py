@@ -126,8 +126,10 @@ def greet(environ: MutableMapping[str, str]) -> None:
 
 
 def _word(line: socket.socket) -> dict[str, Any]:
-    """Return the launcher's first command, read byte by byte: nothing behind it may be taken from the pulse. Time in
-    which this process is suspended does not count."""
+    """Return the launcher's first command; {} if none comes within GO_S, not counting suspensions of this process.
+
+    It is read byte by byte, as what follows belongs to the pulse.
+    """
     clock = AwakeClock()
     end = clock.now() + GO_S
     line.settimeout(LOOK_S)

@@ -88,7 +88,7 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(place: Place) -> None
     asked = place.ask_to_stop(place.argv("launch", "asked", sets={**flat, "train.steps": 1_000_000}), "asked", steps=1)
     ended = json.loads((place.folder / "asked" / "exit.json").read_text())
     assert asked.code == ended["code"] == 75, asked.err
-    assert "asked to save and leave" in asked.err and "preempted: 2 ranks saved and left" in asked.err
+    assert "asked to save and leave" in asked.err and "preempted: 2 ranks saved and exited" in asked.err
     whole = {**flat, "train.steps": ended["step"] + 3}
     again = place.run(place.argv("launch", "asked", "--resume", "auto", sets=whole), "asked")
     assert again.code == 0, again.err

@@ -159,7 +159,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "odd_length": (
         ["data.source=odd.bin", "model.vocab_size=256"], [r"8001 bytes, an odd number", r"truncated"],
     ),
-    "dtype_of_text": (["data.dtype=uint32"], [r"data\.dtype: uint32, but data\.source text\.txt", r"leave data\.dtype at auto"]),
+    "dtype_of_text": (["data.dtype=uint32"], [r"dtype: uint32, but data\.source text\.txt", r"leave data\.dtype"]),
     "dtype_of_floats": (["data.dtype=float32"], [r"data\.dtype", r"float32", r"uint16"]),
     "unknown_order": (["data.order=shuffle"], [r"data\.order", r"shuffle", r"epochs", r"replacement"]),
     "unknown_key": (["train.stepz=3"], [r"train\.stepz", r"did you mean (train\.)?steps"]),

@@ -126,8 +126,8 @@ def test_master_of_a_slurm_step() -> None:
     (OPEN_MPI, ["DIST_GPT_MASTER", "Open MPI"]),
     (OPEN_MPI | MASTER | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}, ["--map-by ppr:4:node"]),
     ({"PMI_RANK": "0", "PMI_SIZE": "2"}, ["MPI_LOCALRANKID", "MPICH"]),
-    (FLUX | MASTER | {"FLUX_JOB_NNODES": "3"}, ["FLUX_JOB_NNODES", "8 tasks", "on 3 nodes"]),
-    (FLUX | MASTER | {"FLUX_JOB_NNODES": "0"}, ["on 0 nodes"]),
+    (FLUX | MASTER | {"FLUX_JOB_NNODES": "3"}, ["FLUX_JOB_SIZE=8", "FLUX_JOB_NNODES=3"]),
+    (FLUX | MASTER | {"FLUX_JOB_NNODES": "0"}, ["FLUX_JOB_NNODES=0"]),
     (JSRUN | MASTER | {"JSM_NAMESPACE_SIZE": "4"}, ["jsrun", "rank 5 of 4"]),
     (MVAPICH | MASTER | {"MV2_COMM_WORLD_LOCAL_SIZE": ""}, ["MV2_COMM_WORLD_LOCAL_SIZE is not set"]),
 ])  # fmt: skip

@@ -337,7 +337,7 @@ class TestRunDirectory:
         found = run.summary(tmp_path)
         assert (found["steps"], found["skipped"], found["step_s"]) == (3, 2, 0.1)
         first, loss, validation, *_ = run.summary_text(found).splitlines()
-        assert first == ("1 steps trained, 2 of 3 steps skipped (loss not finite); "
+        assert first == ("1 step trained, 2 of 3 steps skipped (loss not finite); "
                          "the validation loss after step 3 is not finite")  # fmt: skip
         assert loss.endswith("5.0000 -> 5.0000") and validation == "validation loss  5.0000 -> not finite"
 

@@ -105,7 +105,7 @@ def test_who_follows_a_job_that_said_nothing_is_told_how_to_go_on(
 def test_a_run_that_would_end_the_same_is_told_what_to_change(change: str, ends: str, tmp_path: Path) -> None:
     note_end(tmp_path, 1, "6 of 6 steps skipped", 6, change)
     said = go_on(tmp_path, "local")
-    assert said.startswith("there is no checkpoint; continuing as it is would end the same way. ") and change in said
+    assert said.startswith("there is no checkpoint; continuing unchanged would end the same way. ") and change in said
     assert said.endswith(ends.format(tmp_path))
 
 
