@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 OTHER := .venv-$(notdir $(PYTHON))-torch-$(TORCH)
 PYTEST_ARGS ?=
 GPU_PYTHON ?= 3.12
-# Tests run in so many processes at once; some start up to 8 ranks themselves.
+# Number of processes that run tests; some tests start up to 8 ranks themselves.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --durations 20
 PARALLEL := -n $(WORKERS)
@@ -48,8 +48,8 @@ test: lint ## lint, and the tests that cover every pair of options
 test-all: lint ## every test and every cell (in a browser: make test-browser; on a cluster: make test-cluster)
 	$(PYTEST) $(PARALLEL) tests --ignore tests/browser --ignore tests/cluster $(PYTEST_ARGS)
 
-# What pyproject.toml allows, and no more, can be installed: widen its range first to try a new version.
-test-versions: ## the tests of `make test` in an own environment, e.g. PYTHON=python3.12 TORCH=2.11.0
+# Only versions that pyproject.toml allows can be installed: widen its range first to try a new one.
+test-versions: ## the tests of `make test` in a separate environment, e.g. PYTHON=python3.12 TORCH=2.11.0
 	test -d $(OTHER) || $(PYTHON) -m venv $(OTHER)
 	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
 	DS_BUILD_OPS=0 $(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all]" \
@@ -74,8 +74,8 @@ bench: install ## what the README compares, measured here
 bench-sharding: install ## ZeRO: ours, DeepSpeed and fully_shard in turn, with bytes and memory (an hour on 2 cores)
 	$(BIN)/python -m benchmarks sharding $(ARGS)
 
-# Where nothing can be installed too: with $(PYTHON) and what it has, or with .venv where that is there already.
-gpu-check: ## what one GPU can tell, in ten minutes; without a GPU: says so. Needs Python and torch alone (docs/gpu.md)
+# Works where nothing can be installed: uses .venv if it exists, else $(PYTHON) and its packages.
+gpu-check: ## check one GPU in ten minutes; needs only Python and torch (docs/gpu.md)
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 gpu-wheels: ## what gpu-check needs beside torch, into vendor/, for a machine without a network (GPU_PYTHON=3.12)

@@ -264,7 +264,7 @@ GPU_PRESETS = ("gpt2-124m", "gpt2-355m", "gpt2-774m", "gpt2-1.5b", "gpt3-175b", 
 
 @pytest.mark.parametrize("name", GPU_PRESETS)
 def test_gpu_presets_fit_what_their_heads_say(name: str) -> None:
-    """A tenth of the GPU is left to the allocator, to NCCL and to what kernels need for a moment."""
+    """A tenth of the GPU is left to the allocator, NCCL and temporary buffers of kernels."""
     head = " ".join(presets()[name].read_text(encoding="utf-8").split("\nname:")[0].replace("#", " ").split())
     stated = re.search(r"in bf16 on (\d+) GPUs of (\d+) GB .* counts ([0-9.]+) GB on the fullest", head)
     assert stated is not None
@@ -282,7 +282,7 @@ def test_gpu_presets_fit_what_their_heads_say(name: str) -> None:
 )
 def test_gpt2_presets_take_the_worlds_that_their_heads_name(name: str, worlds: tuple[int, int]) -> None:
     least, most = worlds
-    assert f"{least} to {most} GPUs take it as it is" in presets()[name].read_text(encoding="utf-8")
+    assert f"Runs on {least} to {most} GPUs (powers of two)" in presets()[name].read_text(encoding="utf-8")
     for world in worlds:
         assert plan_document(load(name, world=world))["memory_bytes"]["peak"] <= 72e9
     with pytest.raises(ConfigError, match=r"train\.global_batch"):
