@@ -1,6 +1,6 @@
-"""`epochs`: the order in which windows are read, over two epochs of ten million windows.
+"""`epochs`: measure the order of windows over two epochs of ten million windows.
 
-Each window exactly twice, in little memory and time, and the same sequence whatever reads it.
+Each window must be read exactly twice, in little memory and time, and in the same sequence on every layout.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WINDOWS, SEQ_LEN, BATCH = 10_000_000, 2, 24_000
 TARGET_MB, TARGET_US = 50.0, 1.0
 STEPS = -(-2 * WINDOWS // BATCH)
 COMPARED = 3
-"""Steps of which all layouts read every window, at the beginning, across the first epoch's end, and at the end."""
+"""Steps that are compared on all layouts: at the beginning, on both sides of the first epoch's end, at the end."""
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Count every window of two epochs once; it is arithmetic, so only the time varies."""
+    """Count the windows of two epochs once; the order is arithmetic, so only the time varies."""
     what = f"two epochs over {WINDOWS:,} windows, batches of {BATCH:,}"
     result = Result(NAME, what, settings.document())
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
 
 
 def _config(folder: Path) -> Config:
-    """Tokens for exactly WINDOWS windows, and a validation part."""
+    """Return the configuration of a new file with tokens for exactly WINDOWS windows and a validation part."""
     count = WINDOWS * SEQ_LEN + 1
     held = 1_000
     ids = np.arange(count + held, dtype=np.uint32) % 50_000
@@ -83,7 +83,7 @@ def _count(batches: Batches, counts: NDArray[np.uint8]) -> float:
 
 
 def _compare(batches: Batches, path: Path, config: Config) -> dict[str, int]:
-    """Windows that other readers read differently: more ranks, and a process that begins in the middle."""
+    """Return how many windows other readers read differently: more ranks, and a process that resumes half way."""
     steps = [*range(COMPARED), *range(STEPS // 2 - COMPARED, STEPS // 2 + COMPARED), *range(STEPS - COMPARED, STEPS)]
     found = {}
     for dp in (1, 3, 8):

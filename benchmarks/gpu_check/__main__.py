@@ -1,8 +1,8 @@
 """`python3 -m benchmarks.gpu_check`: check dist_gpt on one GPU, in one run of at most ten minutes.
 
-Needs Python and torch; it names what else is missing. No network, no installation. Every section runs in a process of
-its own and within its time. Exit codes: 0 all ran and passed (or there is no GPU), 1 a check failed or a section did
-not run, 2 bad options.
+It needs Python and torch, names other packages that are missing, and needs neither a network nor an installation. Every
+section runs in its own process with a time limit. Exit codes: 0 all sections ran and passed (without a GPU: those that
+need none), 1 a check failed or a section did not run, 2 bad options.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NEEDS_TORCH_ALONE = ("environment", "ceiling")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, and on what: `device` is cuda, or cpu where a stand-in takes its place (`small` sizes)."""
+    """The sections to run and their device: cuda, or cpu for a stand-in (with `small` sizes)."""
 
     sections: list[Section]
     device: str
@@ -48,29 +48,31 @@ class Plan:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     names = ", ".join(section.name for section in SECTIONS)
     p = argparse.ArgumentParser(
         prog="python3 -m benchmarks.gpu_check", description="Check dist_gpt on one GPU, within ten minutes."
     )
-    p.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/gpu-check-DATE)")
-    p.add_argument("--only", action="append", default=[], metavar="SECTION", help=f"of {names}; repeatable")
-    p.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"seconds for everything (default {BUDGET_S:.0f})")
-    p.add_argument("--wheels", metavar="FOLDER", help="wheels of packages that are missing (default vendor/)")
-    p.add_argument("--json", action="store_true", help="results.json on stdout; progress goes to stderr")
-    p.add_argument("--stand-in", action="store_true", help="tiny sizes on the CPU: checks this check, not a GPU")
+    p.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results/gpu-check-DATE)")
+    only = f"run only this section, one of {names}; repeatable"
+    p.add_argument("--only", action="append", default=[], metavar="SECTION", help=only)
+    budget = f"seconds for all sections together (default {BUDGET_S:.0f})"
+    p.add_argument("--budget-s", type=float, default=BUDGET_S, help=budget)
+    p.add_argument("--wheels", metavar="FOLDER", help="folder with wheels of missing packages (default vendor/)")
+    p.add_argument("--json", action="store_true", help="print results.json on stdout and progress on stderr")
+    p.add_argument("--stand-in", action="store_true", help="use tiny sizes on the CPU, to test this check itself")
     return p
 
 
 def bad_options(given: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the options, a sentence each."""
+    """Return a sentence for each thing that is wrong with the options."""
     wrong = []
     if unknown := [name for name in given.only if name not in BY_NAME]:
         wrong.append(f"--only {', '.join(unknown)}: there is no such section; choose from {', '.join(BY_NAME)}")
     if not 0 < given.budget_s <= LONGEST_S:
         wrong.append(f"--budget-s {given.budget_s:g}: give a number of seconds above 0 and up to {LONGEST_S:.0f}")
     if given.out is not None and given.out.exists() and not given.out.is_dir():
-        wrong.append(f"--out {given.out}: this is a file; give a folder, which is made if it does not exist")
+        wrong.append(f"--out {given.out}: this is a file; give a folder, which need not exist")
     return wrong
 
 
@@ -99,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         has_gpu, torch_words = ask_for_gpu(environment)
         head = head_of(torch_words, given.stand_in)
         if not has_gpu and not given.stand_in:
-            print(f"No GPU: {torch_words}. What needs one is skipped; a pretended device is checked.", file=log)
+            print(f"No GPU: {torch_words}. Checks that need one are skipped; a pretended device is checked.", file=log)
         sections = chosen(given.only, has_gpu or given.stand_in)
         device = "cuda" if has_gpu and not given.stand_in else "cpu"
         plan = Plan(sections, device, given.stand_in, out, given.budget_s, environment)
@@ -112,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def exit_code(outcomes: Sequence[Outcome], has_gpu: bool) -> int:
-    """Return 0 if everything passed; without a GPU what was skipped does not count."""
+    """Return 0 if everything passed, else 1; without a GPU, skipped sections do not count."""
     accepted = (PASSED,) if has_gpu else (PASSED, SKIPPED)
     return 0 if all(outcome.status in accepted for outcome in outcomes) else 1
 
@@ -123,7 +125,7 @@ def default_folder() -> Path:
 
 
 def constraints() -> str:
-    """Return the text of constraints.txt, empty where it was not brought along."""
+    """Return the text of constraints.txt; empty if the file is not there."""
     try:
         return (ROOT / "constraints.txt").read_text()
     except OSError:
@@ -131,9 +133,9 @@ def constraints() -> str:
 
 
 def with_wheels(folder: Path | None, unpacked: Path, log: Any) -> dict[str, str]:
-    """Unpack the wheels, and return the environment of the sections; this process finds the packages as well.
+    """Unpack the wheels and return the environment for the sections; this process can import the packages as well.
 
-    What the folder brings is found before what is installed: its packages were chosen to fit each other.
+    Packages of the folder come before installed ones: they were chosen to fit each other.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     brought: list[str] = []
@@ -149,7 +151,7 @@ def with_wheels(folder: Path | None, unpacked: Path, log: Any) -> dict[str, str]
 
 
 def ask_for_gpu(environment: dict[str, str]) -> tuple[bool, str]:
-    """Return whether torch sees a GPU, and its versions in words; asked in another process, since CUDA stays open."""
+    """Return whether torch sees a GPU, and its versions in words. Ask in another process, since CUDA stays open."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", GPU_QUESTION], env=environment, capture_output=True, text=True, timeout=120,
@@ -160,11 +162,11 @@ def ask_for_gpu(environment: dict[str, str]) -> tuple[bool, str]:
     if done.returncode:
         return False, f"torch cannot be imported: {done.stderr.strip().rpartition(chr(10))[2]}"
     version, cuda, available = done.stdout.split()[-3:]
-    return available == "True", f"torch {version}, CUDA {cuda}" + ("" if available == "True" else ", sees no GPU")
+    return available == "True", f"torch {version}, CUDA {cuda}" + ("" if available == "True" else ", finds no GPU")
 
 
 def head_of(torch_words: str, stand_in: bool) -> dict[str, Any]:
-    """Return what stands at the top of the results."""
+    """Return the head of the results."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": results.commit_of(ROOT),
@@ -177,7 +179,7 @@ def head_of(torch_words: str, stand_in: bool) -> dict[str, Any]:
 
 
 def chosen(only: Sequence[str], has_gpu: bool) -> list[Section]:
-    """Return the sections to run, in their order; by default all of them (`pretended` only without a GPU)."""
+    """Return the sections to run, in order; by default those for this machine (`pretended` only without a GPU)."""
     if only:
         return [section for section in SECTIONS if section.name in only]
     if has_gpu:
@@ -186,7 +188,7 @@ def chosen(only: Sequence[str], has_gpu: bool) -> list[Section]:
 
 
 def run_all(plan: Plan, head: dict[str, Any], started: float, log: Any) -> list[Outcome]:
-    """Run the sections in turn; the results so far are written after each."""
+    """Run the sections in turn; write the results so far after each."""
     outcomes: list[Outcome] = []
     lacking = [p.name for p in packages.missing() if p.check]
     for section in plan.sections:
@@ -204,17 +206,17 @@ def run_all(plan: Plan, head: dict[str, Any], started: float, log: Any) -> list[
 
 
 def skipped(section: Section, plan: Plan, lacking: list[str], left_s: float) -> str:
-    """Return why a section is not begun, or an empty string."""
+    """Return why a section is skipped, or an empty string."""
     if plan.device == "cpu" and not plan.small and section.name not in WITHOUT_GPU:
         return "there is no GPU"
     needs = lacking if section.name not in NEEDS_TORCH_ALONE else [name for name in lacking if name == "torch"]
     if needs:
         return f"missing packages: {', '.join(needs)}"
-    return f"{max(0.0, left_s):.0f} s are left, it needs {section.least_s:.0f}" if left_s < section.least_s else ""
+    return f"{max(0.0, left_s):.0f} s left, but it needs {section.least_s:.0f} s" if left_s < section.least_s else ""
 
 
 def run_section(section: Section, plan: Plan, budget_s: float, log: Any) -> Outcome:
-    """Run one section in its own process group, which is ended when the time is over."""
+    """Run one section in its own process group, which is killed when its time is up."""
     command = [sys.executable, "-m", "benchmarks.gpu_check.section", section.name, "--out", str(plan.out)]
     command += ["--device", plan.device, "--budget-s", str(budget_s), *(["--small"] if plan.small else [])]
     (plan.out / f"{section.name}.json").unlink(missing_ok=True)
@@ -233,14 +235,14 @@ def run_section(section: Section, plan: Plan, budget_s: float, log: Any) -> Outc
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a section's process and the ranks that it may have left."""
+    """Kill a section's process and any ranks that it left running."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def outcome_of(name: str, code: int | None, seconds: float, out: Path, budget_s: float) -> Outcome:
-    """Return how a section went, by its exit code (None: its time was over) and what it wrote."""
+    """Return the outcome of a section from its exit code (None: its time was up) and what it wrote."""
     try:
         found = json.loads((out / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -250,7 +252,7 @@ def outcome_of(name: str, code: int | None, seconds: float, out: Path, budget_s:
         status = ERROR
     error = found.get("error", "")
     if status == TIMEOUT:
-        error = f"ended after its {budget_s:.0f} s"
+        error = f"stopped at its time limit of {budget_s:.0f} s"
     elif status == ERROR and not error:
         error = f"its process ended with exit code {code}"
     return Outcome(name, status, round(seconds, 2), found["figures"], found["failed"], error)

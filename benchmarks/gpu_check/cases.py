@@ -1,4 +1,4 @@
-"""The configurations that the check trains, from tiny ones for proofs to whole models for speed. No torch."""
+"""Make the configurations that the check trains: tiny ones for correctness, whole models for speed. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config_of(
     family: str, model: dict[str, Any], train: dict[str, Any], parallel: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
 ) -> Config:  # fmt: skip
-    """Return the resolved configuration of a model of `family`. Raise ConfigError if it is not one that trains."""
+    """Return the resolved configuration of a model of `family`. Raise ConfigError if it cannot train."""
     if family not in FAMILIES:
         raise ConfigError([f"family {family!r} is not known; choose one of {', '.join(FAMILIES)}"])
     tree = {

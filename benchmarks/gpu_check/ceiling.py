@@ -1,4 +1,4 @@
-"""What the device can do at most: matmuls of several sizes and dtypes, and a large copy."""
+"""Measure the most that the device can do: matmuls of several sizes and dtypes, and a large copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN_S = 0.25
 
 
 def run(context: Context) -> None:
-    """Measure, the small sizes first."""
+    """Measure, small sizes first."""
     found: dict[str, dict[str, float]] = {name: {} for name in DTYPES}
     for size in SMALL_SIZES if context.small else SIZES:
         for name in DTYPES:
@@ -26,7 +26,7 @@ def run(context: Context) -> None:
 
 
 def matmul_tflops(context: Context, name: str, size: int) -> float:
-    """Return the TFLOP/s of (size, size) products in the precision `name`."""
+    """Return the TFLOP/s of (size, size) matmuls in the precision `name`."""
     device, before = context.device, torch.get_float32_matmul_precision()
     a = torch.randn(size, size, device=device.torch_device).to(DTYPES[name])
     b, out = torch.randn_like(a), torch.empty_like(a)
@@ -39,7 +39,7 @@ def matmul_tflops(context: Context, name: str, size: int) -> float:
 
 
 def copy_speed(context: Context) -> float:
-    """Return GB/s of a copy on the device, read and written."""
+    """Return the GB/s of a copy on the device, counting bytes read and bytes written."""
     nbytes = SMALL_COPIED if context.small else COPIED
     source = torch.ones(nbytes, dtype=torch.uint8, device=context.device.torch_device)
     target = torch.empty_like(source)
@@ -47,7 +47,7 @@ def copy_speed(context: Context) -> float:
 
 
 def fastest(context: Context, work: object) -> float:
-    """Return the seconds of a call of `work` among several issued back to back, the best of three measurements."""
+    """Return the seconds per call of `work`, issued back to back: the best of three measurements."""
     assert callable(work)
     run_s = 0.01 if context.small else RUN_S
     context.device.seconds(work, 2)

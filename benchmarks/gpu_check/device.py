@@ -1,4 +1,4 @@
-"""What a section asks of its device. Only `Cuda` touches torch.cuda; `StandIn` answers on the CPU, for tests."""
+"""Give sections access to a device. Only `Cuda` touches torch.cuda; `StandIn` uses the CPU, for tests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 WAITED = "called a synchronizing CUDA operation"
-"""What torch warns with; it also warns once that this is a prototype."""
+"""Text of torch's warning; torch also warns once that the feature is a prototype."""
 Work = Callable[[], object]
 
 
 class Device(Protocol):
-    """A GPU, or what stands in for it."""
+    """A GPU or its stand-in."""
 
     torch_device: torch.device
 
@@ -26,16 +26,16 @@ class Device(Protocol):
         """Return name, memory and the like."""
 
     def count(self) -> int:
-        """Return how many there are."""
+        """Return the number of devices."""
 
     def synchronize(self) -> None:
         """Wait until all work is done."""
 
     def empty(self) -> None:
-        """Give cached memory back."""
+        """Release cached memory."""
 
     def reset_peak(self) -> int:
-        """Count the peak of memory from now; return the bytes in use."""
+        """Measure the memory peak from now on; return the bytes in use."""
 
     def peak(self) -> int | None:
         """Return the largest number of bytes in use since then; None if it is not known."""

@@ -1,4 +1,4 @@
-"""What machine this is."""
+"""Describe the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUERY = "name,driver_version,memory.total,mig.mode.current,clocks.max.sm,power.l
 
 
 def run(context: Context) -> None:
-    """Tell versions, device and packages."""
+    """Put versions, device and missing packages."""
     context.put("python", platform.python_version())
     context.put("torch", torch.__version__)
     context.put("cuda", torch.version.cuda)
@@ -30,7 +30,7 @@ def run(context: Context) -> None:
 
 
 def nccl_version() -> str | None:
-    """Return NCCL's version, None where torch has none."""
+    """Return NCCL's version; None if torch has no NCCL."""
     try:
         return ".".join(str(part) for part in torch.cuda.nccl.version())
     except (AttributeError, RuntimeError, ImportError):
@@ -38,7 +38,7 @@ def nccl_version() -> str | None:
 
 
 def nvidia_smi(program: str = "nvidia-smi") -> dict[str, Any] | None:
-    """Return what the driver says of the first GPU, and the list of devices with MIG slices; None without it."""
+    """Return what nvidia-smi says of the GPUs, and the list of devices with MIG slices; None without nvidia-smi."""
     path = shutil.which(program)
     if path is None:
         return None

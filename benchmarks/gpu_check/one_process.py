@@ -1,7 +1,7 @@
-"""One process on the GPU against one process on the CPU.
+"""Compare one process on the GPU with one process on the CPU.
 
-In float64 as the certificate compares: loss, norm, every gradient, stepped weights, all within its tolerance. In bf16
-every gradient against the CPU's in float32, in the 2-norm.
+In float64, compare as `dist-gpt verify` does: loss, norm, every gradient and stepped weights, within its tolerance. In
+bf16, compare every gradient with the CPU's in float32, in the 2-norm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_gpt.rank import Rank
 from dist_gpt.verify import TOLERANCE, certify_rank, verify_samples, write_reference
 
 BF16_BOUND = 0.05
-"""Of a gradient's error in bf16, relative to its own norm, or to BF16_FLOOR of the largest where that is more."""
+"""Largest error of a gradient in bf16, relative to its norm or, if that is more, to BF16_FLOOR of the largest norm."""
 BF16_FLOOR = 0.05
 
 

@@ -1,8 +1,8 @@
-"""Python packages that are missing here, and wheels that a folder brings along. The standard library only.
+"""Name missing Python packages, and unpack wheels from a folder in their place. Standard library only.
 
 A machine with a GPU often has torch and nothing else, and no network. Wheels are zip files: those of a folder are
-unpacked into a temporary one, which is put at the beginning of the import path. Pure ones run anywhere; compiled ones
-have to fit the interpreter and the processor.
+unpacked into a temporary one, which is put at the beginning of the import path. Pure wheels run anywhere; compiled ones
+must fit the interpreter and the CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_FOLDER = "vendor"
 
 @dataclass(frozen=True)
 class Package:
-    """`module` is what is imported of distribution `name`. `check`: the GPU check cannot do without it."""
+    """Distribution `name`, imported as `module`. `check`: the GPU check needs it."""
 
     name: str
     module: str
@@ -68,7 +68,7 @@ def missing(found: Callable[[str], object] = is_here) -> list[Package]:
 
 
 def pins(text: str, version: tuple[int, int] = sys.version_info[:2]) -> dict[str, str]:
-    """Return distribution -> pinned version of a constraints file, for a Python version; names in lower case with -."""
+    """Return distribution -> pinned version of a constraints file for a Python version; names are normalised."""
     found = {}
     for line in text.splitlines():
         requirement, _, marker = line.split("#")[0].partition(";")
@@ -79,7 +79,7 @@ def pins(text: str, version: tuple[int, int] = sys.version_info[:2]) -> dict[str
 
 
 def _holds(marker: str, version: tuple[int, int]) -> bool:
-    """Return whether a marker on python_version holds; other markers are not used in the file, and hold."""
+    """Return whether a marker on python_version holds; other markers, which the file does not use, hold."""
     told = re.fullmatch(r"\s*python_version\s*(>=|<)\s*\"(\d+)\.(\d+)\"\s*", marker)
     if told is None:
         return True
@@ -92,7 +92,7 @@ def _normal(name: str) -> str:
 
 
 def advice(lacking: Iterable[Package], constraints: str) -> list[str]:
-    """Return lines that name what is missing, with versions, and how to bring it."""
+    """Return lines that name what is missing, with versions, and how to provide it."""
     lacking = list(lacking)
     if not lacking:
         return []
@@ -112,10 +112,11 @@ def advice(lacking: Iterable[Package], constraints: str) -> list[str]:
             f"On a machine with a network: pip download --only-binary=:all: --python-version {_dotted()} "
             f"--platform manylinux_2_28_{platform.machine()} --platform manylinux2014_{platform.machine()} "
             f"-c constraints.txt -d {DEFAULT_FOLDER} {names}",
-            f"Then bring that folder: --wheels FOLDER, ${FOLDER_VARIABLE}, or {DEFAULT_FOLDER}/ in the repository.",
+            f"Then copy that folder here, as {DEFAULT_FOLDER}/ in the repository, or name it: --wheels FOLDER or "
+            f"${FOLDER_VARIABLE}.",
         ]
     if any(p.module == "torch" for p in lacking):
-        lines.append("torch itself has to be installed on the machine.")
+        lines.append("torch itself must be installed on this machine.")
     return lines
 
 
@@ -128,9 +129,9 @@ def _dotted() -> str:
 
 
 def wheel_folder(given: str | None, root: Path = ROOT) -> Path | None:
-    """Return the folder of wheels: the one given, else the variable's, else vendor/ where it exists.
+    """Return the folder of wheels: the one given, else the variable's, else vendor/ if it exists.
 
-    Raise ValueError if the one that was asked for is no folder.
+    Raise ValueError if the given one is not a folder.
     """
     for text, origin in ((given, "--wheels"), (os.environ.get(FOLDER_VARIABLE), f"${FOLDER_VARIABLE}")):
         if text:
@@ -142,10 +143,10 @@ def wheel_folder(given: str | None, root: Path = ROOT) -> Path | None:
 
 
 def unfit(wheel: str, version: tuple[int, int] = sys.version_info[:2], machine: str = "") -> str:
-    """Return why a wheel of this file name cannot run here, or an empty string."""
+    """Return why a wheel with this file name cannot run here, or an empty string."""
     parts = wheel.removesuffix(".whl").split("-")
     if len(parts) not in (5, 6):
-        return "its name is not that of a wheel"
+        return "its name is not a wheel's"
     pythons, abis, platforms = (part.split(".") for part in parts[-3:])
     machine = machine or sysconfig.get_platform().rpartition("-")[2]
     here = f"cp{version[0]}{version[1]}"
@@ -153,10 +154,10 @@ def unfit(wheel: str, version: tuple[int, int] = sys.version_info[:2], machine: 
     by_abi = (here in pythons and here in abis) or ("abi3" in abis and bool(older & set(pythons)))
     pure = bool({"py3", here} & set(pythons)) and "none" in abis
     if not (by_abi or pure):
-        return f"it is for {'.'.join(pythons)}-{'.'.join(abis)}, and this is {here}"
+        return f"it is for {'.'.join(pythons)}-{'.'.join(abis)}, but this is {here}"
     if "any" in platforms or any("linux" in p and "musl" not in p and p.endswith("_" + machine) for p in platforms):
         return ""
-    return f"it is for {'.'.join(platforms)}, and this is linux on {machine}"
+    return f"it is for {'.'.join(platforms)}, but this is linux on {machine}"
 
 
 def unpack(folder: Path, into: Path) -> list[str]:
@@ -171,5 +172,5 @@ def unpack(folder: Path, into: Path) -> list[str]:
         except (zipfile.BadZipFile, OSError) as error:
             why = f"it cannot be read: {error}"
         if why:
-            refused.append(f"{wheel.name} is left out: {why}")
+            refused.append(f"{wheel.name} is ignored: {why}")
     return refused

@@ -1,9 +1,9 @@
-"""Training steps on a device that torch only pretends: no GPU, no data, about a second a configuration.
+"""Run training steps on a device that torch only pretends: no GPU, no data, about a second per configuration.
 
-The real code of a rank runs on fake tensors of a device called "gpu". What would wait for the device raises there, and
-so does a CPU tensor that meets one of the device; a dispatch mode counts the operations that would be kernels, and the
-bytes they read and write. Attention is counted in its plain form (scores written out), which moves more than a fused
-kernel does; collectives move nothing.
+The real code of a rank runs on fake tensors of a device called "gpu". Code that would wait for the device raises there,
+and so does an operation on a CPU tensor and a device tensor. A dispatch mode counts the operations that would be
+kernels, and the bytes they read and write. Attention is counted in its plain form (scores written out), which moves
+more bytes than a fused kernel; collectives move nothing.
 
     python3 -m benchmarks.gpu_check.pretended          a table of kernels and bytes by family, precision and stage
 """
@@ -39,20 +39,22 @@ NO_KERNELS = {
     "aten._local_scalar_dense", "aten._unsafe_view", "aten.empty", "aten.empty_like", "aten.empty_strided",
     "aten.lift_fresh", "aten.new_empty", "aten.new_empty_strided", "aten.resize_", "prim.device",
 }  # fmt: skip
-"""Operations that start no kernel, views apart: those are known by their schema."""
+"""Operations that start no kernel, apart from views, which are known by their schema."""
 WRITES_ONLY = {"aten.copy_", "aten.fill_", "aten.zero_"}
 """In-place operations that do not read what they change."""
 
 
 class NotPretended(RuntimeError):
-    """The installed torch has no pretended device."""
+    """Error of a torch that cannot pretend a device."""
 
 
 @dataclass
 class Found:
-    """What a piece of work would do on a GPU. `waits` and `mixed` are places in the code: a wait of the host for the
-    device, a CPU tensor used together with a device tensor. `finished`: it ran to its end, which it does not where a
-    number of the device is needed to continue."""
+    """Findings about what some work would do on a GPU.
+
+    `waits` and `mixed` are places in the code: where the host waits for the device, and where a CPU tensor is used with
+    a device tensor. `finished` is False if the work could not continue without a value from the device.
+    """
 
     kernels: int = 0
     bytes_read: int = 0
@@ -70,13 +72,13 @@ class Found:
         return self.finished and not self.waits and not self.mixed
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON keeps it, without the counts by operation."""
+        """Return the findings as JSON data, without the counts by operation."""
         return {key: value for key, value in asdict(self).items() if key != "by_operation"}
 
 
 @lru_cache(maxsize=1)
 def pretended_device() -> tuple[torch.device, Any]:
-    """Return the device and the mode of its tensors. Once registered, it stays for the life of this process."""
+    """Return the device and the mode of its tensors. Registration lasts as long as this process."""
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.utils import backend_registration
@@ -89,7 +91,7 @@ def pretended_device() -> tuple[torch.device, Any]:
 
 
 class Watch(TorchDispatchMode):
-    """Counts into `found` what runs inside."""
+    """Count in `found` what runs inside."""
 
     def __init__(self, found: Found) -> None:
         super().__init__()
@@ -140,8 +142,10 @@ class Watch(TorchDispatchMode):
 
 @lru_cache(maxsize=1)
 def unknown_to_torch() -> tuple[Any, ...]:
-    """Return operations that have no form for fake tensors. They change their arguments and return nothing, so they
-    are counted and left out."""
+    """Return operations that fake tensors do not support.
+
+    They change their arguments and return nothing, so they are counted but not run.
+    """
     return (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr)
 
 
@@ -156,7 +160,7 @@ def _kind(error: Exception) -> str | None:
 
 
 def _place() -> str:
-    """Return the innermost line of this repository that is running, other than of this file."""
+    """Return the innermost running line of this repository outside this file."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and ".venv" not in path.parts and path != Path(__file__).resolve():
@@ -198,7 +202,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def watch(work: Callable[[], object]) -> Found:
-    """Do `work` on the pretended device and return what was found. Other exceptions than a device's are raised."""
+    """Do `work` on the pretended device and return the findings. Exceptions not due to the device propagate."""
     found = Found()
     try:
         with Watch(found):
@@ -211,9 +215,9 @@ def watch(work: Callable[[], object]) -> Found:
 
 
 def observe(config: Config, rank: int = 0, warm_up: bool = False) -> dict[str, Found]:
-    """Return what rank `rank` does in one training `step`, one `evaluation`, and when the step's `statistics` are read.
+    """Return findings about rank `rank` in one training `step`, one `evaluation` and a read of the step's `statistics`.
 
-    `warm_up`: a step is trained before, so that what only the first one does is not counted.
+    `warm_up`: train a step first, so that what happens only in the first one is not counted.
     """
     device, mode = pretended_device()
     ids = np.zeros((config.train.micro_batch, config.model.seq_len + 1), dtype=np.int64)
@@ -236,7 +240,7 @@ def observe(config: Config, rank: int = 0, warm_up: bool = False) -> dict[str, F
 
 
 def ends(config: Config) -> list[int]:
-    """Return the ranks that differ: the first, and of a pipeline also the last."""
+    """Return the ranks that differ: the first and, in a pipeline, the last."""
     return [0, config.world_size - 1] if config.parallel.pp > 1 else [0]
 
 
@@ -263,7 +267,7 @@ def table_cases() -> Iterator[tuple[str, Config]]:
 
 
 def table_rows(cases: Iterator[tuple[str, Config]] | Sequence[tuple[str, Config]]) -> Iterator[Row]:
-    """Yield a row for each case: what its second step would do on the device."""
+    """Yield a row for each case, with what its second step would do on the device."""
     for name, config in cases:
         found = observe(config, warm_up=True)["step"]
         yield {"case": name, **found.document(), "most": dict(found.by_operation.most_common(6))}
@@ -289,10 +293,10 @@ def main(argv: Sequence[str]) -> int:
     """Print the table; exit code 1 if a step would wait for the device or mix devices."""
     parser = argparse.ArgumentParser(
         prog="python3 -m benchmarks.gpu_check.pretended",
-        description="Kernels and bytes of a training step on a pretended GPU.",
+        description="Count the kernels and bytes of a training step on a pretended GPU.",
     )
-    parser.add_argument("--tiny", action="store_true", help="tiny models, one case per family")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, one per family")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     given = parser.parse_args(argv)
     cases = [(f"{family} tiny", tiny(family)) for family in ("gpt2", "llama")] if given.tiny else table_cases()
     try:

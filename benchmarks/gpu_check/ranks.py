@@ -1,7 +1,7 @@
-"""Several ranks with tensors on GPUs against one process on the CPU, in float64.
+"""Compare several ranks with tensors on GPUs with one process on the CPU, in float64.
 
-Where every rank has a GPU of its own they talk over NCCL. Where they share one, which NCCL refuses, over gloo through
-host memory (`dist_gpt.comm.staged`). Each rank is a process, which trains one layout after the other:
+Ranks with a GPU each communicate over NCCL. Ranks that share one, which NCCL refuses, use gloo through host memory
+(`dist_gpt.comm.staged`). Each rank is a process that trains one layout after another:
 
     python3 -m benchmarks.gpu_check.ranks      (started by the section, with torchrun's variables)
 """
@@ -32,7 +32,7 @@ from dist_gpt.verify import TOLERANCE, Verdict, certify_rank, merge_verdicts, wr
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 4
 LAYOUT_S = 40.0
-"""For a layout: also how long a rank waits for the others."""
+"""Time limit of a layout; also how long a rank waits for the others."""
 SHARED, OWN = "gloo through host memory", "nccl"
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -45,11 +45,11 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "gpt2", {"pp": 2, "tp": 2, "virtual_stages": 2, "schedule": "interleaved"}, {"sharding": "zero1"}, "none",
     ),
 }  # fmt: skip
-"""Name -> family, parallel, optim, recompute; the most telling ones first."""
+"""Name -> family, parallel, optim, recompute; the most informative first."""
 
 
 def layout_config(name: str) -> Config:
-    """Return the configuration of a layout, in float64, with 8 sequences a step."""
+    """Return the configuration of a layout, in float64, with 8 sequences per step."""
     family, parallel, optim, recompute = LAYOUTS[name]
     layers = {"num_layers": 4 if "virtual_stages" in parallel else 2}
     return tiny(
@@ -59,7 +59,7 @@ def layout_config(name: str) -> Config:
 
 
 def run(context: Context) -> None:
-    """Start the ranks, collect a certificate of every layout, and end them."""
+    """Start the ranks, collect the verdict on every layout, and end the ranks."""
     own = context.device.count() >= RANKS and context.device_kind == "cuda"
     context.put("backend", OWN if own else SHARED)
     names = ["dp2", "pp2"] if context.small else list(LAYOUTS)
@@ -75,7 +75,7 @@ def run(context: Context) -> None:
 
 
 def certificate(context: Context, team: Team, name: str) -> None:
-    """Put the certificate of a layout and check it."""
+    """Put the verdict on a layout and check it."""
     config = layout_config(name)
     answers = team.collect(name, config.world_size, min(LAYOUT_S + 60, max(1.0, context.left_s() - 3)))
     errors = [f"rank {rank}: {answer['error']}" for rank, answer in answers.items() if "error" in answer]
@@ -91,7 +91,7 @@ def certificate(context: Context, team: Team, name: str) -> None:
 
 
 class Team:
-    """The processes of the ranks. They write their answers, one file for each layout and rank, into `folder`."""
+    """Processes of the ranks. They write their answers to `folder`, a file for each layout and rank."""
 
     def __init__(self, device: str, own: bool, names: list[str], folder: Path, ranks: int) -> None:
         self.folder, self.processes = folder, []
@@ -112,7 +112,7 @@ class Team:
                 )  # fmt: skip
 
     def collect(self, name: str, world: int, timeout_s: float) -> dict[int, dict[str, Any]]:
-        """Return the answers of the first `world` ranks for a layout; one that does not come is an error."""
+        """Return the answers of the first `world` ranks for a layout; a missing answer is an error."""
         deadline, answers = time.monotonic() + timeout_s, {}
         for rank in range(world):
             path = self.folder / f"{name}.{rank}.json"
@@ -128,7 +128,7 @@ class Team:
         return answers
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes that still run."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -139,7 +139,7 @@ class Team:
 
 
 def backends_for(store: Store, env: RankEnv, device: torch.device, own: bool) -> Backends:
-    """Return what makes the groups: NCCL where every rank has a GPU, else gloo through host memory."""
+    """Return what makes the groups: NCCL if every rank has its own GPU, else gloo through host memory."""
     if own:
         return NcclBackends(store, device, LAYOUT_S)
     return StagedBackends(store, LOOPBACK, LAYOUT_S, stages_all=device.type == "cpu")
@@ -160,7 +160,7 @@ def train_layout(
 
 
 def main(order: dict[str, Any]) -> int:
-    """Train the layouts that this rank is part of, each answer in a file."""
+    """Train the layouts that this rank is part of; write each answer to a file."""
     torch.set_num_threads(1)
     env, folder = rank_env(LAYOUT_S + 60), Path(order["folder"])
     device = torch.device("cpu")
@@ -175,7 +175,7 @@ def main(order: dict[str, Any]) -> int:
             aside = folder / f"{name}.{env.rank}.part"
             aside.write_text(json.dumps(answer))
             aside.replace(folder / f"{name}.{env.rank}.json")
-        # Rank 0 hosts the store; and a layout that failed on one rank must not start before the others gave up.
+        # Rank 0 hosts the store; and no rank may start the next layout before the others have given up on a failed one.
         store.set(f"done/{name}/{env.rank}", "")
         store.wait([f"done/{name}/{rank}" for rank in range(env.world)])
     return 0

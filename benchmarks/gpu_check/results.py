@@ -1,4 +1,4 @@
-"""What the sections found: results.json and results.md. The standard library only."""
+"""Write the results of the sections: results.json and results.md. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SCHEMA = 1
 PASSED, FAILED, ERROR, TIMEOUT, SKIPPED = "passed", "failed", "error", "timeout", "skipped"
 BAD = (FAILED, ERROR, TIMEOUT)
 SHOWN = 40
-"""Figures of a section that the table shows; results.json has all."""
+"""Number of a section's figures in the table; results.json has all."""
 
 
 @dataclass
 class Outcome:
-    """How a section went. `failed`: checks that did not hold; `error`: why it did not end, or was skipped."""
+    """Outcome of a section. `failed`: checks that did not hold; `error`: why it did not finish or was skipped."""
 
     name: str
     status: str
@@ -28,7 +28,7 @@ class Outcome:
 
 
 def commit_of(root: Path) -> str | None:
-    """Return the git commit of `root`, None where there is none to ask for."""
+    """Return the git commit of `root`; None if git cannot tell."""
     try:
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=False)
@@ -38,7 +38,7 @@ def commit_of(root: Path) -> str | None:
 
 
 def document(head: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
-    """Return results.json."""
+    """Return the content of results.json."""
     return {
         "schema": SCHEMA,
         **head,
@@ -48,7 +48,7 @@ def document(head: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def write(folder: Path, head: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """Write both files; each is replaced as a whole."""
+    """Write both files, replacing each as a whole."""
     text = {"results.json": json.dumps(document(head, outcomes), indent=1) + "\n", "results.md": table(head, outcomes)}
     for name, content in text.items():
         aside = folder / f"{name}.part"
@@ -57,7 +57,7 @@ def write(folder: Path, head: dict[str, Any], outcomes: list[Outcome]) -> None:
 
 
 def table(head: dict[str, Any], outcomes: list[Outcome]) -> str:
-    """Return what results.md holds."""
+    """Return the content of results.md."""
     lines = ["# GPU check", "", *(f"- {key}: {value}" for key, value in head.items() if value), ""]
     lines += ["| section | status | seconds | |", "|---|---|---|---|"]
     for outcome in outcomes:

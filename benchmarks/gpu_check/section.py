@@ -1,7 +1,7 @@
 """Run one section in this process: `python3 -m benchmarks.gpu_check.section NAME --out DIR`.
 
-Each section has a process of its own: one that fails, hangs or breaks the GPU's context leaves the others alone. What
-it has found is written to DIR/NAME.json after every figure, so that a section which is ended has not been for nothing.
+Each section has its own process, so one that fails, hangs or breaks the GPU's context does not affect the others. Its
+results are written to DIR/NAME.json after every figure, so those of a section that is killed are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Section:
-    """`module` of this package has `run(context)`. `least_s`: with less time left it is not begun."""
+    """Section whose `module` of this package has `run(context)`. It is skipped with less than `least_s` left."""
 
     name: str
     module: str
@@ -35,10 +35,10 @@ class Section:
 
 SECTIONS = (
     Section("environment", "environment", 60, 5, "GPU, driver, versions, MIG, memory"),
-    Section("one-process", "one_process", 90, 10, "one process against the CPU, in float64 and bf16"),
-    Section("ranks", "ranks", 150, 20, "2 to 4 ranks against one process, in float64"),
+    Section("one-process", "one_process", 90, 10, "one process vs. the CPU, in float64 and bf16"),
+    Section("ranks", "ranks", 150, 20, "2 to 4 ranks vs. one process, in float64"),
     Section("ceiling", "ceiling", 45, 10, "matmul TFLOP/s and copy bandwidth"),
-    Section("speed", "speed", 170, 20, "step time, MFU, memory against the plan, host synchronisations"),
+    Section("speed", "speed", 170, 20, "step time, MFU, memory vs. the plan, host waits"),
     Section("window", "window", 60, 15, "the recorder's window and torch.profiler's top kernels"),
     Section("tests", "tests_part", 60, 10, "tests/gpu"),
     Section("pretended", "pretended_part", 120, 5, "a training step on a pretended device"),
@@ -48,7 +48,7 @@ BY_NAME = {section.name: section for section in SECTIONS}
 
 @dataclass
 class Context:
-    """What a section knows, and where it puts what it finds. `small`: sizes for a stand-in on the CPU."""
+    """Context of a section: its settings and its results. `small`: use sizes for a stand-in on the CPU."""
 
     name: str
     out: Path
@@ -70,21 +70,21 @@ class Context:
         return self.budget_s - (time.monotonic() - self.started)
 
     def put(self, name: str, value: Any) -> None:
-        """Keep a figure, say it, and write all figures so far."""
+        """Keep a figure, print it, and write all figures so far."""
         self.figures[name] = value
         shown = json.dumps(value, default=str)
         print(f"  {self.name}: {name} = {shown if len(shown) <= 160 else shown[:157] + '...'}", flush=True)
         self.write()
 
     def check(self, holds: bool, sentence: str) -> None:
-        """Keep `sentence` as a check that failed unless it `holds`."""
+        """Record `sentence` as a failed check unless it `holds`."""
         if not holds:
             self.failed.append(sentence)
             print(f"  {self.name}: FAILED: {sentence}", flush=True)
             self.write()
 
     def attempt(self, name: str, part: Any, *arguments: Any) -> None:
-        """Call `part`; an exception is a failed check, and the section continues."""
+        """Call `part`; record an exception as a failed check, and continue."""
         try:
             part(*arguments)
         except Exception as error:
@@ -100,7 +100,7 @@ class Context:
 
 
 def run(context: Context) -> int:
-    """Run the section; exit code 0 if every check held, 1 if not, 3 on an exception."""
+    """Run the section. Return exit code 0 if every check held, 1 if not, 3 on an exception."""
     context.write()
     try:
         importlib.import_module(f"benchmarks.gpu_check.{BY_NAME[context.name].module}").run(context)
@@ -113,7 +113,7 @@ def run(context: Context) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the options of a section's process."""
+    """Run the section that the options name."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check.section", description=__doc__)
     parser.add_argument("name", choices=sorted(BY_NAME))
     parser.add_argument("--out", type=Path, required=True)

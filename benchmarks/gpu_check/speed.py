@@ -1,4 +1,4 @@
-"""How fast training steps are on one GPU, what memory they take, and how often the host waits in them.
+"""Measure training steps on one GPU: their speed and memory, and how often the host waits in them.
 
 MFU is model FLOPs (as `dist-gpt flops` counts them, no recomputation) over the published peak of the device, and over
 the fastest matmul that the section `ceiling` found here. Weights are random numbers made on the device.
@@ -30,11 +30,11 @@ LLAMA_1B = {
 }  # fmt: skip
 WARM_UP, LEAST_STEPS, CASE_S = 3, 3, 10.0
 ROOM = 0.9
-"""Of the device's memory, that a model may be planned to need."""
+"""Fraction of the device's memory that a model's planned peak may take."""
 
 
 def cases(small: bool) -> dict[str, Config]:
-    """Return name -> configuration, the most telling ones first."""
+    """Return name -> configuration, the most informative first."""
     if small:
         return {"gpt2-tiny bf16": tiny("gpt2", "bf16"), "llama-tiny fp32": tiny("llama")}
     train = {"global_batch": 16, "micro_batch": 16}
@@ -52,7 +52,7 @@ def cases(small: bool) -> dict[str, Config]:
 
 
 def run(context: Context) -> None:
-    """Measure the cases as long as there is time."""
+    """Measure the cases until the time is up."""
     for name, config in cases(context.small).items():
         if context.left_s() < 10:
             context.put(name, "not measured: no time left")
@@ -66,7 +66,7 @@ def measure(context: Context, name: str, config: Config) -> None:
     device, planned = context.device, plan_document(config)["memory_bytes"]["peak"]
     total = device.total_memory()
     if total is not None and planned > ROOM * total:
-        context.put(name, f"not measured: the plan needs {planned:,} bytes, the device has {total:,}")
+        context.put(name, f"not measured: the plan needs {planned:,} bytes, and the device has {total:,}")
         return
     baseline = device.reset_peak()
     replica = Rank(config, 0, FakeBackends(), device.torch_device)
@@ -86,7 +86,7 @@ def measure(context: Context, name: str, config: Config) -> None:
 
 
 def fill(replica: Rank) -> None:
-    """Give the model random weights; drawing them as training does takes a core half a minute for 1e9."""
+    """Fill the model with random weights on the device; drawing 1e9 as training does takes a CPU half a minute."""
     with torch.no_grad():
         for index, flat in enumerate(replica.buffers.buckets):
             flat.parameters.normal_(std=0.02)
@@ -95,7 +95,7 @@ def fill(replica: Rank) -> None:
 
 
 def random_samples(config: Config) -> Samples:
-    """Return the reader of one batch of random tokens, the same in every step."""
+    """Return a function that reads one batch of random tokens, the same in every step."""
     shape = (config.train.global_batch, config.model.seq_len + 1)
     ids = np.random.Generator(np.random.Philox(key=[0, 0])).integers(0, int(config.model.vocab_size or 0), size=shape)
     return lambda first, count: ids[first : first + count]
@@ -108,12 +108,12 @@ def train(replica: Rank, step: int, batch: Samples) -> float:
     issued = time.perf_counter() - began
     loss, _ = replica.optimizer.statistics.tolist()
     if loss != loss:
-        raise ArithmeticError("the loss is not a number")
+        raise ArithmeticError("the loss is not a number (NaN)")
     return issued
 
 
 def timed_steps(context: Context, replica: Rank, batch: Samples) -> tuple[list[float], list[float]]:
-    """Return seconds of each step, and seconds of the host's part in each, for as long as CASE_S lasts."""
+    """Return the seconds of each step and those of the host's part in it, for about CASE_S."""
     times: list[float] = []
     host: list[float] = []
     until = time.perf_counter() + min(0.2 if context.small else CASE_S, context.left_s() / 2)
@@ -125,11 +125,11 @@ def timed_steps(context: Context, replica: Rank, batch: Samples) -> tuple[list[f
 
 
 def figures(context: Context, config: Config, times: list[float], host: list[float]) -> dict[str, Any]:
-    """Return speed, and speed against what the device can do."""
+    """Return the speed, also relative to what the device can do."""
     step_s, tokens = statistics.median(times), config.train.global_batch * config.model.seq_len
     flops = flops_document(config)["model_flops_per_token"] * tokens / step_s
     facts = context.device.facts()
-    peak = None if facts.get("mig_slice") else published_peak(facts["name"])  # published are whole GPUs
+    peak = None if facts.get("mig_slice") else published_peak(facts["name"])  # published peaks are of whole GPUs
     found: dict[str, Any] = {
         "step_s": step_s, "fastest_step_s": min(times), "steps": len(times), "host_issue_s": statistics.median(host),
         "tokens_per_s": tokens / step_s, "model_tflops": flops / 1e12,
@@ -144,7 +144,7 @@ def figures(context: Context, config: Config, times: list[float], host: list[flo
 
 
 def measured_ceiling(context: Context, dtype: str) -> float | None:
-    """Return the TFLOP/s that `ceiling` wrote to the folder; None where it has not run."""
+    """Return the TFLOP/s that `ceiling` wrote to the folder; None if it has not run."""
     path = context.out / "ceiling.json"
     try:
         best = json.loads(path.read_text())["figures"]["best_tflops"]
@@ -154,7 +154,7 @@ def measured_ceiling(context: Context, dtype: str) -> float | None:
 
 
 def memory_figures(planned: int, peak: int | None, baseline: int) -> dict[str, Any]:
-    """Return planned and measured bytes, and how far the plan is off."""
+    """Return planned and measured bytes, and the plan's relative error."""
     if peak is None:
         return {"planned_bytes": planned, "measured_bytes": None}
     used = peak - baseline

@@ -1,4 +1,4 @@
-"""The tests in tests/gpu: with pytest where it is installed, else by calling them."""
+"""Run the tests in tests/gpu, with pytest if it is installed, else by calling them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.gpu_check.section import Context
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "gpu"
 PYTEST = ("-c", "/dev/null", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "-ra")
-"""The project's own settings name plugins that a bare pytest has not."""
+"""Options that bypass the project's settings, which name plugins that a bare pytest lacks."""
 
 
 def run(context: Context) -> None:
-    """Run them one way or the other. Without a GPU they are only collected."""
+    """Run the tests. For a stand-in they are only collected."""
     if importlib.util.find_spec("pytest") is not None and not context.small:
         with_pytest(context, FOLDER)
     else:
@@ -45,7 +45,7 @@ def modules(folder: Path) -> Iterator[ModuleType]:
 
 
 def by_hand(context: Context, found: Iterator[ModuleType], call: bool) -> None:
-    """Call every function test_* of the modules; put how each went."""
+    """Call every function test_* of the modules and put the outcomes."""
     results: dict[str, str] = {}
     for module in found:
         for name, function in sorted(vars(module).items()):
@@ -58,7 +58,7 @@ def by_hand(context: Context, found: Iterator[ModuleType], call: bool) -> None:
 
 
 def outcome(function: Callable[[], object]) -> str:
-    """Return "passed", or the exception's line."""
+    """Return "passed", or the exception on one line."""
     started = time.monotonic()
     try:
         function()

@@ -1,4 +1,4 @@
-"""A few steps under the recorder, as in a run's profiling window, and torch.profiler's longest kernels."""
+"""Record a few steps, as in a run's profiling window, and find the longest kernels with torch.profiler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOP = 25
 
 
 def window_config(small: bool) -> Config:
-    """Return what is trained, with its profiling window."""
+    """Return the configuration to train, with its profiling window."""
     train = {"global_batch": 16, "micro_batch": 8, "dtype": "bf16"}
     config = tiny("gpt2", "bf16") if small else config_of("gpt2", GPT2_124M, train)
     profiled = ProfileConfig(steps=[FIRST, LAST], torch=True)
@@ -48,8 +48,10 @@ def run(context: Context) -> None:
 
 
 def recorded(context: Context, config: Config, replica: Rank, batch: Samples) -> None:
-    """Put what the window says: rows of the events by kind, and the seconds of a step by kind of work, as a report
-    tells them. The folder is a run directory that `dist-gpt report` reads."""
+    """Put the window's event rows by kind, and the seconds of a step by kind of work as a report gives them.
+
+    The folder becomes a run directory that `dist-gpt report` reads.
+    """
     folder = context.out / "window"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.rank0.*"):
@@ -74,7 +76,7 @@ def recorded(context: Context, config: Config, replica: Rank, batch: Samples) ->
     (folder / "report.json").write_text(json.dumps(report))
     context.put("budget_s", report["budget_s"])
     context.put("roofline", report["roofline"])
-    context.check(sum(report["budget_s"].values()) > 0, "the report knows no time of the window's steps")
+    context.check(sum(report["budget_s"].values()) > 0, "the report has no times of the window's steps")
 
 
 def _kind(row: Any) -> str:
@@ -82,7 +84,7 @@ def _kind(row: Any) -> str:
 
 
 def kernels(context: Context, replica: Rank, batch: Samples) -> None:
-    """Put the kernels that took longest in two steps, and the share of time that the device was busy."""
+    """Put the number and time of kernels per step, and those that took longest in two steps."""
     cuda = context.device_kind == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     train(replica, STEPS, batch)
@@ -99,7 +101,7 @@ def kernels(context: Context, replica: Rank, batch: Samples) -> None:
 
 
 def top_kernels(averages: Any, cuda: bool) -> list[dict[str, Any]]:
-    """Return {name, calls, us} of what ran on the device (without a GPU: of operators), the longest first."""
+    """Return {name, calls, us} of kernels on the device (of operators without a GPU), the longest first."""
     rows = []
     for row in averages:
         on_device = getattr(row, "device_type", None) == torch.autograd.DeviceType.CUDA

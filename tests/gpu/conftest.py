@@ -1,5 +1,5 @@
-"""Tests in this folder need a GPU; without one they are skipped. They use no pytest: `benchmarks.gpu_check` calls them
-on machines that have none."""
+"""Skip the tests in this folder without a GPU. They do not use pytest: `benchmarks.gpu_check` calls them on machines
+that lack it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ranks, threads of one process, exchange tensors of one GPU over gloo through host memory."""
+"""Test two ranks, as threads of one process, that exchange tensors of one GPU over gloo through host memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NCCL on one GPU: a group of one rank is made, used and given back as those of several are."""
+"""Test NCCL on one GPU: a group of one rank is made, used and released like larger ones."""
 
 from __future__ import annotations
 

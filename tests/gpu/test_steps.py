@@ -1,4 +1,4 @@
-"""Training steps of one process on a GPU."""
+"""Test training steps of one process on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device() -> Device:
 
 
 def losses(config: Config, steps: int = 8) -> list[float]:
-    """Of a model that sees the same batch again and again."""
+    """Check a model that sees the same batch in every step."""
     replica, found, batch = Rank(config, 0, FakeBackends(), DEVICE), [], verify_samples(config, 0)
     try:
         replica.initialise()

@@ -1,4 +1,4 @@
-"""The GPU check without a GPU: its options, its results, and every section once, with the CPU standing in."""
+"""Test the GPU check without a GPU: its options, its results, and every section once, with the CPU as a stand-in."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_advice_names_everything_at_once_and_says_what_is_pure() -> None:
     lacking = packages.missing(lambda module: module not in ("pydantic", "pydantic_core", "rich", "torch"))
     text = "\n".join(packages.advice(lacking, "pydantic==2.1\n"))
     assert "pydantic==2.1  (pure Python, any wheel)" in text and "pydantic-core  (compiled" in text
-    assert "not needed by this check" in text and "torch itself has to be installed" in text
+    assert "not needed by this check" in text and "torch itself must be installed" in text
     assert packages.advice([], "") == []
 
 
@@ -334,7 +334,7 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """Only what a GPU check may call."""
+    """Fake of torch.cuda with only what the check may call."""
 
     Event = FakeEvent
 
@@ -394,7 +394,7 @@ def test_the_device_asks_torch_cuda_and_leaves_its_settings() -> None:
 
 
 class Described(StandIn):
-    """A stand-in that says what it is, and how much memory it has."""
+    """Stand-in with a given name and a given amount of memory."""
 
     def __init__(self, name: str, memory: int | None, peak: int | None = None) -> None:
         self.name, self.memory, self.measured = name, memory, peak

@@ -1,4 +1,4 @@
-"""No training step waits for its device or mixes it with the CPU: shown on a device that torch only pretends."""
+"""Test, on a device that torch only pretends, that no training step waits for its device or mixes it with the CPU."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ DTYPES = ("fp64", "fp32", "bf16", "fp16")
 
 
 def combinations() -> Iterator[tuple[str, Config]]:
-    """Every family, dtype and layout, the other options dealt out in turn, and each stage of ZeRO with each way to
-    recompute."""
+    """Return every family, dtype and layout, the other options in turn, and each ZeRO stage with each recompute."""
     number, layers = 0, {"num_layers": 1}
     for family in ("gpt2", "llama"):
         for dtype in DTYPES:
@@ -80,7 +79,7 @@ PLANTS = ("item", "mask", "copy", "cpu")
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    """All cases and all planted faults, in one process: most of the time it starts."""
+    """Run all cases and planted faults in one process, since starting it takes most of the time."""
     cases = [case_of(f"planted {plant}", tiny(model={"num_layers": 1}), plant=plant) for plant in PLANTS]
     return pretend(cases + [case_of(name, config, rank) for name, config in combinations() for rank in ends(config)])
 
