@@ -1,11 +1,11 @@
-"""A clock that leaves out the time in which this process could not run. Standard library alone.
+"""Measure time without the periods in which this process was suspended. Standard library only.
 
     clock = AwakeClock()
-    clock.now()          # to be called several times a second; any thread may call it
-    clock.last           # the last Suspension, None as long as there was none
+    clock.now()          # call it several times a second, from any thread
+    clock.last           # the last Suspension; None if there was none
 
 A process is suspended by SIGSTOP (Ctrl-Z, Slurm's `scontrol suspend`, a container that is frozen) or with its machine
-(a laptop's lid, a virtual machine). What it would call silence or lateness of others is then its own absence.
+(a laptop's lid, a virtual machine). Others that then seem silent or late may not be: this process was away.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 JUMP_S = 1.0
-"""A longer gap between two readings is a suspension. The clock still moves on by this much, so that it cannot stand
+"""A longer gap between two readings is a suspension. The clock still advances by this much, so that it cannot stand
 still on a machine that is always late."""
 EXCUSED_S = 30.0
 """Longest time after a suspension in which others may stay silent because they are continued later."""
 
 
 def time_with_sleep() -> float:
-    """Return seconds of a clock that also counts the time in which the whole machine sleeps, where there is one."""
+    """Return the seconds of a clock that, where possible, also counts the time in which the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
@@ -32,12 +32,12 @@ class Suspension:
     """A time in which this process did not run."""
 
     at: float
-    """When it ran again, by the AwakeClock."""
+    """When it ran again, on the AwakeClock."""
     seconds: float
 
     @property
     def excused_until(self) -> float:
-        """Return the time up to which nothing is concluded from the silence of others, who may come back later."""
+        """Return the time until which the silence of others means nothing: they may be continued later."""
         return self.at + min(self.seconds, EXCUSED_S)
 
 

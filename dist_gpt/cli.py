@@ -163,10 +163,10 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train as one rank.
+    """Run one rank of a training.
 
     Started once per rank by dist-gpt launch, torchrun, srun or mpirun, for example `torchrun --nproc-per-node 8 -m
-    dist_gpt train CONFIG`; alone, it trains in one process.
+    dist_gpt train CONFIG`. Started on its own, it trains in one process.
     """
     from dist_gpt.checkpoint.resume import AUTO
     from dist_gpt.config.load import load
@@ -186,19 +186,19 @@ def train(
 
 
 def _refuse_other_run_dir(config: Config) -> None:
-    """Raise ConfigError where the launcher that set DIST_GPT_RUN_DIR is not this run's, or no longer there."""
+    """Raise ConfigError if DIST_GPT_RUN_DIR was set by the launcher of another run, or its folder is gone."""
     from dist_gpt.config.errors import ConfigError
 
     made, run_dir = Path(os.environ["DIST_GPT_RUN_DIR"]), Path(str(config.run_dir))
     if made != run_dir or not made.is_dir():
         raise ConfigError([
             f"DIST_GPT_RUN_DIR={made} is not a run directory that a launcher has made for run_dir {run_dir}; unset the "
-            "variables DIST_GPT_* that an earlier job left behind"
+            "DIST_GPT_* variables that an earlier job left behind"
         ])  # fmt: skip
 
 
 def _train_directly(config: str, overrides: list[str], as_json: bool, resume: str | None) -> NoReturn:
-    """Train as a rank that knows from its environment alone which one it is, and leave with the exit code."""
+    """Train as the rank that the environment names, without a launcher, and exit with the code."""
     from dist_gpt.checkpoint.resume import AUTO, resolve
     from dist_gpt.config.load import load
     from launch import direct
@@ -229,14 +229,14 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
 
 @dataclass
 class _Told:
-    """Whether every rank finds the error that ends this one."""
+    """State of `_told_once`; `shared`: every rank finds the error that ends this one."""
 
     shared: bool = False
 
 
 @contextlib.contextmanager
 def _told_once() -> Iterator[_Told]:
-    """Leave it to rank 0 to print bad input that all ranks find, as far as its starter allows."""
+    """Let rank 0 alone print bad input that all ranks find, as far as the program that started them allows."""
     from launch import direct
 
     told = _Told()

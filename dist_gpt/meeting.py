@@ -20,23 +20,23 @@ DATA_TIMEOUT_S = 1800.0  # reading and tokenising a large text; ranks that are m
 
 
 class Folder(Protocol):
-    """The run directory where no launcher has made it; its methods are called on rank 0 alone."""
+    """A run directory that no launcher has made. Its methods are called on rank 0 only."""
 
     def check(self) -> None:
-        """Raise ConfigError where it cannot be made or continued; change nothing."""
+        """Raise ConfigError if the folder cannot be made or continued; change nothing."""
 
     def make(self, about_data: str) -> None:
-        """Make or take over the folder and lock it. Raise ConfigError where another training has it."""
+        """Make or take over the folder and lock it. Raise ConfigError if another training has it."""
 
     def discard(self) -> None:
-        """Remove what `make` has made."""
+        """Remove what `make` made."""
 
 
 def meet(config: Config, store: Store, env: RankEnv, folder: Folder | None = None) -> tuple[Prepared, RankEnv]:
-    """The run's data, once all ranks are here with one configuration and one data set.
+    """Return the run's data once all ranks are here with the same configuration and the same data.
 
-    `folder` is made last, when nothing can be missing any more. Data has an allowance of its own, and the deadline of
-    the environment that is returned starts after it.
+    `folder` is made last, when everything else is in place. Preparing the data has a time limit of its own; the
+    deadline of the returned environment starts after it.
     """
     mine = identity(config_hash(config))
     if folder is None:
@@ -60,8 +60,10 @@ def _fresh(config: Config, env: RankEnv) -> RankEnv:
 
 
 def _led_by_first(store: Store, env: RankEnv, mine: dict[str, str], act: Callable[[], None]) -> None:
-    """Call the roll after rank 0 has done `act`. If `act` fails, rank 0 raises its error, and every other rank a
-    RendezvousError with the same reason."""
+    """Call the roll after rank 0 has called `act`.
+
+    If `act` fails, rank 0 raises its error, and every other rank raises a RendezvousError with the same reason.
+    """
     if env.rank == 0:
         try:
             act()
@@ -74,12 +76,12 @@ def _led_by_first(store: Store, env: RankEnv, mine: dict[str, str], act: Callabl
 
 
 def shared_data(config: Config, store: Store, env: RankEnv, say: bool = False) -> Prepared:
-    """Tokens from the cache, the same ones on all ranks. A rank without data tells the others why, and all raise.
+    """Return tokens from the cache, the same on all ranks. If loading fails on one rank, all ranks raise the reason.
 
-    DataError where ranks have different tokens, as where nodes have different files under one path.
+    Raise DataError if ranks have different tokens, for example because nodes have different files under one path.
 
     To be called by all ranks, when all are known to be here: one that is silent is waited for DATA_TIMEOUT_S long.
-    `say`: rank 0 prints how the preparation proceeds.
+    `say`: rank 0 prints the progress of the preparation.
     """
     scope = scoped(store, "data")
     patient = replace(env, deadline=time.monotonic() + DATA_TIMEOUT_S)

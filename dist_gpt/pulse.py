@@ -5,9 +5,9 @@
     pulse.failed(error); pulse.bye(code); pulse.close()
 
 A thread of its own beats and obeys the launcher (launch/watch.py): stop (at the next step boundary), leave (at once),
-probe (can this host reach others?). A rank that loses its launcher must not hold its node: it leaves at once, or, while
-it trains and can save (`can_save`), asks for a stop, so that all ranks save at the next step boundary and leave. Time
-in which this process was suspended counts for nothing.
+probe (can this host reach others?). A rank that loses its launcher must not hold its node: it exits at once, or, while
+it trains and can save (`can_save`), asks for a stop, so that all ranks save at the next step boundary and exit. Time in
+which this process was suspended does not count.
 One JSON object a line, at most MAX_LINE bytes.
 """
 
@@ -66,10 +66,10 @@ class Pulse:
     def __init__(self, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
         self.stop, self.line, self.silence_s = stop, line, silence_s
         self.ledger: Ledger | None = None
-        self.record: Callable[[BaseException], None] = lambda error: None  # writes down why this rank gives up
+        self.record: Callable[[BaseException], None] = lambda error: None  # records why this rank gives up
         self.clock = AwakeClock()
         self.heard = self.clock.now()
-        self._grace_s: float | None = None  # for a save without the launcher; None: none is possible
+        self._grace_s: float | None = None  # for a save without the launcher; None: it cannot save
         self._lost_at: float | None = None
         self._writing = Lock()
         self._leaving = False  # it has said failed or bye: a launcher that hangs up is no news
@@ -106,7 +106,7 @@ class Pulse:
         self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in ledger.groups], "port": port})
 
     def can_save(self, grace_s: float) -> None:
-        """From now on a request to stop ends in a checkpoint, which may take `grace_s` when the launcher is lost."""
+        """Note that a request to stop now ends in a checkpoint, which may take `grace_s` if the launcher is lost."""
         self._grace_s = grace_s
 
     def _position(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class Pulse:
                 if self._is_silent(now):
                     self._lost("the link between this host and that one, or the launcher, is gone")
                 if self._is_late(now):
-                    self._give_up(f"not saved within {self._grace_s:.0f} s without a launcher; this rank leaves")
+                    self._give_up(f"not saved within {self._grace_s:.0f} s without a launcher; this rank exits")
                 if now >= beat:
                     self._send({"beat": self._position()})
                     beat = now + BEAT_S
@@ -160,7 +160,7 @@ class Pulse:
                         self._knock()
                     elif not self._read():
                         if not self._leaving:
-                            self._lost("it hung up: the launcher is gone")
+                            self._lost("its connection was closed: the launcher is gone")
                         ready.unregister(self.line)
 
     def _is_silent(self, now: float) -> bool:
@@ -169,7 +169,7 @@ class Pulse:
         return not self._leaving and self._lost_at is None and now - since > self.silence_s
 
     def _is_late(self, now: float) -> bool:
-        """Return whether this rank should have saved and left by now."""
+        """Return whether this rank should have saved and exited by now."""
         waits = self._lost_at is not None and self._grace_s is not None and not self._leaving
         return waits and now - (self._lost_at or now) > (self._grace_s or 0.0)
 
@@ -210,21 +210,21 @@ class Pulse:
                 self._door.accept()[0].close()
 
     def _lost(self, why: str) -> None:
-        """The launcher is lost: have all ranks save and leave, or leave alone where nothing can be saved."""
+        """Have all ranks save and exit, as the launcher is lost; exit alone if nothing can be saved."""
         since = self.clock.now() - self.heard
         when = time.strftime("%H:%M:%S", time.localtime(time.time() - since))
         lost = f"no contact with the launcher at {self.launcher} since {when} ({since:.0f} s): {why}"
         here = socket.gethostname()
         if self._grace_s is None:
-            self._give_up(f"{lost}; this rank on {here} leaves")
+            self._give_up(f"{lost}; this rank on {here} exits")
         self._lost_at = self.clock.now()
         self.stop.request(lost)
         with suppress(Exception):
-            sys.stderr.write(f"{lost}; the ranks save at the next step boundary and leave ({here})\n")
+            sys.stderr.write(f"{lost}; the ranks save at the next step boundary and exit ({here})\n")
             sys.stderr.flush()
 
     def _give_up(self, why: str) -> None:
-        """Leave without the launcher, which may only be suspended, and reads later why."""
+        """Exit without the launcher; it may only be suspended, and then reads the reason later."""
         with suppress(Exception):
             self.record(RuntimeError(why))
         self._send({"failed": {"error": why, "inside": False, "position": self._position(), "code": 1}})

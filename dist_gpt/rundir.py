@@ -86,9 +86,12 @@ def ended(run_dir: Path) -> dict[str, Any]:
 
 
 def note_end(run_dir: Path, code: int, why: str | None, step: int | None, change: str | None = None) -> None:
-    """RUN_DIR/exit.json, {code, why, step, time, change, job}: `time` in seconds since 1970, `why` null where all steps
-    were done, `change` only where the run would end the same way again: what to change, `job` only under Slurm.
-    Nothing where the run directory cannot be written: it must not hide the end."""
+    """Write RUN_DIR/exit.json, {code, why, step, time, change, job}.
+
+    `why` is null if all steps were done, `time` is in seconds since 1970, `change` (what to change) is there only if
+    the run would end the same way again, and `job` only under Slurm. Do nothing if the run directory cannot be written:
+    that must not hide how the run ended.
+    """
     end: dict[str, Any] = {"code": code, "why": why, "step": step, "time": time.time()}
     if change is not None:
         end["change"] = change

@@ -1,7 +1,7 @@
-"""Steps that changed no weight because the loss or the gradients were not finite. Standard library alone.
+"""Count steps that changed no weight because the loss or the gradients were not finite. Standard library only.
 
-`Skips` counts them while a run trains and says what follows from it; `Skipped.of(rows)` reads the same from the lines
-of metrics.jsonl. Loss, gradient norm and loss scale are equal on all ranks, so all ranks decide alike.
+`Skips` counts them while a run trains and says what follows; `Skipped.of(rows)` finds the same in the lines of
+metrics.jsonl. Loss, gradient norm and loss scale are equal on all ranks, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 LOSS, GRADIENTS, SCALE = "loss not finite", "gradients not finite", "fp16 overflow while the loss scale comes down"
 KEYS = {"skipped_loss": LOSS, "skipped_gradients": GRADIENTS, "skipped_scale": SCALE}
-"""Of a checkpoint's trainer state."""
+"""Keys of a checkpoint's trainer state, and the causes that they count."""
 CHANGE = "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
 CHANGE_SCALE = "Raise train.steps or train.max_skipped, or lower train.loss_scale"
 
 
 class DivergedError(RuntimeError):
-    """The run cannot train as it is configured; `change` says what to change before it is started again."""
+    """Error of a run that cannot train as configured; `change` says what to change before it is started again."""
 
     def __init__(self, text: str, change: str) -> None:
         super().__init__(text)
@@ -28,8 +28,10 @@ class DivergedError(RuntimeError):
 
 
 def cause_of(loss: float | None, norm: float | None, scale: float | None) -> str:
-    """Return why a step with these numbers is skipped; empty where it is not. `scale` is the loss scale after it; an
-    overflow at the smallest one, 1, is of the gradients themselves."""
+    """Return why a step with these numbers is skipped; empty if it is not.
+
+    `scale` is the loss scale after it; at the smallest scale, 1, the gradients themselves overflow.
+    """
     if loss is None or not math.isfinite(loss):
         return LOSS
     if norm is None or not math.isfinite(norm):
@@ -44,13 +46,13 @@ class Skipped:
     steps: int
     causes: Mapping[str, int]
     last: str = ""
-    """The cause of the last step; empty where it was not skipped."""
+    """Why the last step was skipped; empty if it was not."""
     validation: int | None = None
-    """The last step, where the validation loss after it was not finite."""
+    """The last step, if the validation loss after it was not finite."""
 
     @staticmethod
     def of(rows: Iterable[Mapping[str, Any]]) -> Skipped:
-        """Read lines of metrics.jsonl, where numbers that are not finite are null."""
+        """Count the lines of metrics.jsonl, in which numbers that are not finite are null."""
         steps, causes, last, validation = 0, Counter[str](), "", None
         for row in rows:
             if "loss" not in row:
@@ -74,15 +76,15 @@ class Skipped:
 
     @property
     def change(self) -> str:
-        """Return what to change where it failed."""
+        """Return what to change if the run failed."""
         return CHANGE_SCALE if self.last == SCALE else CHANGE
 
     def text(self) -> str:
-        """Return `5 of 6 steps skipped (loss not finite)`; empty where all is well."""
+        """Return text such as `5 of 6 steps skipped (loss not finite)`; empty if all is well."""
         parts = []
         if self.count:
             one = len(self.causes) == 1
-            why = ", ".join(cause if one else f"{count} {cause}" for cause, count in sorted(self.causes.items()))
+            why = ", ".join(cause if one else f"{cause}: {count}" for cause, count in sorted(self.causes.items()))
             parts.append(f"{self.count} of {self.steps} steps skipped ({why})")
         if self.validation is not None:
             parts.append(f"the validation loss after step {self.validation} is not finite")
@@ -91,13 +93,13 @@ class Skipped:
 
 @dataclass
 class Skips:
-    """The count of a run that trains; earlier attempts are in it, by way of the checkpoint (`state`)."""
+    """Count of skipped steps while a run trains, with those of earlier attempts (`state`, in the checkpoint)."""
 
     causes: Counter[str] = field(default_factory=Counter)
     step: int = 0
     in_a_row: int = 0
     cause: str = ""
-    """Of the last step; empty where it was not skipped."""
+    """Why the last step was skipped; empty if it was not."""
     validation: int | None = None
     """The step after which the validation loss was not finite, with no good step since."""
 
@@ -107,7 +109,7 @@ class Skips:
         self.causes = Counter({cause: trainer[key] for key, cause in KEYS.items() if trainer.get(key)})
 
     def state(self) -> dict[str, int]:
-        """Return what a checkpoint keeps: how many in a row, and all by cause where there are any."""
+        """Return what a checkpoint keeps: how many steps in a row were skipped, and how many of each cause."""
         by_cause = {key: self.causes[cause] for key, cause in KEYS.items() if self.causes[cause]}
         return {"skipped": self.in_a_row, **by_cause}
 
@@ -124,7 +126,7 @@ class Skips:
 
     @property
     def sound(self) -> bool:
-        """Return whether the weights are worth a checkpoint. An overflow in fp16 is ordinary and leaves them good."""
+        """Return whether the weights are worth a checkpoint. An fp16 overflow is ordinary and leaves them good."""
         return self.cause in ("", SCALE) and self.validation is None
 
     @property
@@ -132,6 +134,6 @@ class Skips:
         return Skipped(self.step, self.causes, self.cause, self.validation)
 
     def failure(self) -> DivergedError | None:
-        """Return why a run that ends here has failed; None where it has not."""
+        """Return why a run that ends here has failed; None if it has not."""
         found = self.so_far
         return DivergedError(f"{found.text()}. {found.change}", found.change) if found.failed else None

@@ -59,8 +59,10 @@ class ExitRecord:
             (self._run_dir / EXIT).unlink(missing_ok=True)  # an earlier attempt's
 
     def write(self, code: int, why: str | None, step: int, change: str | None = None) -> None:
-        """Note that the process will leave with `code`, `step` steps done; `change` says what to change where it would
-        end the same way again. What goes wrong here must not hide that."""
+        """Note that the process will exit with `code` after `step` steps.
+
+        `change` says what to change if the run would end the same way again. A failure here must not hide the end.
+        """
         if self._run_dir is not None:
             note_end(self._run_dir, code, why, step, change)
 
@@ -75,8 +77,10 @@ def require_wandb(mode: str) -> None:
 
 
 def step_line(record: dict[str, Any], steps: int, eta_s: float | None) -> str:
-    """`step   12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  epoch 0.36  eta 0:35`; what is missing is
-    left out."""
+    """Return `step   12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  epoch 0.36  eta 0:35`.
+
+    Values that are missing are left out.
+    """
     width = len(str(steps))
     parts = [f"step {record['step']:>{width}}/{steps}"]
     formats = {
@@ -161,7 +165,7 @@ class Console:
         self._step_s: float | None = None
         self._before = time.monotonic()
         self._bar: Progress | None = None
-        columns = os.environ.get(TERMINAL)  # of the terminal behind a launcher's pipe; empty: none, whatever stdout is
+        columns = os.environ.get(TERMINAL)  # of the terminal behind a launcher's pipe; empty: no terminal
         if columns or (columns is None and sys.stdout.isatty()):
             self._bar = _bar(steps, int(columns) if columns else None)
 

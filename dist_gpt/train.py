@@ -65,7 +65,7 @@ class Trainer:
         self.evaluations = self.trained = 0  # in this attempt
         self.step = 0  # done, by earlier attempts too
         self.skips = Skips()
-        self.owed = False  # a save that fell due while there was nothing good to save
+        self.owed = False  # a save that fell due while the weights were not worth one
 
     def resume(self, start: Start) -> None:
         """Continue after `start`."""
@@ -75,8 +75,8 @@ class Trainer:
     def run(self) -> bool:
         """The loop, from after `step`. Steps are counted from 1 in everything that is shown; step 0 is before training.
 
-        Returns whether all steps were done; False: a rank wanted to stop, and all leave, having saved where the weights
-        are good. A stop that falls on a first skipped step waits for the next one, which may be good again.
+        Return whether all steps were done. If not, a rank was asked to stop, and all ranks stop, after a save if the
+        weights are good. A stop that falls on the first skipped step waits for the next step, which may be good.
         """
         t = self.config.train
         if self.step == 0:
@@ -124,7 +124,7 @@ class Trainer:
             self.tracker.message(f"saved {saved.path} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s)")
 
     def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
-        """Log one step; DivergedError after train.max_skipped steps in a row without finite loss and gradients."""
+        """Log one step. Raise DivergedError after train.max_skipped skipped steps in a row."""
         tokens = self.config.train.global_batch * self.config.model.seq_len
         scale = self.rank.optimizer.scale.value.item() if self.rank.optimizer.scale is not None else None
         more: dict[str, Any] = {"skipped": True} if self.skips.count(step, loss, norm, scale) else {}
@@ -180,7 +180,7 @@ def gave_up(skips: Skips, loss: float, norm: float, scale: float | None) -> Dive
     """Return the error of a run whose last train.max_skipped steps were all skipped."""
     change = CHANGE
     if scale is not None and math.isfinite(loss):
-        fp16 = f"The loss's scale in fp16 came down to {scale:.0f}"
+        fp16 = f"The fp16 loss scale came down to {scale:.0f}"
         if scale > 1:
             change = (
                 f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
@@ -189,26 +189,27 @@ def gave_up(skips: Skips, loss: float, norm: float, scale: float | None) -> Dive
         else:
             change = f"{fp16}: the gradients themselves overflow. {CHANGE}, or train in bf16"
     return DivergedError(
-        f"{skips.in_a_row} steps in a row, up to step {skips.step}, had a loss ({loss}) or gradient norm ({norm}) that "
-        f"is not finite; they changed no weight (train.max_skipped); {skips.so_far.text()}. {change}",
+        f"{skips.in_a_row} step{'' if skips.in_a_row == 1 else 's'} in a row, up to step {skips.step}, changed no "
+        f"weight (train.max_skipped), as the loss ({loss}) or gradient norm ({norm}) was not finite; "
+        f"{skips.so_far.text()}. {change}",
         change,
     )
 
 
 def last_good(run_dir: Path) -> str:
-    """Return which checkpoint a run that skips its steps leaves: nothing is saved, or removed, meanwhile."""
+    """Name the last good checkpoint: while steps are skipped, none is saved or removed."""
     newest = next((path.name for path in committed(run_dir / CHECKPOINTS)), None)
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
 
 
 def how_it_ended(finished: bool, skips: Skips, stop: str | None) -> DivergedError | None:
-    """Return why a run that left its loop has failed; None where it has trained, or was asked to stop and has saved."""
+    """Return why a run that left its loop has failed; None if it finished, or was asked to stop and has saved."""
     if finished or not skips.sound:
         failed = skips.failure()
         if failed is None or finished:
             return failed
         asked = stop or "another rank was asked to stop"
-        return DivergedError(f"asked to stop after step {skips.step}, and not saved ({asked}): {failed}", failed.change)
+        return DivergedError(f"asked to stop after step {skips.step}, but not saved ({asked}): {failed}", failed.change)
     return None
 
 
@@ -231,7 +232,7 @@ class Attempt:
         self._record: ExitRecord | None = None
 
     def has_run_dir(self, run_dir: Path, env: RankEnv) -> None:
-        """Write exit.json from here on: the run directory is known to be this run's."""
+        """Write exit.json from now on: the run directory is known to belong to this run."""
         self._record = ExitRecord(run_dir, env.rank)
 
     def begins(self, rank: Rank) -> None:
@@ -241,13 +242,13 @@ class Attempt:
         self.pulse.follow(rank.mesh.ledger)
 
     def trains(self, trainer: Trainer) -> None:
-        """The loop begins; from now on the ranks can save where they lose the launcher."""
+        """Note that the loop begins: from now on the ranks can save if they lose the launcher."""
         self.trainer = trainer
         if trainer.config.optim.engine != "deepspeed":
             self.pulse.can_save(trainer.config.launch.grace_s)
 
     def ends(self, code: int, failed: DivergedError | None = None) -> int:
-        """It has trained and leaves with `code`; `failed` where the accounting is exact, and yet the run has failed."""
+        """Report that it has trained and exits with `code`; `failed`: why, if the run failed with exact accounting."""
         if failed is not None:
             self._write(code, str(failed), failed.change)
         else:
@@ -300,12 +301,12 @@ def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
 def main(config: Config, resume: str | None = None, folder: Folder | None = None) -> int:
     """Train as the rank that torchrun's variables name.
 
-    The run directory is there already, or `folder` makes it when all ranks have met.
+    The run directory exists, or `folder` makes it when all ranks have met.
     `resume`: auto (from the newest checkpoint there, if any, else from what the run directory branches from), or the
     path of a checkpoint or of a run directory. Where the ranks have been started again it is auto.
-    Returns the exit code: 0; 1 when the accounting differs or the run trained nothing or ends while its loss is not
-    finite (skips.Skips.failure); 75 when the run was asked to stop, saved and left.
-    Raises ConfigError where the ranks that are to make `folder` do not meet: nothing was made or changed then.
+    Return the exit code: 0; 1 if the accounting differs, or if the run trained nothing or ended while its loss was not
+    finite (skips.Skips.failure); 75 if the run was asked to stop, saved and exited.
+    Raise ConfigError if the ranks that are to make `folder` do not meet: nothing has been made or changed then.
     """
     with _bad_input_until_met(folder):
         env = expected_env(config)
@@ -332,7 +333,7 @@ def main(config: Config, resume: str | None = None, folder: Folder | None = None
 
 
 def expected_env(config: Config) -> RankEnv:
-    """Read torchrun's variables. Raise RendezvousError or ConfigError where they do not fit the layout."""
+    """Read torchrun's variables. Raise RendezvousError or ConfigError if they do not fit the layout."""
     env = rank_env(config.launch.timeout_s)
     if env.world != config.world_size:
         raise RendezvousError(
@@ -350,7 +351,7 @@ def expected_env(config: Config) -> RankEnv:
 
 @contextmanager
 def _bad_input_until_met(folder: Folder | None) -> Iterator[None]:
-    """Turn a RendezvousError into a ConfigError where the ranks make their run directory themselves."""
+    """Turn a RendezvousError into a ConfigError if the ranks make their run directory themselves."""
     try:
         yield
     except RendezvousError as error:
@@ -363,8 +364,10 @@ def _train(
     config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, folder: Folder | None,
     parts: ExitStack,
 ) -> tuple[int, DivergedError | None]:  # fmt: skip
-    """Train, from the first meeting of the ranks to the last; what is to be closed goes to `parts`. Return the exit
-    code, and why the run has failed where that is not the accounting."""
+    """Train, from the first meeting of the ranks to the last; what must be closed goes to `parts`.
+
+    Return the exit code, and why the run has failed unless that is the accounting.
+    """
     with _bad_input_until_met(folder):
         device = choose_device(env, config.launch.backend)
     run_dir = Path(str(config.run_dir))

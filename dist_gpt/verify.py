@@ -123,8 +123,7 @@ class Verdict:
 def certify_rank(
     config: Config, rank: int, backends: Backends, reference: Path, device: torch.device | None = None
 ) -> Verdict:
-    """Train in the layout of `config` as rank `rank`, on `device` (default the CPU), and compare with the reference on
-    disk."""
+    """Train in the layout of `config` as rank `rank` on `device` (default CPU); compare with the reference on disk."""
     replica = Rank(config, rank, backends, device or torch.device("cpu"))
     try:
         trace = run_steps(replica, config)

@@ -64,10 +64,10 @@ DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec
 
 @dataclass(frozen=True)
 class Start:
-    """Which rank this process is, and which program started it."""
+    """Rank of this process, and the program that started it."""
 
     who: str
-    """Its name in launch.discover's table."""
+    """Name of that program in launch.discover's table."""
     place: Place
 
     def enter(self, environ: MutableMapping[str, str]) -> None:

@@ -28,7 +28,7 @@ Name = Callable[[int], str]
 
 @dataclass(frozen=True)
 class RankState:
-    """What the watch knows of one rank; times in seconds of the launcher's AwakeClock."""
+    """State of one rank, as the watch knows it; times in seconds of the launcher's AwakeClock."""
 
     rank: int
     hello: Mapping[str, Any] | None = None

@@ -24,7 +24,7 @@ TRAIN_KEYS = ("global_batch", "micro_batch", "seed", "dtype")
 SHARDS = "shard_ranks"
 """Key beside those of `optim` where state is sharded inside nodes: over how many data ranks (launch.nodes decides)."""
 ORDER, OLD_ORDER = "data.order", "replacement"
-"""The order of batches, and what it was before it could be chosen: such a checkpoint does not name it."""
+"""The order of batches, and what it was before it could be chosen: older checkpoints do not name it."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -130,7 +130,7 @@ def differences(manifest: Manifest, ours: dict[str, Any], where: Path) -> list[s
 
 
 def _remedy(key: str, theirs: dict[str, Any]) -> str:
-    """What to resume with."""
+    """Return what to resume with."""
     if key == ORDER:
         return f"{ORDER}={theirs[key]}"
     return f"the same {'launch.nodes' if key == f'optim.{SHARDS}' else 'value'}"

@@ -219,7 +219,7 @@ class GlooBackends:
         return backend
 
     def make_group(self, store: dist.Store, index: int, size: int, options: Any) -> GlooGroup:
-        """Return a new group; `create` sets the rest."""
+        """Return a new group, which the caller configures."""
         return GlooGroup(store, index, size, options)
 
 
@@ -240,7 +240,7 @@ class NcclBackends:
         return self.connect(name, ranks, rank)
 
     def connect(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
-        """Return a new group, which may be of one rank."""
+        """Return a new group, possibly of a single rank."""
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self.left_s())
         store = dist.PrefixStore(_key(name, ranks), self.store)

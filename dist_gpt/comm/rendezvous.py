@@ -28,7 +28,7 @@ STORE_FD = "DIST_GPT_STORE_FD"
 ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, started again by it, tells its ranks that this is 0
 WATCH_FD = "DIST_GPT_WATCH_FD"  # dist_gpt.pulse
 OUTLAST_S = 86400.0
-"""Longest suspension of a job that its collectives outlast."""
+"""Longest suspension that the collectives of a job survive."""
 NONCE = "dist_gpt/attempt"
 POLL_S = 0.05
 READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
@@ -51,7 +51,7 @@ class RankEnv:
     attempt: int
     deadline: float
     watched: bool = False
-    """A launcher hears this rank's heartbeats, and ends the job when no rank has moved for launch.timeout_s."""
+    """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s."""
 
     @property
     def one_node(self) -> bool:
@@ -136,14 +136,14 @@ def connect_store(env: RankEnv) -> Store:
 
 
 def _first_line(error: Exception) -> str:
-    """The text of one of torch's errors without its C++ frames."""
+    """Return the text of one of torch's errors without its C++ frames."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _wait_for_host(env: RankEnv) -> None:
     """Wait until something listens at MASTER_ADDR and MASTER_PORT. Raise RendezvousError at the deadline.
 
-    torch would wait as well, but fill the screen with warnings and C++ frames where nothing comes.
+    torch would wait too, but fill the screen with warnings and C++ frames.
     """
     started, wait_s = time.monotonic(), env.left_s()
     while True:
@@ -235,15 +235,15 @@ def _listen(env: RankEnv) -> int:
 
 
 def _refuse_loopback_name(env: RankEnv) -> None:
-    """Raise RendezvousError where this host's own name is a loopback address, at which other nodes find nothing."""
+    """Raise RendezvousError if this host's own name is a loopback address, which other nodes cannot reach."""
     name = env.master_addr
     if env.one_node or name == "localhost" or name.startswith("127.") or ":" in name:
         return
     address = socket.gethostbyname(name)
     if address.startswith("127."):
         raise RendezvousError(
-            f"rank 0 cannot be reached from other nodes: on {socket.gethostname()}, the name {name} is {address}; set "
-            "DIST_GPT_MASTER=ADDRESS:PORT for all ranks, with an address of this host that the other nodes reach"
+            f"rank 0 cannot be reached from other nodes: on {socket.gethostname()}, {name} resolves to {address}; "
+            "set DIST_GPT_MASTER=ADDRESS:PORT for all ranks, with an address of this host that other nodes can reach"
         )
 
 
@@ -347,10 +347,10 @@ def make_backends(
     """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
 
     Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective. Under a
-    launcher gloo's own is OUTLAST_S longer: gloo's clock counts suspensions, the launcher's does not. `single_copy`:
-    whether ranks of a node read each other's memory where they may. On several nodes gloo listens on the interfaces
-    that GLOO_SOCKET_IFNAME names (with commas between), else on the one whose route leads to MASTER_ADDR:
-    what a host's own name means is often an address that only the host itself can reach.
+    launcher, gloo's timeout is OUTLAST_S longer: gloo's clock counts suspensions, the launcher's does not.
+    `single_copy`: ranks of a node read each other's memory where they may. On several nodes gloo listens on the
+    interfaces that GLOO_SOCKET_IFNAME names (separated by commas), else on the one whose route leads to MASTER_ADDR: a
+    host's own name often means an address that only the host itself can reach.
     """
     if device.type != "cuda" and env.watched:
         timeout_s += OUTLAST_S

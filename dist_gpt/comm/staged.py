@@ -1,14 +1,14 @@
-"""Gloo for tensors of a GPU, through host memory: several ranks can share one GPU, which NCCL refuses.
+"""Run gloo on GPU tensors, through host memory: several ranks can share one GPU, which NCCL refuses.
 
-Gloo has no send or receive for them, and which of its collectives take them differs between versions of torch. So every
+Gloo cannot send or receive them, and which of its collectives accept them differs between versions of torch. So every
 operation is carried out on copies in (pinned) host memory: what is sent is copied when the operation is issued, what is
 received when it is waited for. Members make the same calls with the same bytes as on the CPU, so the ledger counts the
 same, and the sums are gloo's own.
 
-This is for checks of correctness, not for training: the host waits for the device in every call. No command chooses it;
-a caller builds `StagedBackends` by itself. Members do not read each other's memory (`comm.nearby` knows host memory
+This is for checks of correctness, not for training: the host waits for the device in every call. No command uses it;
+a caller must construct `StagedBackends`. Members do not read each other's memory (`comm.nearby` knows host memory
 only). Copies run on the current stream of the thread that waits, which may be the group's own thread: all work on the
-tensors has to be on the default stream.
+tensors must be on the default stream.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dist_gpt.comm.mesh import GlooBackends, GlooGroup
 
 
 class StagedGroup(GlooGroup):
-    """A gloo group whose tensors may lie on a device. `stages_all`: those on the CPU are copied as well, for tests."""
+    """Gloo group whose tensors may lie on a device. `stages_all`: copy those on the CPU as well, for tests."""
 
     stages_all = False
 
     def host_copy(self, tensor: Tensor, filled: bool) -> Tensor:
-        """Return room for `tensor` in host memory, with its values where `filled`; a tensor on the CPU is itself."""
+        """Return room for `tensor` in host memory, with its values if `filled`; return a CPU tensor as it is."""
         if not tensor.is_contiguous():
             raise ValueError(f"{tuple(tensor.shape)} with strides {tensor.stride()}: only contiguous tensors are sent")
         if tensor.device.type == "cpu" and not self.stages_all:
@@ -42,7 +42,7 @@ class StagedGroup(GlooGroup):
     def staged(
         self, reads: Sequence[Tensor], writes: Sequence[Tensor], start: Callable[[list[Tensor], list[Tensor]], Any]
     ) -> StagedWork:
-        """Call `start` with host copies of `reads` and room for `writes`; a tensor in both has one copy for both."""
+        """Call `start` with host copies of `reads` and room for `writes`; a tensor in both has a single copy."""
         hosts = {id(tensor): self.host_copy(tensor, True) for tensor in reads}
         for tensor in writes:
             if id(tensor) not in hosts:
@@ -77,7 +77,7 @@ class StagedGroup(GlooGroup):
 
 
 class StagedWork:
-    """An operation on host copies. `wait` ends it and brings the results to their tensors; it may be called again."""
+    """Operation on host copies. `wait` finishes it and copies the results back; it may be called again."""
 
     def __init__(self, work: Any, results: list[tuple[Tensor, Tensor]], held: list[Tensor]) -> None:
         self._work, self._results = work, results
@@ -95,7 +95,7 @@ class StagedWork:
 
 
 class StagedBackends(GlooBackends):
-    """As GlooBackends, for tensors on a device; always without reading the other members' memory."""
+    """Make gloo groups for tensors on a device; members never read each other's memory."""
 
     def __init__(
         self, store: dist.Store, host: str, timeout_s: float, left_s: Callable[[], float] | None = None,

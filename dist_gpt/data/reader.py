@@ -59,7 +59,7 @@ class Tokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens."""
+        """Return the bytes of the tokens."""
         return self._count * self.dtype.itemsize
 
     def __getitem__(self, key: slice) -> NDArray[Any]:

@@ -324,7 +324,7 @@ class DeepSpeedOptimizer:
     def step(self, rate: float, loss: Tensor) -> None:
         """One update with learning rate `rate`; `loss` is this rank's part of the summed loss.
 
-        DivergedError where DeepSpeed has stepped with gradients that are not finite: the weights are lost.
+        Raise DivergedError if DeepSpeed has stepped with gradients that are not finite: the weights are lost.
         """
         engine = self.parts.engine
         for group in engine.optimizer.param_groups:
@@ -342,8 +342,8 @@ class DeepSpeedOptimizer:
         if engine.was_step_applied() and not torch.isfinite(self.statistics).all():
             raise DivergedError(
                 f"the loss ({self.statistics[0].item()}) or the gradient norm ({self.statistics[1].item()}) is not "
-                f"finite, and DeepSpeed has stepped the weights with it: they are lost. {CHANGE}; optim.engine: native "
-                "leaves weights as they are in such a step",
+                f"finite, and DeepSpeed has updated the weights with it: they are lost. {CHANGE}; optim.engine: native "
+                "changes no weight in such a step",
                 CHANGE,
             )
 

@@ -19,10 +19,10 @@ from dist_gpt.parallel.sink import GradSink
 
 
 def refuse_outside(ids: Tensor, vocab_size: int, what: str) -> None:
-    """Check that ids (N,) are within the whole vocabulary: RuntimeError on a CPU, a failed device assertion on a GPU.
+    """Check that ids (N,) are in the whole vocabulary: RuntimeError on a CPU, a failed device assertion on a GPU.
 
-    The check runs on the device, so the host never waits for it. Without it a rank of tp 2 or more would take an id
-    of no rank for one of another rank, and train on a row of zeros.
+    The check runs on the device, so the host never waits for it. Without it, with tp 2 or more, every rank would
+    take such an id for one of another rank, and train on a row of zeros.
     """
     inside = ((ids >= 0) & (ids < vocab_size)).all()
     torch._assert_async(inside, f"{what} holds a token id outside the vocabulary (model.vocab_size {vocab_size})")
@@ -70,8 +70,10 @@ def embedding(
     sequence_parallel: bool,
     sink: GradSink,
 ) -> Tensor:
-    """Rows of the split table: tokens (N,) int64 -> (N/tp or N, H). `first_row` is the first id in `weight`, and
-    `vocab_size` the rows on all tp ranks together."""
+    """Return rows of the split table: tokens (N,) int64 -> (N/tp or N, H).
+
+    `first_row` is the first id in `weight`; `vocab_size` counts the rows on all tp ranks together.
+    """
     refuse_outside(tokens, vocab_size, "the embedding's input")
     result: Tensor = _Embedding.apply(weight, tokens, first_row, tp, sequence_parallel, sink)
     return result

@@ -68,9 +68,10 @@ def _notes(config: Config) -> list[str]:
     """What the numbers take for granted."""
     notes = []
     if config.optim.engine == "deepspeed":
-        notes.append("comm: without DeepSpeed's own; memory: what DeepSpeed holds at the fullest moment of a step")
+        notes.append("comm: without DeepSpeed's own; memory: the most that DeepSpeed holds during a step")
         whole = 4 * max(stored_parameters(kind.plan) for kind in rank_kinds(config))
-        notes.append(f"start: before the first step every rank holds its whole model in float32, {whole / 1e9:.3g} GB")
+        held = f"every rank holds all its parameters in float32, {whole / 1e9:.3g} GB"
+        notes.append(f"start: before the first step {held}")
     if config.model.attention_dropout:
         notes.append(
             "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"

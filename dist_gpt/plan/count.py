@@ -103,7 +103,7 @@ def memory_document(
 
 
 def count_memory(plan: RankPlan, steps: Sequence[Step]) -> dict[str, int]:
-    """Bytes of one rank in training, by category; with DeepSpeed at the fullest moment of a step."""
+    """Return the bytes of one rank in training, by category; with DeepSpeed, at the fullest moment of a step."""
     if not plan.ours:
         index = plan.layout.data_index(plan.rank)
         held = DeepSpeedMemory(plan.config, plan.coords.tp, index, peak_activations(plan, steps))
@@ -163,7 +163,7 @@ def _kinds(config_json: str) -> tuple[Kind, ...]:
 
 
 def _example(config: Config, tp: int) -> int:
-    """The data rank that holds most: the first one owns no padding; DeepSpeed cuts inside of parameters."""
+    """Return the data rank that holds most: the first has no padding, but DeepSpeed cuts inside parameters."""
     return fullest_rank(config, tp) if config.optim.engine == "deepspeed" else 0
 
 
@@ -175,5 +175,5 @@ def _vocabulary_kinds(config: Config) -> list[tuple[int, int]]:
 
 
 def rank_kinds(config: Config) -> Iterator[Kind]:
-    """Ranks that do the same work, each with the one that holds most as its example."""
+    """Yield kinds of ranks that do the same work; the example of each is the rank that holds most."""
     yield from _kinds(config.model_dump_json())

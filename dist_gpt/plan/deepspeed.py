@@ -1,8 +1,8 @@
-"""Bytes that a rank holds where DeepSpeed trains it: pure arithmetic, after the source of DeepSpeed 0.19.8.
+"""Count the bytes that a rank holds when DeepSpeed trains: pure arithmetic, after the source of DeepSpeed 0.19.8.
 
-DeepSpeed makes and frees most of what it needs as it goes, so the sum of the largest of each sort would be too much.
-What is held is therefore written down for the few moments of a step that can be the fullest, and the plan tells the
-fullest of them. `tests/ranks/test_deepspeed_memory.py` holds the result against storages that were followed.
+DeepSpeed allocates and frees most of its memory as it goes, so adding up the largest of each category would be too
+much. Instead the few moments of a step that can be the fullest are counted, and the plan gives the fullest of them.
+`tests/ranks/test_deepspeed_memory.py` compares the result with tracked storages.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ FP32 = DTYPE_BYTES["fp32"]
 ALIGNMENT = 2
 """Flat groups of stages 1 and 2 are padded to a multiple of this times the data ranks."""
 COALESCED = 500_000_000
-"""Elements after which stage 0 and BF16_Optimizer send the gradients that they have copied together."""
+"""Elements after which stage 0 and BF16_Optimizer send the gradients that they have coalesced."""
 PREFETCHED = 50_000_000
 """Elements that stage 3 gathers ahead of their use (stage3_prefetch_bucket_size)."""
 LIVE = 1_000_000_000
-"""Elements of gathered parameters at which stage 3 stops gathering ahead (stage3_max_live_parameters). Until then
-nearly all that the forward has gathered stays for the backward."""
+"""Elements of gathered parameters at which stage 3 stops gathering ahead (stage3_max_live_parameters). Below
+that, nearly all that the forward gathers is kept for the backward."""
 PERSISTENT = 100_000
-"""Parameters of up to so many elements may stay whole in stage 3 (stage3_param_persistence_threshold)."""
+"""Elements up to which a parameter may stay whole in stage 3 (stage3_param_persistence_threshold)."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is held at one moment beside what is always held."""
+    """Bytes held at one moment of a step, on top of those always held."""
 
     gradients: int = 0
     activations: int = 0
@@ -43,17 +43,17 @@ class Moment:
 
 
 def bucket_elements(config: Config) -> int:
-    """Elements of one of DeepSpeed's buckets."""
+    """Return the elements of one of DeepSpeed's buckets."""
     return max(1, int(config.optim.bucket_mb * 1e6 / FP32))
 
 
 def persistence_threshold(config: Config) -> int:
-    """Elements up to which a parameter stays whole in stage 3: vectors do, matrices are cut."""
+    """Return the elements up to which a parameter stays whole in stage 3: vectors do, matrices are sharded."""
     return min(PERSISTENT, max(p.numel for p in parameter_table(config) if len(p.shape) == 1))
 
 
 class DeepSpeedMemory:
-    """What data rank `index` of `config` holds; `activations` are those of one micro-batch."""
+    """Memory of data rank `index` of `config`; `activations` are the bytes of one micro-batch."""
 
     def __init__(self, config: Config, tp_index: int, index: int, activations: int) -> None:
         o, p, self.config = config.optim, config.parallel, config
@@ -76,18 +76,18 @@ class DeepSpeedMemory:
 
     @property
     def low(self) -> bool:
-        """Parameters are kept in fewer bytes than gradients are added up in."""
+        """Return whether parameters take fewer bytes than the sums of gradients."""
         return self.element < FP32
 
     @property
     def flat(self) -> int:
-        """Elements of the flat groups of stages 1 and 2, with padding."""
+        """Return the elements of the flat groups of stages 1 and 2, with padding."""
         unit = ALIGNMENT * self.ranks
         return sum(ceil(sum(group) / unit) * unit for group in self.groups)
 
     @property
     def shard(self) -> int:
-        """Elements that this rank steps."""
+        """Return the elements that this rank steps."""
         if self.stage == 0:
             return self.whole
         if self.stage == 3:
@@ -96,26 +96,26 @@ class DeepSpeedMemory:
 
     @property
     def parameters(self) -> int:
-        """Bytes of parameters between two steps."""
+        """Return the bytes of parameters between two steps."""
         if self.stage == 3:
             return (self.shard + self.kept_whole) * self.element
         return (self.flat if self.stage else self.whole) * self.element
 
     @property
     def kept_whole(self) -> int:
-        """Elements of parameters that stage 3 does not cut, held beside their parts."""
+        """Return the elements of parameters that stage 3 keeps whole, in addition to their shards."""
         threshold = persistence_threshold(self.config)
         return sum(size for size in self.sizes.values() if size <= threshold) if self.ranks > 1 else 0
 
     @property
     def optimizer(self) -> int:
-        """Bytes of masters and averages. From stage 1 on there are masters in fp32, too."""
+        """Return the bytes of masters and Adam's moments. From stage 1 on there are masters in fp32, too."""
         masters = FP32 if self.stage else 0
         return self.shard * (masters + FP32 * self.averages)
 
     @property
     def gradients(self) -> int:
-        """Bytes of gradients that are carried from one micro-batch to the next, or as long as the engine is there."""
+        """Return the bytes of gradients kept from one micro-batch to the next, or as long as the engine exists."""
         if self.stage == 3:
             return self.shard * FP32
         if self.stage == 2:
@@ -124,11 +124,11 @@ class DeepSpeedMemory:
 
     @property
     def owned(self) -> int:
-        """Elements of the parameters of which this rank steps a part: their gradients are kept whole in fp32."""
+        """Return the elements of the parameters of which this rank steps a part; it keeps whole gradients, in fp32."""
         return self.owned_by_rank()[self.index]
 
     def owned_by_rank(self) -> list[int]:
-        """The same of every data rank: a parameter on the border of two shards is kept by both."""
+        """Return `owned` of every data rank; a parameter on the border of two shards counts for both."""
         totals = [0] * self.ranks
         for group in self.groups:
             width = ceil(sum(group) / (ALIGNMENT * self.ranks)) * ALIGNMENT
@@ -141,7 +141,7 @@ class DeepSpeedMemory:
 
     @property
     def host(self) -> int:
-        """Bytes in host memory with optim.offload."""
+        """Return the bytes in host memory with optim.offload."""
         if not self.offload:
             return 0
         gradient = self.shard * FP32
@@ -153,7 +153,7 @@ class DeepSpeedMemory:
     # --- moments of a step -----------------------------------------------------------------------------------------
 
     def document(self) -> dict[str, int]:
-        """Bytes by category, at the fullest moment of a step."""
+        """Return the bytes by category at the fullest moment of a step."""
         fullest = max(self.moments(), key=lambda moment: moment.total)
         return {
             "parameters": self.parameters,
@@ -165,7 +165,7 @@ class DeepSpeedMemory:
         }
 
     def moments(self) -> Iterator[Moment]:
-        """The end of the forward, the end of the backward, a reduction, the update."""
+        """Yield the candidates: the end of the forward, the end of the backward, a reduction, the update."""
         if self.stage == 3:
             return self._stage_3()
         if self.stage == 2:
@@ -180,29 +180,35 @@ class DeepSpeedMemory:
 
     @property
     def _head(self) -> int:
-        """Bytes of the head's new gradient, made before it is added to anything."""
+        """Return the bytes of the head's new gradient before it is added to anything."""
         return self.sizes["embed.weight" if self._tied else "head.weight"] * self.element
 
     @property
     def _last(self) -> int:
-        """Bytes beside the gradients when the last one, the embedding's, is there: of a tied one autograd holds the
-        head's and the embedding's, and adds them up into a third."""
+        """Return the bytes on top of the gradients when the last one, the embedding's, arrives.
+
+        For a tied embedding, autograd holds the head's and the embedding's gradient and adds them up into a third.
+        """
         size = self.sizes["embed.weight"] * self.element
         return (2 * size if self._tied else 0) + (size if self.repeated else 0)
 
     @property
     def _sent(self) -> int:
-        """Elements of the largest reduction of bucketed gradients: those larger than a bucket travel alone."""
+        """Return the elements of the largest reduction; gradients larger than a bucket travel alone."""
         return min(self.whole, max(self.bucket, self.largest))
 
     def _buckets(self, element: int) -> int:
-        """Bytes of the buckets of stages 1 and 2, made with each backward; on a GPU one is filled while one travels.
-        And with offload, room for one gradient on its way to the host."""
+        """Return the bytes of the buckets of stages 1 and 2; on a GPU one is filled while the other travels.
+
+        They are made with each backward. Offload adds room for one gradient on its way to the host.
+        """
         return (2 if self.cuda else 1) * self.bucket * element + (self.largest * self.element if self.offload else 0)
 
     def _copied(self, groups: list[int]) -> int:
-        """Elements that are copied into one tensor to be reduced with others, until COALESCED are together. What
-        travels alone is not copied."""
+        """Return the most elements copied into one tensor, of up to about COALESCED, to be reduced together.
+
+        A gradient that travels alone is not copied.
+        """
         most = held = count = 0
         for size in groups:
             held, count = held + size, count + 1
@@ -228,11 +234,11 @@ class DeepSpeedMemory:
 
     @property
     def _stepped(self) -> int:
-        """Bytes of the copy of gradients that the optimizer steps the larger group with."""
+        """Return the bytes of the copy of gradients with which the optimizer steps the larger group."""
         return 0 if self.offload else ceil(max(map(sum, self.groups)) / self.ranks) * FP32
 
     def _stage_1_low(self) -> Iterator[Moment]:
-        """BF16_Optimizer: gradients as autograd makes them, and a whole sum of them in fp32."""
+        """Yield moments of BF16_Optimizer: gradients as autograd makes them, and their full sum in fp32."""
         sums, low = self.flat * FP32, self.whole * self.element
         yield Moment(sums, self.activations, self._head + (low if self.repeated else 0))
         yield Moment(sums, 0, low + self._last)
@@ -249,20 +255,20 @@ class DeepSpeedMemory:
         buckets, owned = self._buckets(FP32), 0 if self.offload else self.owned * FP32
         carried = owned if self.repeated else 0
         yield Moment(carried, self.activations, self._head + buckets)
-        early = 0 if self.whole <= self.bucket else owned  # of buckets that were reduced before
+        early = 0 if self.whole <= self.bucket else owned  # from buckets reduced before
         last = self.sizes["embed.weight"] * FP32
         yield Moment(carried + early, 0, buckets + (3 * last if self._tied else 2 * last))
         yield Moment(carried + early, 0, buckets + self._sent * FP32)
         yield Moment(owned, 0, self._stepped)
 
     def _stage_2_low(self) -> Iterator[Moment]:
-        """Gradients of its own shard are added up in fp32; what is reduced is copied, and cast."""
+        """Yield moments in 16-bit: gradients of the own shard are summed in fp32; those reduced are copied and cast."""
         buckets, own = self._buckets(self.element), self.shard * FP32
         yield Moment(own if self.repeated else 0, self.activations, self._head + buckets)
         yield Moment(own, 0, buckets + self._sent * (self.element + FP32))
 
     def _stage_3(self) -> Iterator[Moment]:
-        """The gradients' shard and the bucket are always there (the shard in host memory with offload)."""
+        """Yield moments. The gradients' shard (in host memory with offload) and the bucket are always there."""
         own, bucket = 0 if self.offload else self.shard * FP32, self.bucket * FP32
         gathered, ahead = self._gathered
         yield Moment(own, self.activations, bucket + gathered + ahead)
@@ -276,7 +282,7 @@ class DeepSpeedMemory:
 
     @property
     def _gathered(self) -> tuple[int, int]:
-        """Bytes of gathered parameters at the end of the forward, and of the tensor in which others arrive."""
+        """Return the bytes of parameters gathered by the end of the forward, and of those arriving then."""
         if self.ranks == 1:
             return 0, 0
         cut = self.whole - self.kept_whole
@@ -286,11 +292,11 @@ class DeepSpeedMemory:
 
 
 def fullest_rank(config: Config, tp_index: int) -> int:
-    """The data rank that holds most."""
+    """Return the data rank that holds most."""
     totals = DeepSpeedMemory(config, tp_index, 0, 0).owned_by_rank()
     return totals.index(max(totals))
 
 
 def state_bytes(held: DeepSpeedMemory) -> int:
-    """Parameters, gradients, masters and averages, wherever they lie: what ZeRO's stages cut."""
+    """Return the bytes of parameters, gradients, masters and moments, on any device: what ZeRO shards."""
     return held.parameters + held.gradients + held.optimizer

@@ -69,8 +69,10 @@ def verdict(
     collectives: list[dict[str, Any]],
     pipeline: dict[str, Any] | None,
 ) -> Verdict:
-    """Return the largest loss of the step, with why and what to try; skipped steps come first where they made the run
-    fail, and last where they are ordinary. They take time like any other step."""
+    """Return the largest loss of the step, with the reason and what to try.
+
+    Skipped steps come first if they made the run fail, and last if they are ordinary: they take time like any other.
+    """
     said = _of_time(run, budget_s, stragglers, collectives, pipeline)
     skipped = Skipped.of(run.metrics)
     if skipped.failed:

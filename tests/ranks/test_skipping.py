@@ -1,5 +1,5 @@
-"""Runs that skip steps: what they save, how they end, and that all ranks decide alike. Faults are planted in gradients,
-or the first update makes the weights useless."""
+"""Test runs that skip steps: what they save, how they end, and that all ranks decide alike. Faults are planted in
+gradients, or the first update makes the weights useless."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_run_that_gave_up_says_what_to_change(place: Place, tmp_path: Path) ->
     with pytest.raises(DivergedError, match="3 steps in a row, up to step 4.*3 of 4 steps skipped"):
         main(settings)
     said = go_on(tmp_path, "local")
-    assert "the last good checkpoint is step_00000001; continuing as it is would end the same way" in said
+    assert "the last good checkpoint is step_00000001; continuing unchanged would end the same way" in said
     assert "Lower optim.lr" in said and "--resume" not in said and f"run_dir={tmp_path}-2" in said
     (tmp_path / "exit.json").write_text(json.dumps({"code": 1, "why": "killed"}))
     assert "--resume auto" in go_on(tmp_path, "local")
@@ -91,7 +91,7 @@ def test_a_save_that_falls_due_on_a_skipped_step_is_made_up(dtype: str, value: f
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
 def test_all_ranks_decide_alike(parallel: dict[str, Any], tmp_path: Path) -> None:
-    """Only one rank's gradients are spoiled, which the norm counts: what follows is in the sums that all ranks read."""
+    """Spoil the gradients of one rank only: all ranks see it in the norm, a sum over all of them."""
     settings = config(tmp_path, 2, parallel={"dp": 1, **parallel}, train={"dtype": "fp64"})
     found = train(settings, tmp_path / "run", spoil=at({2, 5, 6}, on=0))
     assert saved(tmp_path / "run") == [3, 4]
@@ -121,7 +121,7 @@ def test_asked_to_stop_while_it_skips(bad: set[int], kept: list[int], step: int,
     assert (part.finished, part.step, saved(tmp_path / "run")) == (False, step, kept)
     error = how_it_ended(part.finished, part.skips, "SIGTERM received")
     assert (error is not None) == failed
-    assert error is None or f"asked to stop after step {step}, and not saved (SIGTERM received)" in str(error)
+    assert error is None or f"asked to stop after step {step}, but not saved (SIGTERM received)" in str(error)
 
 
 @pytest.mark.parametrize(("bad", "kept", "failed"), [
@@ -145,7 +145,7 @@ def test_overflow_at_the_smallest_scale_is_of_the_gradients(tmp_path: Path) -> N
 
 
 def test_a_validation_loss_that_is_not_finite(place: Place, tmp_path: Path) -> None:
-    """The only update makes the weights useless, and no later step could say so."""
+    """The only update makes the weights useless, and no later step could show it."""
     sets = [*USELESS, f"run_dir={tmp_path}", "train.steps=1", "train.eval_batches=1"]
     assert main(load(str(place.config), sets)) == 1
     assert "the validation loss after step 1 is not finite" in ended(tmp_path)["why"] and saved(tmp_path) == []

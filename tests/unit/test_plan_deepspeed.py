@@ -1,4 +1,4 @@
-"""The plan's memory with optim.engine deepspeed: what must hold of it, whatever the model."""
+"""Test what must hold of the plan's memory with optim.engine deepspeed, for any model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_higher_stage_holds_no_more_state(model: str, dtype: str, world: int) 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_plan_is_bounded_by_the_model(model: str, dtype: str) -> None:
-    """No moment holds more than state, two whole copies of the gradients, the gathered and the activations."""
+    """No moment holds more than state, two whole copies of the gradients, gathered parameters and activations."""
     for stage in STAGES:
         sets = (f"optim.sharding={stage}", f"train.dtype={dtype}")
         memory, held = planned(model, 8, *sets), DeepSpeedMemory(config(model, 8, *sets), 0, 0, 0)
@@ -57,7 +57,7 @@ def test_stage_3_shrinks_with_the_ranks_and_buffers_do_not_grow(dtype: str) -> N
 
 
 def test_gathered_parameters_stop_where_deepspeed_stops() -> None:
-    """Llama's 8 billion parameters are gathered by at most LIVE at once, and one more; in bf16."""
+    """Of Llama's 8 billion parameters, at most LIVE elements and one more parameter are gathered at once, in bf16."""
     held = DeepSpeedMemory(config("llama-8b", 64, "parallel.tp=1", "optim.sharding=zero3"), 0, 0, 0)
     gathered, ahead = held._gathered
     assert held.whole > 8e9
@@ -76,7 +76,7 @@ def test_offload_moves_the_state_to_the_host() -> None:
 
 
 def test_the_worst_rank_is_a_data_rank_that_owns_a_parameter_on_a_border() -> None:
-    """In fp32 stage 2 keeps the gradients of all the parameters of which a rank steps a part."""
+    """In fp32, stage 2 keeps the gradients of all parameters of which a rank steps a part."""
     given = config("gpt2-124m", 8, "train.dtype=fp32", "optim.sharding=zero2")
     totals = DeepSpeedMemory(given, 0, 0, 0).owned_by_rank()
     assert plan_document(given)["peak_rank"] == totals.index(max(totals))
@@ -86,5 +86,5 @@ def test_the_worst_rank_is_a_data_rank_that_owns_a_parameter_on_a_border() -> No
 def test_the_plan_says_that_every_rank_begins_with_the_whole_model() -> None:
     given = config("gpt2-124m", 8, "optim.sharding=zero3")
     document = plan_document(given)
-    assert "start: before the first step every rank holds its whole model in float32, 0.498 GB" in document["notes"]
+    assert "start: before the first step every rank holds all its parameters in float32, 0.498 GB" in document["notes"]
     assert "0.498 GB" in plan_text(document, given)

@@ -268,7 +268,7 @@ def test_a_rank_that_can_save_does_so_without_its_launcher(way: str) -> None:
         process.kill()
         process.wait()
     assert process.returncode == (1 if way == "never saved" else 75), err
-    assert "the ranks save at the next step boundary and leave" in err
+    assert "the ranks save at the next step boundary and exit" in err
 
 
 def test_long_groups_are_written_short() -> None:

@@ -1,4 +1,4 @@
-"""Skipped steps: what a run that trains counts, and what metrics.jsonl says of them."""
+"""Test the count of skipped steps, in a run and from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_cause(numbers: tuple[float | None, float | None, float | None], cause: 
 
 
 def rows_of(steps: list[tuple[float, float, float | None]]) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, as train and track write them."""
+    """Return lines of metrics.jsonl as train and track write them."""
     rows: list[dict[str, Any]] = [{"step": 0, "val_loss": 5.5}]
     for step, (loss, norm, scale) in enumerate(steps, 1):
         row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": norm}
@@ -46,8 +46,8 @@ def rows_of(steps: list[tuple[float, float, float | None]]) -> list[dict[str, An
     ([GOOD, OVERFLOW], False, "1 of 2 steps skipped (fp16 overflow while the loss scale comes down)"),
     ([OVERFLOW] * 2, True, "2 of 2 steps skipped (fp16 overflow while the loss scale comes down)"),
     ([GOOD, OVERFLOW, NAN], True,
-     "2 of 3 steps skipped (1 fp16 overflow while the loss scale comes down, 1 loss not finite)"),
-    ([INF, NAN, NAN, GOOD], False, "3 of 4 steps skipped (1 gradients not finite, 2 loss not finite)"),
+     "2 of 3 steps skipped (fp16 overflow while the loss scale comes down: 1, loss not finite: 1)"),
+    ([INF, NAN, NAN, GOOD], False, "3 of 4 steps skipped (gradients not finite: 1, loss not finite: 2)"),
     ([], False, ""),
 ])  # fmt: skip
 def test_a_run_and_its_metrics_say_the_same(
@@ -66,7 +66,7 @@ def test_a_run_and_its_metrics_say_the_same(
 
 
 def test_a_validation_loss_that_is_not_finite() -> None:
-    """The last update has made the weights useless; a good step after it says that it has not."""
+    """A validation loss that is not finite shows useless weights; a good step after it clears them."""
     skips = Skips()
     skips.validated(0, math.nan)
     skips.count(1, *GOOD)
@@ -96,7 +96,7 @@ def test_a_resumed_run_counts_on() -> None:
     after.resume(5, before.state())
     assert (after.in_a_row, after.so_far.count) == (3, 4)
     after.count(6, *NAN)
-    assert after.in_a_row == 4 and after.so_far.text().startswith("5 of 6 steps skipped (2 fp16 overflow")
+    assert after.in_a_row == 4 and after.so_far.text().startswith("5 of 6 steps skipped (fp16 overflow")
     old = Skips()
     old.resume(7, {"skipped": 2})  # of a version that kept no causes
     old.count(8, *GOOD)
