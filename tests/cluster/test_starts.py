@@ -80,7 +80,7 @@ def test_train_without_a_launcher(starter: str, jobs: Jobs, expected: list[tuple
 
 
 def test_a_world_that_does_not_fit_is_refused_by_srun(jobs: Jobs) -> None:
-    """One sentence from each node at most, nothing is made, and the code is 2."""
+    """At most one message comes from each node, nothing is made, and the exit code is 2."""
     before = tree(jobs.folder)
     said = by_hand(jobs, "run", SRUN, sets={"parallel.dp": 1})
     assert "left with 2" in said and "world 8 is not parallel.dp 1 x " in said, said

@@ -32,7 +32,7 @@ STEPS = 3
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storage of every tensor that an operation returns, until it is freed."""
+    """Track the storage of every tensor that an operation returns, until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure(config: Config, env: RankEnv, store: Store) -> dict[str, Any]:
-    """What one rank holds in the last of STEPS steps."""
+    """Return what one rank holds in the last of STEPS steps."""
     with LiveBytes() as held:
         rank = make_rank(config, env, store, torch.device("cpu"))
         try:

@@ -219,7 +219,7 @@ def shifted_clock(stamps: Stamps) -> None:
 PLANTS = (late_rank, balanced_stages, slow_stage, under_collective, oversized_message, shifted_clock)
 
 if __name__ == "__main__":
-    # A process that starts anew does so before anything is stamped.
+    # A process that restarts does so before anything is stamped.
     stamps = Stamps(Path(sys.argv[2]).parent)
     {plant.__name__: plant for plant in PLANTS}[sys.argv[1]](stamps)
     stamps.record()

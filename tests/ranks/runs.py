@@ -18,7 +18,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 600.0
-"""Against hanging only: how long a run takes is the machine's affair."""
+"""Limit against hanging only: how long a run takes depends on the machine."""
 STEPS, EVAL_EVERY = 6, 3
 CONFIG: dict[str, Any] = {
     "name": "tiny",

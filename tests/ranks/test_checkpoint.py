@@ -236,7 +236,7 @@ class TestPaths:
         assert loaded is not None and loaded.notes == []
 
     def test_a_checkpoint_from_before_epochs(self, config: Config, tmp_path: Path) -> None:
-        """Its manifest names no order: windows were drawn with replacement, and the run continues so or not at all."""
+        """The manifest names no order: windows were drawn with replacement, and the run can only continue that way."""
         save(config, tmp_path, 1)
         path = tmp_path / "checkpoints" / "step_00000001" / "manifest.json"
         manifest = json.loads(path.read_text())

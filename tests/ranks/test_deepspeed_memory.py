@@ -1,4 +1,4 @@
-"""The plan's memory with optim.engine deepspeed against storages that are followed in real steps on 2 ranks."""
+"""Compare the plan's memory with optim.engine deepspeed with storages tracked in real steps on 2 ranks."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ CELLS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 RELATIVE, ABSOLUTE = 0.04, 400_000
-"""Of 10 to 25 MB. The 0.4 MB are what the products of one block need for a moment; in bf16 a CPU copies operands to
-fp32."""
+"""Of 10 to 25 MB. The 0.4 MB are temporary buffers of one block's matmuls; in bf16 a CPU casts operands to fp32."""
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +64,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def measured(config_file: Path) -> dict[str, list[dict[str, Any]]]:
-    """By cell, what each rank measured."""
+    """Return what each rank measured, by cell."""
     cells, out = config_file.with_name("cells.json"), config_file.with_name("out.json")
     cells.write_text(json.dumps(list(CELLS.values())))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -82,7 +81,7 @@ def measured(config_file: Path) -> dict[str, list[dict[str, Any]]]:
 def test_the_plan_counts_what_deepspeed_holds(
     config_file: Path, measured: dict[str, list[dict[str, Any]]], cell: str
 ) -> None:
-    """On the rank that holds most: on a CPU the host's memory is the same, so it is part of what is followed."""
+    """Compare the rank that holds most. On a CPU, host memory is the same memory, so it is tracked as well."""
     found = measured[cell]
     peak = max(rank["peak"] for rank in found)
     planned = plan_document(load(str(config_file), list(CELLS[cell]), world=2))["memory_bytes"]
@@ -94,7 +93,7 @@ def test_the_plan_counts_what_deepspeed_holds(
 def test_between_steps_there_is_what_the_plan_calls_state(
     config_file: Path, measured: dict[str, list[dict[str, Any]]], cell: str
 ) -> None:
-    """Parameters, masters and averages; BF16_Optimizer and stage 3 keep gradients, stage 3 its bucket, too."""
+    """Compare parameters, masters and moments; BF16_Optimizer and stage 3 keep gradients too, stage 3 its bucket."""
     config = load(str(config_file), list(CELLS[cell]), world=2)
     planned = plan_document(config)["memory_bytes"]
     wanted = planned["parameters"] + planned["optimizer"]

@@ -66,7 +66,7 @@ def test_sent_activations_are_freed_before_their_backward(tmp_path: Path) -> Non
             send(action)
 
         def look(step: object) -> None:
-            # The message is gone; the thread that notices may be a moment behind.
+            # The message is gone, but the thread that notices may be late.
             deadline = time.monotonic() + PATIENCE_S
             while executor._sending and time.monotonic() < deadline:
                 executor._free_sent()

@@ -1,5 +1,5 @@
-"""Gloo through host memory gives what gloo gives, to the bit, and counts the same. Here tensors of the CPU are staged
-as those of a GPU would be."""
+"""Test that gloo through host memory gives bitwise what gloo gives, and counts the same. CPU tensors are staged here as
+GPU tensors would be."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT_S = 60.0
 
 
 def on_ranks(size: int, body: Callable[[Group], Any], staged: bool) -> list[Any]:
-    """body(group) on each rank of one group, staged or not; each returns (result, the ledger's counts)."""
+    """Call body(group) on each rank of one group, staged or not; return (result, the ledger's counts) of each."""
     store, ranks = dist.HashStore(), tuple(range(size))
 
     def run(rank: int) -> Any:

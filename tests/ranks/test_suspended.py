@@ -1,4 +1,4 @@
-"""A launcher that is suspended alone (Ctrl-Z): its ranks save and leave, and it says why when it is continued."""
+"""Test a launcher that is suspended alone (Ctrl-Z): its ranks save and exit, and it says why when it is continued."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_ranks_of_a_suspended_launcher_save_and_leave(place: Place) -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_collectives_under_a_launcher_outlast_a_suspension(watched: bool) -> None:
-    """Gloo's clock counts it; the launcher's, which finds a job that does not move, leaves it out."""
+    """Gloo's clock counts a suspension; the launcher's clock, which detects a job without progress, does not."""
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
     env = rank_env(300.0, environ | ({"DIST_GPT_WATCH_FD": "7"} if watched else {}))

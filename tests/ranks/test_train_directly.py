@@ -1,4 +1,4 @@
-"""`train` without our launcher: the same numbers whoever starts the ranks, and what does not fit leaves nothing."""
+"""Test `train` without our launcher: the numbers do not depend on the starter, and a refused start leaves nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def local(place: Place) -> Run:
 
 @pytest.fixture
 def port() -> Iterator[str]:
-    """A free port; rank 0 may listen on it."""
+    """Return a free port, on which rank 0 may listen."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def curve(run: Run) -> list[tuple[int, float, float]]:
 
 
 def start(place: Place, words: list[str], before: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
-    """`[BEFORE...] WORDS`, with variables of its own."""
+    """Start `[BEFORE...] WORDS` with the given variables."""
     return subprocess.Popen([*before, *words], cwd=place.folder, env={**environment(), **more}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -156,7 +156,7 @@ LEFT_OVER = [
 
 @pytest.mark.parametrize(("variables", "told"), LEFT_OVER, ids=[told for _, told in LEFT_OVER])
 def test_variables_of_an_earlier_job(variables: dict[str, str], told: str, port: str, place: Place) -> None:
-    """One line, code 2, nothing made: neither the run directory nor the data."""
+    """Expect one line and code 2; neither the run directory nor the data is made."""
     variables = {name: port if value == "PORT" else value for name, value in variables.items()}
     (place.folder / "alone").mkdir(exist_ok=True)
     before = tree(place.folder)
@@ -169,7 +169,7 @@ def test_variables_of_an_earlier_job(variables: dict[str, str], told: str, port:
 
 @pytest.mark.parametrize("options", [(), ("--resume", "auto")], ids=["new", "resume"])
 def test_two_trainings_that_start_together_are_one(options: tuple[str, ...], place: Place) -> None:
-    """As where a starter is not recognised, or ssh is called in a loop: each is a world of its own."""
+    """This happens if a starter is not recognised or ssh is called in a loop: each process is a world of its own."""
     name = f"together{len(options)}"
     sets = {**TWO, "parallel.pp": 1, "train.steps": 40}
     both = [start(place, train(*place.argv("train", name, *options, sets=sets))) for _ in range(2)]
@@ -183,7 +183,7 @@ def test_two_trainings_that_start_together_are_one(options: tuple[str, ...], pla
 
 @needs_mpirun
 def test_asked_by_mpirun_it_saves_and_is_continued(place: Place) -> None:
-    """And a second training in its folder is refused meanwhile, and changes nothing."""
+    """Meanwhile a second training in its folder is refused and changes nothing."""
     argv = place.argv("train", "asked", "--resume", "auto", sets=LONG)
     run_dir = place.folder / "asked"
     process = start(place, train(*argv), by_mpirun(MPIRUNS[0], 2))

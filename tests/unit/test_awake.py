@@ -1,4 +1,4 @@
-"""The clock that leaves out suspensions, by clocks that a test moves."""
+"""Test the clock that leaves out suspensions, with clocks that the test sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_gpt.awake import EXCUSED_S, JUMP_S, AwakeClock
 
 
 class Hands:
-    """A monotonic clock and one that counts sleep too."""
+    """Fake of a monotonic clock and of one that also counts sleep."""
 
     def __init__(self) -> None:
         self.monotonic = self.with_sleep = 1000.0
@@ -53,7 +53,7 @@ def test_a_machine_that_sleeps_is_noticed_though_the_monotonic_clock_stands() ->
 
 
 def test_it_moves_on_where_every_reading_is_late() -> None:
-    """Else a stopped rank would never be found on a machine that has too much to do."""
+    """Otherwise a stopped rank would never be found on a busy machine."""
     hands = Hands()
     for _ in range(100):
         hands.go(5.0)

@@ -349,7 +349,7 @@ class TestBadInput:
     def test_a_lost_peer_is_a_sentence_and_a_failure(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Where no launcher shows the ranks' logs; after the meeting it is no longer bad input."""
+        """Without a launcher, no logs of the ranks are shown; after the meeting, the error is no longer bad input."""
 
         class RendezvousError(RuntimeError):
             pass

@@ -1,4 +1,4 @@
-"""Epochs: every window once, in an order that depends on (data.seed, epoch) alone."""
+"""Test epochs: every window once, in an order that depends only on (data.seed, epoch)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_is_a_permutation(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2**31 - 1, 2**32 + 1, 2**40 + 12_345, 2**53 + 1, LARGEST])
 def test_large_sizes(size: int) -> None:
-    """Distinct images all over the range: nothing overflows."""
+    """Images are distinct and all over the range, so nothing overflows."""
     positions = np.concatenate([np.arange(20_000), size - 1 - np.arange(20_000)])
     found = permute(positions, np.array([3]), size, 7)
     assert len(np.unique(found)) == len(found) and found.min() >= 0 and found.max() < size
@@ -103,7 +103,7 @@ PINNED = {10: [3, 5, 4, 1, 7, 2, 0, 8, 9, 6], 1000: [916, 655, 961, 359, 688, 83
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Config]:
-    """A configuration over 22 windows of 4 tokens that count upwards, and 2 tokens that fill none."""
+    """Return a configuration over 22 windows of 4 tokens that count upwards, with 2 tokens left over."""
     ids = np.arange(SEQ_LEN * WINDOWS + 1 + 2 + 30, dtype="<u2")
     ids.tofile(tmp_path / "ids.bin")
 
@@ -118,7 +118,7 @@ def make(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.mark.parametrize("batch", [1, 5, 6, 22, 23, 50])
 def test_every_window_once_an_epoch(make: Any, batch: int) -> None:
-    """Also where batches straddle epochs, or hold several. Every token but those left over is a target once."""
+    """Batches may also span epochs or hold several. Every token but the first and those left over is a target once."""
     batches = Batches(prepare(make(batch)), make(batch))
     assert batches.windows == WINDOWS
     steps = -(-3 * WINDOWS // batch)
@@ -127,7 +127,7 @@ def test_every_window_once_an_epoch(make: Any, batch: int) -> None:
         assert np.array_equal(np.sort(epoch[:, 1:].ravel()), np.arange(1, SEQ_LEN * WINDOWS + 1))
         assert np.array_equal(np.sort(epoch[:, 0]), SEQ_LEN * np.arange(WINDOWS))
     first, second = samples[:WINDOWS, 0], samples[WINDOWS : 2 * WINDOWS, 0]
-    assert not np.array_equal(first, second), "the second epoch has another order"
+    assert not np.array_equal(first, second), "the second epoch has a different order"
 
 
 def test_the_order_does_not_depend_on_batch_or_layout(make: Any) -> None:

@@ -95,7 +95,7 @@ def test_a_file_that_is_rewritten_while_a_run_reads_it(
     batches = Batches(prepare(make(path)), make(path))
     first = batches.sample(0, 0, 8)
     os.utime(path, (1, 1))
-    assert np.array_equal(batches.sample(0, 0, 8), first), "the same tokens under another time are fine"
+    assert np.array_equal(batches.sample(0, 0, 8), first), "the same tokens with another time are fine"
     rewrite(path, IDS[::-1], same_time=False)
     with pytest.raises(DataError, match=r"ids.bin changed while it was being read \(it was rewritten\)"):
         batches.sample(1, 0, 8)

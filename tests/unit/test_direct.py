@@ -1,4 +1,4 @@
-"""Ranks of `train` that no launcher of ours started: who they are, where they meet, and their run directory."""
+"""Test ranks of `train` without our launcher: their numbers, their meeting place and their run directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TWO = {  # rank 1 of 2, both on this node
 
 
 def entered(environ: dict[str, str]) -> dict[str, str]:
-    """The environment after a rank has taken its place."""
+    """Return the environment after a rank has entered."""
     changed = dict(environ)
     recognise(changed).enter(changed)
     return changed
@@ -156,7 +156,7 @@ Made = Callable[..., RunFolder]
 
 @pytest.fixture
 def folder(config: Config) -> Any:
-    """Makes the run folder of a start; its lock is held until the test ends."""
+    """Return a function that makes the run folder of a start; its lock is held until the test ends."""
     with ExitStack() as held:
 
         def make(goes_on: bool = False, restarted: bool = False) -> RunFolder:

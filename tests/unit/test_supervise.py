@@ -273,7 +273,7 @@ SUSPENDED = """
 
 @pytest.mark.parametrize("first", ["launcher", "ranks"])
 def test_a_job_that_is_suspended_and_continued(first: str, tmp_path: Path) -> None:
-    """Longer than a rank may be silent; some are continued later than others."""
+    """Suspend for longer than a rank may be silent; continue some ranks later than others."""
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SUSPENDED), str(tmp_path)], cwd=ROOT,
                                    stderr=said)  # fmt: skip
@@ -300,7 +300,7 @@ def test_a_job_that_is_suspended_and_continued(first: str, tmp_path: Path) -> No
 
 
 def test_a_rank_waits_for_its_launchers_word_without_counting_suspensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both may be suspended for longer than a rank waits. What comes behind the word stays in the socket."""
+    """Both may be suspended for longer than a rank waits. What follows the command stays in the socket."""
     monkeypatch.setattr(worker, "LOOK_S", 0.01)
     readings = [0.0, 0.0, 1000.0, *(1000.0 + n / 2 for n in range(5000))]
     left = iter(readings)
@@ -319,7 +319,7 @@ def test_a_rank_waits_for_its_launchers_word_without_counting_suspensions(monkey
 
 
 def test_a_run_that_would_end_the_same_is_not_started_again(tmp_path: Path) -> None:
-    """It has written down what must be changed first."""
+    """exit.json says what must be changed first."""
     body = """
         with open(here / "starts", "a") as file:
             file.write(str(rank))

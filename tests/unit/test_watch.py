@@ -282,7 +282,7 @@ def processes(make: Callable[..., Watch]) -> Iterator[tuple[Watch, list[subproce
 
 
 class Hands:
-    """The clock of a watch, moved by hand in steps that are no suspension."""
+    """Clock of a watch, set by hand in steps that are too short for a suspension."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -299,7 +299,7 @@ class Hands:
 
 
 def beat(watch: Watch, *ranks: FakeRank) -> None:
-    """One heartbeat of each, as far as the watch."""
+    """Send one heartbeat of each rank, and wait until the watch has it."""
     for rank in ranks:
         rank.beat()
     until(lambda: all(watch.states()[rank.rank].heard == watch.now() for rank in ranks))
@@ -315,7 +315,7 @@ def two_that_beat(make: Callable[..., Watch], silence_s: float = 5.0) -> tuple[W
 
 @pytest.mark.parametrize("seconds", [3.0, 36.0, 700.0])
 def test_a_suspension_is_no_silence(make: Callable[..., Watch], seconds: float) -> None:
-    """Ranks may be continued later than the launcher; one that never is is found all the same. Twice in a row."""
+    """Ranks may be continued later than the launcher; one that never continues is found all the same. Test it twice."""
     watch, hands, ranks = two_that_beat(make)
     for _ in range(2):
         hands.suspend(seconds)
