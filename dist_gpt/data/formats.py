@@ -273,7 +273,7 @@ def _litgpt(head: Head) -> Span | None:
     if version != 1:
         raise _damaged(head, "LitGPT", f"has version {version}, while version 1 is supported")
     if code not in LITGPT_DTYPES:
-        raise _damaged(head, "LitGPT", f"has dtype code {code}, while integers are {sorted(LITGPT_DTYPES)}")
+        raise _damaged(head, "LitGPT", f"has dtype code {code}; integers are {sorted(LITGPT_DTYPES)} (6, 7: floats)")
     width = np.dtype(LITGPT_DTYPES[code]).itemsize
     payload = head.size - LITGPT.size
     if chunk == 0 or payload % (chunk * width):
