@@ -312,6 +312,7 @@ def main(config: Config, resume: str | None = None, folder: Folder | None = None
         env = expected_env(config)
     torch.manual_seed(config.train.seed)
     attempt = Attempt()
+    env = replace(env, watched=attempt.pulse.line is not None)
     if folder is None:
         attempt.has_run_dir(Path(str(config.run_dir)), env)
     with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails

@@ -26,7 +26,6 @@ Store = dist.Store
 LOOPBACK = "127.0.0.1"
 STORE_FD = "DIST_GPT_STORE_FD"
 ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, started again by it, tells its ranks that this is 0
-WATCH_FD = "DIST_GPT_WATCH_FD"  # dist_gpt.pulse
 OUTLAST_S = 86400.0
 """Longest suspension that the collectives of a job survive."""
 NONCE = "dist_gpt/attempt"
@@ -51,7 +50,8 @@ class RankEnv:
     attempt: int
     deadline: float
     watched: bool = False
-    """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s."""
+    """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s. Set only
+    by a program that sends heartbeats (dist_gpt.train): without them, the collectives' own deadline has to count."""
 
     @property
     def one_node(self) -> bool:
@@ -92,7 +92,6 @@ def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> Rank
         master_port=_number(env, "MASTER_PORT"),
         attempt=_number(env, ATTEMPT if ATTEMPT in env else "TORCHELASTIC_RESTART_COUNT", 0),
         deadline=deadline,
-        watched=WATCH_FD in env,
     )
 
 
