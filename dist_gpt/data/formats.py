@@ -7,6 +7,7 @@ LitGPT), None for a file without a known header, and raises DataError for a form
 from __future__ import annotations
 
 import struct
+import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +250,7 @@ def _numpy(head: Head) -> Span | None:
     try:
         array = np.load(head.path, mmap_mode="r", allow_pickle=False)
         offset, shape, kind = int(getattr(array, "offset", 0)), array.shape, array.dtype
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError, tokenize.TokenError) as error:
         raise _damaged(head, "NumPy", f"cannot be read ({str(error).splitlines()[0][:100]})") from None
     if kind.kind not in "iu":
         raise DataError(f"data.source: {head.path} holds {kind.name} values, but tokens are integers; save the ids as "

@@ -68,6 +68,12 @@ def litgpt(ids: Any, code: int, dtype: str, chunk: int, version: int = 1) -> byt
     return b"LITPKDS" + struct.pack("<QBQ", version, code, chunk) + np.asarray(ids).astype(dtype).tobytes()
 
 
+def npy_header(shape: str) -> bytes:
+    """Return a NumPy file of 20 tokens whose header says `shape`, and is not whole where that is not."""
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}{'' if shape[-1] != ')' else ', }'}".encode()
+    return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117) + b"\n" + bytes(40)
+
+
 def npy(array: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
@@ -130,6 +136,9 @@ def test_known_headers_are_read(make: Any, tmp_path: Path, content: bytes, ids: 
         (npy(BPE)[:-8], ["NumPy", "truncated, damaged"]),
         (npy(BPE) + npy(BPE), ["NumPy", "one array ends at"]),
         (b"\x93NUMPY\x01\x00\x10\x00nonsense", ["NumPy", "cannot be read"]),
+        (npy_header("(10"), ["NumPy", "cannot be read"]),
+        (npy_header(f"({10**30},)"), ["NumPy", "cannot be read"]),
+        (npy_header(f"({1 << 62},)"), ["NumPy", "cannot be read"]),
         (npy(np.zeros(0, "<u2")), ["0 tokens"]),
     ],
 )
