@@ -95,7 +95,7 @@ class Tokens:
     def refuse_changes(self) -> None:
         """Raise DataError if the file holds other tokens than when it was opened.
 
-        Its size and modification time are compared first. If they have changed, the contents decide: up to 1 GB of
+        Its size and times are compared first. If they have changed, the contents decide: up to 1 GB of
         tokens are read again in full; of more, blocks are compared.
         """
         stamp = self._stamp()
@@ -133,9 +133,10 @@ class Tokens:
             raise self._changed("its size or time changed")
         return digest.hexdigest()
 
-    def _stamp(self) -> tuple[int, int]:
+    def _stamp(self) -> tuple[int, ...]:
+        """Return what changes with the file; the last one, the time of its inode, cannot be set back by a writer."""
         status = os.fstat(self._file)
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _bytes(self, start: int, count: int) -> bytes:
         found = os.pread(self._file, count, self._first + start)

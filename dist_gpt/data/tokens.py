@@ -223,7 +223,8 @@ def _synthetic_recipe(config: Config) -> _Recipe:
 def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
     """Return the recipe of tokenised files.
 
-    The key holds size, time and a digest of blocks: reading tens of GB at every start would take too long.
+    The key holds size, times and a digest of blocks: reading tens of GB at every start would take too long. The
+    modification time can be set back after a change between the blocks; the inode's change time cannot.
     """
     key: list[object] = []
     with _reading():
@@ -231,7 +232,7 @@ def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
         for span, sample in zip(spans, samples, strict=True):
             stat = span.path.stat()
             place = [str(span.path), span.dtype, span.offset, span.count]
-            key.append([*place, stat.st_size, stat.st_mtime_ns, stat.st_ino, sample])
+            key.append([*place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sample])
 
     def build(folder: Path) -> Built:
         with _reading():

@@ -59,6 +59,25 @@ def test_a_file_rewritten_with_its_old_size_and_time_is_prepared_anew(make: Any,
     assert np.array_equal(second.train[:], IDS[::-1][: len(second.train)])
 
 
+def test_a_change_between_the_blocks_of_a_large_file_is_noticed(
+    make: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even with the old size and time: at the next start, and while a run reads it."""
+    monkeypatch.setattr(reader, "WHOLE", 0)
+    monkeypatch.setattr(reader, "BLOCK", 64)
+    first = prepare(make(path))
+    batches = Batches(first, make(path))
+    sample, ids = first.train.sample(), IDS.copy()
+    ids[40] ^= 1
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:  # the file system's clock may tick slowly
+        rewrite(path, ids, same_time=True)
+    assert first.train.sample() == sample, "no block has it"
+    with pytest.raises(DataError, match=r"it was rewritten"):
+        batches.sample(0, 0, 8)
+    assert prepare(make(path)).digest != first.digest
+
+
 @pytest.mark.parametrize("place", [0, BLOCK // 2 - 1, -BLOCK // 2, -1])
 def test_large_files_are_compared_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     monkeypatch.setattr(reader, "WHOLE", BLOCK)
