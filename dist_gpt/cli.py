@@ -210,7 +210,7 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
         loaded = load(config, overrides, world=start.place.world)
         _require_extras(loaded)
         run_dir, again = Path(str(loaded.run_dir)), direct.is_restart(os.environ)
-        folder = direct.RunFolder(loaded, lambda: resolve(resume, run_dir, loaded, again), again, held)
+        folder = direct.RunFolder(loaded, lambda again: resolve(resume, run_dir, loaded, again), again, held)
         folder.may_exist = again or resume is not None
         if start.place.world == 1:
             folder.check()  # at once, before torch is imported

@@ -20,7 +20,10 @@ DATA_TIMEOUT_S = 1800.0  # reading and tokenising a large text; ranks that are m
 
 
 class Folder(Protocol):
-    """A run directory that no launcher has made. Its methods are called on rank 0 only."""
+    """A run directory that no launcher has made. Its methods, except `restart`, are called on rank 0 only."""
+
+    def restart(self) -> None:
+        """Note that the ranks have been started again, so that a run in the folder is this one."""
 
     def check(self) -> None:
         """Raise ConfigError if the folder cannot be made or continued; change nothing."""

@@ -26,6 +26,7 @@ from dist_gpt.comm.rendezvous import (
     choose_device,
     connect_store,
     rank_env,
+    restarts,
 )  # fmt: skip
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
@@ -320,6 +321,9 @@ def main(config: Config, resume: str | None = None, folder: Folder | None = None
         try:
             with _bad_input_until_met(folder):
                 store = connect_store(env)  # it goes after all parts, with this function's frame
+            env = replace(env, attempt=restarts(store, env))
+            if env.attempt and folder is not None:
+                folder.restart()
             resume = AUTO if env.attempt else resume
             return attempt.ends(*_train(config, resume, store, env, attempt, folder, parts))
         except BaseException as error:

@@ -226,14 +226,15 @@ def _listens(address: str) -> bool:
 
 
 class RunFolder:
-    """The run directory of a training without a launcher. Only rank 0 may call its methods.
+    """The run directory of a training without a launcher. Only rank 0 may call its methods, except `restart`.
 
     It is made once all ranks have met and have their data, and is locked from then on: a start that fails earlier
     leaves nothing behind, and a second training in the folder is refused. The lock lasts as long as `held` is open.
     """
 
-    def __init__(self, config: Config, resolve: Callable[[], Resume], restarted: bool, held: ExitStack) -> None:
-        """Prepare for rank 0. `resolve` returns what --resume means; `restarted`: torchrun has restarted the ranks."""
+    def __init__(self, config: Config, resolve: Callable[[bool], Resume], restarted: bool, held: ExitStack) -> None:
+        """Prepare for rank 0. `restarted`: torchrun has restarted the ranks; `resolve` returns what --resume means, given
+        that."""
         self._config, self._resolve, self._restarted = config, resolve, restarted
         self.may_exist = restarted
         """True if a run in the folder may be continued; then another training may be running there."""
@@ -241,11 +242,15 @@ class RunFolder:
         self._plan: dict[str, Any] = {}
         self._made = False
 
+    def restart(self) -> None:
+        """Note that torchrun has started its ranks again, which the agent of this node may not have counted."""
+        self._restarted = self.may_exist = True
+
     def check(self) -> None:
         """Raise ConfigError if the run directory cannot be made or continued; change nothing."""
         if self.may_exist:
             self._look()
-        if not self._resolve().goes_on:
+        if not self._resolve(self._restarted).goes_on:
             run.refuse_existing(self._config)
         self._plan = api.plan_document(self._config, 0)
 
@@ -254,7 +259,7 @@ class RunFolder:
         print(f"data: {about_data}", flush=True)
         if self._restarted:
             self._look()
-        there, asked = os.path.lexists(self._path), self._resolve()
+        there, asked = os.path.lexists(self._path), self._resolve(self._restarted)
         run.make_run_dir(self._config, asked.goes_on)
         try:
             self._held.enter_context(lock.hold(self._path))
@@ -265,7 +270,7 @@ class RunFolder:
             raise
         self._made = not there
         try:
-            run.fill_run_dir(self._config, self._plan, self._resolve() if there else asked)
+            run.fill_run_dir(self._config, self._plan, self._resolve(self._restarted) if there else asked)
         except BaseException:
             self.discard()
             raise

@@ -29,6 +29,7 @@ ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, started agai
 OUTLAST_S = 86400.0
 """Longest suspension that the collectives of a job survive."""
 NONCE = "dist_gpt/attempt"
+RESTARTS = "restarts"
 POLL_S = 0.05
 READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
 
@@ -161,6 +162,7 @@ def _wait_for_host(env: RankEnv) -> None:
 def join_attempt(store: Store, env: RankEnv) -> Store:
     """The part of `store` for this attempt alone, agreed by all ranks; `store` may hold what earlier ones wrote.
 
+    The ranks also agree on how often they have been started again (`restarts`), which each agent counts for itself.
     Rank 0 publishes a fresh nonce. Every other rank leaves a fresh token under the nonce that it finds, and is in when
     rank 0 has read that token out; until then it looks for a newer nonce, for one of an earlier attempt is never
     answered. RendezvousError says who is missing when the deadline is over.
@@ -181,6 +183,7 @@ def _open_attempt(store: Store, env: RankEnv) -> Store:
             scope.set("joined", json.dumps({"tokens": here, "problem": str(error)}))
         raise
     tokens = {rank: scope.get(key).decode() for rank, key in keys.items()}
+    scope.set(RESTARTS, str(max([env.attempt, *(int(scope.get(f"{RESTARTS}/{rank}")) for rank in keys)])))
     scope.set("joined", json.dumps({"tokens": tokens, "problem": ""}))
     return scope
 
@@ -195,6 +198,7 @@ def _enter_attempt(store: Store, env: RankEnv) -> Store:
             current = store.get(NONCE).decode() if store.check([NONCE]) else ""
             if current != nonce:
                 nonce, scope, stale = current, scoped(store, current), False
+                scope.set(f"{RESTARTS}/{env.rank}", str(env.attempt))
                 scope.set(f"join/{env.rank}", token)
             if nonce and not stale and scope.check(["joined"]):
                 verdict = json.loads(scope.get("joined"))
@@ -215,6 +219,15 @@ def _enter_attempt(store: Store, env: RankEnv) -> Store:
         f"rank {env.rank}: rank 0 did not let it into this attempt within {time.monotonic() - started:.0f} s. "
         f"See the log of rank 0{': it may be in an attempt that this rank came too late for' if stale else ''}"
     )
+
+
+def restarts(store: Store, env: RankEnv) -> int:
+    """Return how often the ranks have been started again: the same on all ranks of `store`, which connect_store made.
+
+    torchrun's agents count differently: one that restarts its ranks because those of another node failed does not count
+    it. The largest count is taken, since what depends on it is whether there was an attempt before this one.
+    """
+    return int(store.get(RESTARTS)) if store.check([RESTARTS]) else env.attempt
 
 
 def _listen(env: RankEnv) -> int:

@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
 import torch.distributed as dist
 
+from dist_gpt import train
 from dist_gpt.comm import rendezvous
-from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, connect_store, join_attempt, roll_call
+from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, connect_store, join_attempt, restarts, roll_call
+from dist_gpt.config.load import load
 from tests.ranks.runs import PATIENCE_S, ROOT, environment
 from tests.ranks.threads import in_threads
 
@@ -49,6 +52,7 @@ def attempt(store: Store, world: int, starts: int = 0) -> None:
     def body(rank: int) -> list[str]:
         env = env_of(rank, world, attempt=starts + rank % 2)  # agents count their own restarts
         scope = join_attempt(store, env)
+        assert restarts(scope, env) == starts + (world > 1), "the most that an agent has counted"
         assert not scope.check([f"address/{r}" for r in range(world)][rank : rank + 1])
         roll_call(scope, env, {"config": "same"})
         scope.set(f"address/{rank}", str(starts))
@@ -154,6 +158,30 @@ class TestJoining:
             del host
         with pytest.raises(RendezvousError, match=f"rank 1 lost torchrun's store at 127.0.0.1:{port}"):
             join_attempt(client, env_of(1, 2, port=port))
+
+
+def test_a_rank_whose_agent_has_counted_no_restart_resumes_like_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would begin at step 0, in a run directory that its rank 0 refuses or continues."""
+    store, seen = dist.HashStore(), list[Any]()
+    store.set(rendezvous.RESTARTS, "1")
+
+    class Folder:
+        def restart(self) -> None:
+            seen.append("restart")
+
+    def stop(config: object, resume: str | None, store: Store, env: RankEnv, *rest: object) -> None:
+        seen.append((resume, env.attempt))
+        raise RendezvousError("far enough")
+
+    monkeypatch.setattr(train, "connect_store", lambda env: store)
+    monkeypatch.setattr(train, "_train", stop)
+    monkeypatch.delenv("RANK", raising=False)
+    config = load("demo", [f"run_dir={tmp_path}", "parallel.dp=1", "parallel.tp=1", "parallel.pp=1"], world=1)
+    with pytest.raises(RendezvousError, match="far enough"):
+        train.main(config, None, cast(Any, Folder()))
+    assert seen == ["restart", ("auto", 1)]
 
 
 def torchrun(ranks: int, victim: int, when: str = "groups", nodes: int = 1, timeout_s: float = 60.0) -> list[str]:

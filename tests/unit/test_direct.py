@@ -160,7 +160,7 @@ def folder(config: Config) -> Any:
     with ExitStack() as held:
 
         def make(goes_on: bool = False, restarted: bool = False) -> RunFolder:
-            made = RunFolder(config, lambda: Resume(goes_on), restarted, held)
+            made = RunFolder(config, lambda again: Resume(goes_on or again), restarted, held)
             made.may_exist = goes_on
             return made
 
@@ -232,6 +232,17 @@ class TestRunFolder:
         with pytest.raises(OSError, match="No space left"):
             start.make("text")
         assert list(Path(str(config.run_dir)).parent.iterdir()) == []
+
+    def test_a_restart_that_this_node_has_not_counted(self, folder: Made, config: Config) -> None:
+        run_dir = Path(str(config.run_dir))
+        run_dir.mkdir(parents=True)
+        start = folder()
+        with pytest.raises(ConfigError, match="exists already"):
+            start.check()
+        start.restart()
+        start.check()
+        start.make("text")
+        assert (run_dir / "config.yaml").is_file()
 
     def test_a_restart_waits_for_the_lock_of_its_former_self(
         self, folder: Made, config: Config, monkeypatch: pytest.MonkeyPatch
