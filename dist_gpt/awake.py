@@ -41,6 +41,15 @@ class Suspension:
         return self.at + min(self.seconds, EXCUSED_S)
 
 
+def is_silent(now: float, heard: float, excused_until: float, allowed_s: float) -> bool:
+    """Return whether a process that was last heard at `heard`, by an AwakeClock, is silent for more than `allowed_s`.
+
+    Excuses that follow each other closely end all the same, 2 x EXCUSED_S later: a machine that is often late by a
+    second or more would renew them for ever.
+    """
+    return now - max(heard, excused_until) > allowed_s or now - heard > allowed_s + 2 * EXCUSED_S
+
+
 class AwakeClock:
     """Seconds of the monotonic clock without suspensions. `read` and `with_sleep` are the clocks behind it."""
 

@@ -25,7 +25,7 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_gpt.awake import AwakeClock
+from dist_gpt.awake import AwakeClock, is_silent
 
 if TYPE_CHECKING:
     from dist_gpt.comm.ledger import Ledger
@@ -165,8 +165,8 @@ class Pulse:
 
     def _is_silent(self, now: float) -> bool:
         """Return whether the launcher has been silent for too long; after a suspension it may come back later."""
-        since = max(self.heard, self.clock.last.excused_until if self.clock.last is not None else 0.0)
-        return not self._leaving and self._lost_at is None and now - since > self.silence_s
+        excused = self.clock.last.excused_until if self.clock.last is not None else 0.0
+        return not self._leaving and self._lost_at is None and is_silent(now, self.heard, excused, self.silence_s)
 
     def _is_late(self, now: float) -> bool:
         """Return whether this rank should have saved and exited by now."""

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from dist_gpt.awake import AwakeClock, Suspension
+from dist_gpt.awake import AwakeClock, Suspension, is_silent
 from launch.explain import QUIET_S, RankState
 from launch.lines import Line, group_ranks, room_for
 
@@ -395,7 +395,7 @@ class Watch:
 
     def _is_silent(self, state: RankState, now: float) -> bool:
         begun = state.position is not None and state.closed is None and not state.over and state.failed is None
-        return begun and now - max(state.heard or now, state.excused) > self.silence_s
+        return begun and is_silent(now, state.heard or now, state.excused, self.silence_s)
 
     # --- sending -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dist_gpt.awake import EXCUSED_S, JUMP_S, AwakeClock
+from dist_gpt.awake import EXCUSED_S, JUMP_S, AwakeClock, is_silent
 
 
 class Hands:
@@ -58,3 +58,4 @@ def test_it_moves_on_where_every_reading_is_late() -> None:
     for _ in range(100):
         hands.go(5.0)
     assert hands.clock.now() == pytest.approx(1000 + 100 * JUMP_S)
+    assert hands.clock.last is not None and is_silent(hands.clock.now(), 1000.0, hands.clock.last.excused_until, 30.0)

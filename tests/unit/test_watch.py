@@ -19,16 +19,17 @@ from dist_gpt.pulse import STARTING
 from launch import watch as watch_module
 from launch.explain import RankState, explain
 from launch.watch import Watch
+from tests.patience import PATIENCE_S
 
 
 class FakeRank:
     """One end of a connection, by hand."""
 
     def __init__(self, watch: Watch, rank: int, host: str = "here", token: str | None = None) -> None:
-        self.rank = rank
+        self.rank, self.mark = rank, 0
         address, port = watch.address.rsplit(":", 1)
         self.link = socket.create_connection((address, int(port)))
-        self.link.settimeout(5.0)
+        self.link.settimeout(PATIENCE_S)
         self.file = self.link.makefile("rb")
         token = watch.token if token is None else token
         self.say(hello={"token": token, "rank": rank, "world": watch.world, "local_rank": rank, "local_world": 1,
@@ -49,7 +50,7 @@ class FakeRank:
         self.link.close()
 
 
-def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "did not come in time"
@@ -122,7 +123,7 @@ def test_strangers_are_dropped(make: Callable[..., Watch], monkeypatch: pytest.M
     address, port = watch.address.rsplit(":", 1)
     for text in (b"GET / HTTP/1.1\r\n", b'{"hello": 3}\n', b'{"beat": {}}\n', b"[" * 70000, b"\xff\n", b""):
         with socket.create_connection((address, int(port))) as link:
-            link.settimeout(5.0)
+            link.settimeout(PATIENCE_S)
             try:
                 link.sendall(text)
                 assert link.recv(10) == b""  # the last one said nothing for HELLO_S
@@ -299,10 +300,17 @@ class Hands:
 
 
 def beat(watch: Watch, *ranks: FakeRank) -> None:
-    """Send one heartbeat of each rank, and wait until the watch has it."""
+    """Send one heartbeat of each rank, and wait until the watch has read it and all that was sent before."""
     for rank in ranks:
         rank.beat()
-    until(lambda: all(watch.states()[rank.rank].heard == watch.now() for rank in ranks))
+        rank.mark += 1
+        rank.say(channels=[], port=rank.mark)
+
+    def has_read(rank: FakeRank) -> bool:
+        line = watch._lines.get(rank.rank)
+        return line is not None and line.port == rank.mark
+
+    until(lambda: all(has_read(rank) for rank in ranks))
 
 
 def two_that_beat(make: Callable[..., Watch], silence_s: float = 5.0) -> tuple[Watch, Hands, list[FakeRank]]:
@@ -329,6 +337,21 @@ def test_a_suspension_is_no_silence(make: Callable[..., Watch], seconds: float) 
     hands.pass_by(min(seconds, 30.0) + 2.0)
     beat(watch, ranks[0])
     hands.pass_by(4.0)
+    assert silent(watch.states()) == [1]
+    for rank in ranks:
+        rank.close()
+
+
+@pytest.mark.parametrize("gap", [2.0, 40.0])
+def test_a_rank_that_is_stopped_is_found_where_the_launcher_is_late_again_and_again(
+    make: Callable[..., Watch], gap: float
+) -> None:
+    """Each time looks like a suspension, and excuses the rank anew."""
+    watch, hands, ranks = two_that_beat(make)
+    for _ in range(70):
+        hands.suspend(gap)
+        watch.now()
+    beat(watch, ranks[0])
     assert silent(watch.states()) == [1]
     for rank in ranks:
         rank.close()
