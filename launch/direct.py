@@ -233,8 +233,8 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, resolve: Callable[[bool], Resume], restarted: bool, held: ExitStack) -> None:
-        """Prepare for rank 0. `restarted`: torchrun has restarted the ranks; `resolve` returns what --resume means, given
-        that."""
+        """Prepare for rank 0. `restarted`: torchrun has restarted the ranks; `resolve` is called with that and returns
+        what --resume means."""
         self._config, self._resolve, self._restarted = config, resolve, restarted
         self.may_exist = restarted
         """True if a run in the folder may be continued; then another training may be running there."""

@@ -51,8 +51,8 @@ class RankEnv:
     attempt: int
     deadline: float
     watched: bool = False
-    """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s. Set only
-    by a program that sends heartbeats (dist_gpt.train): without them, the collectives' own deadline has to count."""
+    """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s. Only a
+    program that sends heartbeats (dist_gpt.train) sets it: without them, the collectives' own deadline has to count."""
 
     @property
     def one_node(self) -> bool:
