@@ -141,6 +141,7 @@ def test_which_groups_read() -> None:
         reading = [axis for axis, group in mesh.groups.items() if group.near is not None]
         edges = [edge for edge, group in mesh.edges.items() if group.near is not None]
         said = mesh.reads_memory, mesh.refusal
+        mesh.world.barrier()  # a rank that closes would cut off others that are still connecting
         mesh.close()
         return reading, edges, said
 
