@@ -121,15 +121,25 @@ class Verdict:
 
 
 def certify_rank(
-    config: Config, rank: int, backends: Backends, reference: Path, device: torch.device | None = None
+    config: Config,
+    rank: int,
+    backends: Backends,
+    reference: Path,
+    device: torch.device | None = None,
+    with_dry_run: bool = True,
 ) -> Verdict:
-    """Train in the layout of `config` as rank `rank` on `device` (default CPU); compare with the reference on disk."""
+    """Train in the layout of `config` as rank `rank` on `device` (default CPU); compare with the reference on disk.
+
+    Compare the plan with a dry run too, unless `with_dry_run` is false.
+    """
     replica = Rank(config, rank, backends, device or torch.device("cpu"))
     try:
         trace = run_steps(replica, config)
         verdict = Verdict(rank)
         _compare(verdict, replica, trace, load_file(reference))
         _account(verdict, replica)
+        if with_dry_run:
+            _compare_dry_run(verdict, replica)
         return verdict
     finally:
         replica.close()
@@ -155,14 +165,19 @@ def _compare(verdict: Verdict, replica: Rank, trace: Trace, ref: dict[str, Tenso
 
 
 def _account(verdict: Verdict, replica: Rank) -> None:
-    """Ledger = steps = dry run, as integers; every parameter got a gradient."""
-    plan, config = replica.plan, replica.config
+    """Compare the ledger with the declared steps, as integers, and check that every parameter got a gradient."""
+    plan = replica.plan
     declared = Counts()
     declared.merge(count_comm(plan, plan.steps), STEPS)
     verdict.accounting += replica.mesh.ledger.differences
     verdict.accounting += replica.mesh.ledger.counts(TRAIN).differences(declared)
     verdict.accounting += [f"no gradient was written for {tuple(p.shape)}" for p in replica.sink.unwritten()]
-    dry = dryrun_document(config, verdict.rank)
+
+
+def _compare_dry_run(verdict: Verdict, replica: Rank) -> None:
+    """Compare what a dry run of this rank counts with the plan, as integers."""
+    plan = replica.plan
+    dry = dryrun_document(replica.config, verdict.rank)
     planned = {
         "comm": count_comm(plan, plan.steps).as_dict(),
         "model_flops": count_flops(plan, plan.steps),
@@ -194,18 +209,24 @@ def merge_verdicts(config: Config, verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 def certify(
-    config: Config, rank: int, store: Store, backends: Callable[[Store], Backends], folder: Path
+    config: Config,
+    rank: int,
+    store: Store,
+    backends: Callable[[Store], Backends],
+    folder: Path,
+    with_dry_run: bool = True,
 ) -> dict[str, Any] | None:
-    """The certificate of `config` (float64, world ranks), run by all ranks together; rank 0 returns it.
+    """Return the certificate of `config` (float64, world ranks) on rank 0; all ranks call it together.
 
-    `store` must be fresh for every call: it carries the ranks' verdicts. `folder` is shared by the ranks.
+    `store` must be fresh for every call: it carries the ranks' verdicts. `folder` is shared by the ranks. A rank whose
+    `with_dry_run` is false leaves out its own dry run.
     """
     reference = folder / "reference.safetensors"
     if rank == 0:
         write_reference(config, reference)
         store.set("reference", "written")
     store.wait(["reference"])
-    verdict = certify_rank(config, rank, backends(store), reference)
+    verdict = certify_rank(config, rank, backends(store), reference, with_dry_run=with_dry_run)
     store.set(f"verdict/{rank}", json.dumps(vars(verdict)))
     if rank != 0:
         return None

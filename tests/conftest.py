@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     """Rank processes for the parity cells, started at the first use."""
     from tests.ranks.pool import Pool
 
-    processes = Pool()
+    processes = Pool(dry_everywhere="not all_cells" not in request.config.option.markexpr)
     yield processes
     processes.close()
 

@@ -27,9 +27,13 @@ class CellError(RuntimeError):
 
 
 class Pool:
-    """Runs cells on `RANKS` processes; a broken pool is replaced before the next cell."""
+    """Runs cells on `RANKS` processes; a broken pool is replaced before the next cell.
 
-    def __init__(self) -> None:
+    `dry_everywhere`: every rank of a cell makes a dry run, not one copy of the data axis alone.
+    """
+
+    def __init__(self, dry_everywhere: bool = True) -> None:
+        self.dry_everywhere = dry_everywhere
         self.parent: subprocess.Popen[bytes] | None = None  # the ranks are its children, in a session of their own
         self.cells: list[IO[str]] = []
         self.answers: list[IO[str]] = []
@@ -50,8 +54,10 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"
             path.write_text(yaml.safe_dump(config))
-            cell = {"id": f"cell{next(self._ids)}", "config": str(path), "world": world, "folder": folder}
-            line = json.dumps({**cell, "plant": plant, "grid": grid})
+            number = next(self._ids)
+            cell = {"id": f"cell{number}", "number": number, "dry_everywhere": self.dry_everywhere}
+            cell |= {"config": str(path), "world": world, "folder": folder, "plant": plant, "grid": grid}
+            line = json.dumps(cell)
             for pipe in self.cells[:world]:
                 with suppress(BrokenPipeError):  # a dead rank: its missing answer says so
                     print(line, file=pipe, flush=True)

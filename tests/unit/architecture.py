@@ -10,6 +10,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 LAYERS = (
@@ -91,9 +92,13 @@ def sources(root: Path, *folders: str) -> list[Source]:
     found = []
     for folder in folders or ("dist_gpt", "launch"):
         for path in sorted((root / folder).rglob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            found.append(Source(path.relative_to(root).as_posix(), text, ast.parse(text, str(path))))
+            found.append(_parsed(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")))
     return found
+
+
+@cache  # every rule reads all files
+def _parsed(path: str, text: str) -> Source:
+    return Source(path, text, ast.parse(text, path))
 
 
 def dotted(node: ast.expr) -> str:
