@@ -69,9 +69,11 @@ def planted(name: str | None) -> Iterator[list[int]]:
         return
     original = verify.certify_rank
 
-    def certify_with_bug(config: Config, rank: int, backends: Backends, reference: Path) -> verify.Verdict:
+    def certify_with_bug(
+        config: Config, rank: int, backends: Backends, reference: Path, **options: Any
+    ) -> verify.Verdict:
         with _grown(PLANTS[name], hits):
-            return original(config, rank, backends, reference)
+            return original(config, rank, backends, reference, **options)
 
     verify.certify_rank = certify_with_bug
     try:
