@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_gpt.data.corpus import DataError
-from dist_gpt.data.formats import AUTO, HEAD, SUFFIXES, identify, refuse_contradiction
+from dist_gpt.data.formats import AUTO, CODED_DTYPES, HEAD, SUFFIXES, begins_as_utf8, identify, refuse_contradiction
 from dist_gpt.data.headerless import headerless
 from dist_gpt.data.reader import Span
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the document index
-DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron's codes; 6 and 7 are floats
 
 
 def find_tokenised(
@@ -56,11 +55,7 @@ def _is_text(path: Path) -> bool:
     """Return whether a file not named .bin or .npy begins as text or is empty: the text reader handles both."""
     with path.open("rb") as file:
         first = file.read(HEAD)
-    try:
-        first.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return len(first) == HEAD and error.start >= HEAD - 3  # a character is cut by the end of what was read
-    return b"\0" not in first
+    return b"\0" not in first and begins_as_utf8(first)
 
 
 def synthetic(count: int, vocab_size: int) -> NDArray[np.int64]:
@@ -145,9 +140,9 @@ def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple
         _, version, code, sequences, entries = HEADER.unpack(head)
         if version != 1:
             raise _bad_index(index, f"has version {version}, only 1 is known")
-        if code not in DTYPES:
-            raise _bad_index(index, f"has dtype code {code}; integers are {sorted(DTYPES)} (6 and 7 are floats)")
-        refuse_contradiction(index, DTYPES[code], dtype)
+        if code not in CODED_DTYPES:
+            raise _bad_index(index, f"has dtype code {code}; integers are {sorted(CODED_DTYPES)} (6 and 7 are floats)")
+        refuse_contradiction(index, CODED_DTYPES[code], dtype)
         needed = HEADER.size + 12 * sequences + 8 * entries
         size = index.stat().st_size
         if size not in (needed, needed + sequences):  # the longer form ends with one mode byte a sequence
@@ -155,7 +150,7 @@ def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple
         sizes = np.fromfile(file, "<i4", sequences).astype(np.int64)
         pointers = np.fromfile(file, "<i8", sequences)
         documents = np.fromfile(file, "<i8", entries)
-    whole = Span(path, DTYPES[code], 0, int(sizes.sum()))
+    whole = Span(path, CODED_DTYPES[code], 0, int(sizes.sum()))
     width = np.dtype(whole.dtype).itemsize
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])  # (sequences + 1,) in tokens
     if (sizes < 0).any() or not np.array_equal(pointers, starts[:-1] * width):

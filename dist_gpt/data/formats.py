@@ -29,7 +29,8 @@ LLMC_OTHER = {
     20240522: "evaluation file",
 }  # fmt: skip
 LITGPT = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens of a chunk
-LITGPT_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
+CODED_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""Dtype codes of Megatron, which LitGPT uses too; 6 and 7 are floats."""
 
 WRITE_AGAIN = "write the token ids as .npy or as a headerless little-endian .bin"
 UNPACK = "decompress it first"
@@ -124,16 +125,21 @@ def _arrow_stream(head: Head) -> bool:
     return head.first[:4] == b"\xff" * 4 and 0 < head.word(4) < head.size and head.word(4) % 8 == 0 < head.word(8) < 64
 
 
-def _text(head: Head) -> bool:
-    """Match UTF-8 without control characters, 16 bytes or more: a few tokens may look like anything."""
-    data = head.first
-    if len(data) < 16 or any(byte < 32 and byte not in b"\t\n\r\f\x1b" or byte == 127 for byte in data):
-        return False
+def begins_as_utf8(data: bytes) -> bool:
+    """Return whether `data`, the first HEAD bytes of a file or all of a shorter one, are UTF-8."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         return len(data) == HEAD and error.start >= HEAD - 3  # a character is cut by the end of what was read
     return True
+
+
+def _text(head: Head) -> bool:
+    """Match UTF-8 without control characters, 16 bytes or more: a few tokens may look like anything."""
+    data = head.first
+    if len(data) < 16 or any(byte < 32 and byte not in b"\t\n\r\f\x1b" or byte == 127 for byte in data):
+        return False
+    return begins_as_utf8(data)
 
 
 REFUSED: tuple[Format, ...] = (
@@ -273,14 +279,14 @@ def _litgpt(head: Head) -> Span | None:
     _, version, code, chunk = LITGPT.unpack(head.first[: LITGPT.size])
     if version != 1:
         raise _damaged(head, "LitGPT", f"has version {version}, while version 1 is supported")
-    if code not in LITGPT_DTYPES:
-        raise _damaged(head, "LitGPT", f"has dtype code {code}; integers are {sorted(LITGPT_DTYPES)} (6, 7: floats)")
-    width = np.dtype(LITGPT_DTYPES[code]).itemsize
+    if code not in CODED_DTYPES:
+        raise _damaged(head, "LitGPT", f"has dtype code {code}; integers are {sorted(CODED_DTYPES)} (6, 7: floats)")
+    width = np.dtype(CODED_DTYPES[code]).itemsize
     payload = head.size - LITGPT.size
     if chunk == 0 or payload % (chunk * width):
         raise _damaged(head, "LitGPT", f"has {payload} bytes of tokens, not a multiple of its chunk of {chunk} tokens "
                                        f"of {width} bytes")  # fmt: skip
-    return _span(head, "LitGPT", LITGPT_DTYPES[code], LITGPT.size, payload // width)
+    return _span(head, "LitGPT", CODED_DTYPES[code], LITGPT.size, payload // width)
 
 
 def _span(head: Head, name: str, dtype: str, header: int, count: int) -> Span:

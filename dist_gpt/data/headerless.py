@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from dist_gpt.data.corpus import DataError
 from dist_gpt.data.formats import AUTO
-from dist_gpt.data.reader import Span
+from dist_gpt.data.reader import BLOCK, BLOCKS, Span
 
-BLOCK, BLOCKS = 4096, 64
 TINY = (64, 1)
 """Bounds of a high half: 64 covers ids below 2^22, 1 (for small vocabularies) ids below 2^16."""
 FEWEST, RATIO = 8, 50
@@ -46,7 +45,8 @@ LAYOUTS = (
 def headerless(path: Path, dtype: str, vocab_size: int | None) -> Span:
     """Return the tokens of a file without a header. Raise DataError if their width is in doubt or does not fit."""
     size = path.stat().st_size
-    width = np.dtype("uint16" if dtype == AUTO else dtype).itemsize
+    kind = np.dtype("uint16" if dtype == AUTO else dtype)
+    width = kind.itemsize
     if size % width:
         odd = "an odd number" if width == 2 else f"not a multiple of {width}"
         raise DataError(
@@ -55,7 +55,6 @@ def headerless(path: Path, dtype: str, vocab_size: int | None) -> Span:
         )
     if dtype == AUTO:
         refuse_doubt(path, size, vocab_size)
-    kind = np.dtype("uint16" if dtype == AUTO else dtype).newbyteorder("<")
     return Span(path, f"<{kind.kind}{width}", 0, size // width)
 
 
