@@ -23,7 +23,7 @@ from dist_gpt.report.identity import accounting, definitions, files, flat, ident
 from dist_gpt.report.load import Run
 from dist_gpt.report.match import Calls, Meetings, match
 from dist_gpt.report.replay import ReplayError, build, critical_path, free_axes
-from dist_gpt.report.verdict import profiling_cost, verdict
+from dist_gpt.report.verdict import profiling_cost, verdict, with_skipped_steps
 
 SCHEMA = 1
 DRAWN_RANKS = 8
@@ -73,7 +73,8 @@ def analyze(run: Run, found: Profile | None = None) -> dict[str, Any]:
     profiled = bool(p.budget.steps)
     sections = _window_sections(p) if profiled else _EMPTY
     memory = predicted.memory(run)
-    said = verdict(run, sections["budget_s"], sections["stragglers"], sections["collectives"], sections["pipeline"])
+    time = verdict(run, sections["budget_s"], sections["stragglers"], sections["collectives"], sections["pipeline"])
+    said = with_skipped_steps(run, time)
     document = {
         "schema": SCHEMA,
         "name": run.config.name,

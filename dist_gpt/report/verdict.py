@@ -69,27 +69,7 @@ def verdict(
     collectives: list[dict[str, Any]],
     pipeline: dict[str, Any] | None,
 ) -> Verdict:
-    """Return the largest loss of the step, with the reason and what to try.
-
-    Skipped steps come first if they made the run fail, and last if they are ordinary: they take time like any other.
-    """
-    said = _of_time(run, budget_s, stragglers, collectives, pipeline)
-    skipped = Skipped.of(run.metrics)
-    if skipped.failed:
-        trained = f"{skipped.steps - skipped.count} of {skipped.steps} steps changed the weights"
-        why = f"{trained}. Time is spent in skipped steps too: {said.line}; {said.why}"
-        line = f"{skipped.text()}: the run failed" if run.failed else skipped.text()
-        return replace(said, line=line, why=why, next=skipped.change)
-    return replace(said, why=f"{said.why}. {skipped.text()}") if skipped.count else said
-
-
-def _of_time(
-    run: Run,
-    budget_s: dict[str, float],
-    stragglers: dict[str, Any] | None,
-    collectives: list[dict[str, Any]],
-    pipeline: dict[str, Any] | None,
-) -> Verdict:
+    """Return the largest loss of the step, with the reason and what to try."""
     wall = sum(budget_s.values())
     lost = losses(budget_s)
     worst = max(lost, key=lambda name: lost[name], default=None)
@@ -110,6 +90,20 @@ def _of_time(
     if culprit is not None:
         line += f", most of it for rank {culprit}"
     return Verdict(line, why, advice, "data" if worst == DATA else worst, share, None, culprit)
+
+
+def with_skipped_steps(run: Run, said: Verdict) -> Verdict:
+    """Return the verdict on a run's time with what its skipped steps, which take time like any other, add to it.
+
+    They come first if they made the run fail, and last if they are ordinary.
+    """
+    skipped = Skipped.of(run.metrics)
+    if skipped.failed:
+        trained = f"{skipped.steps - skipped.count} of {skipped.steps} steps changed the weights"
+        why = f"{trained}. Time is spent in skipped steps too: {said.line}; {said.why}"
+        line = f"{skipped.text()}: the run failed" if run.failed else skipped.text()
+        return replace(said, line=line, why=why, next=skipped.change)
+    return replace(said, why=f"{said.why}. {skipped.text()}") if skipped.count else said
 
 
 def _without_window(run: Run) -> Verdict:
