@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -210,8 +211,8 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
         loaded = load(config, overrides, world=start.place.world)
         _require_extras(loaded)
         run_dir, again = Path(str(loaded.run_dir)), direct.is_restart(os.environ)
-        folder = direct.RunFolder(loaded, lambda again: resolve(resume, run_dir, loaded, again), again, held)
-        folder.may_exist = again or resume is not None
+        resolved = partial(resolve, resume, run_dir, loaded)
+        folder = direct.RunFolder(loaded, resolved, resume is not None, again, held)
         if start.place.world == 1:
             folder.check()  # at once, before torch is imported
         start.enter(os.environ)

@@ -232,23 +232,23 @@ class RunFolder:
     leaves nothing behind, and a second training in the folder is refused. The lock lasts as long as `held` is open.
     """
 
-    def __init__(self, config: Config, resolve: Callable[[bool], Resume], restarted: bool, held: ExitStack) -> None:
-        """Prepare for rank 0. `restarted`: torchrun has restarted the ranks; `resolve` is called with that and returns
-        what --resume means."""
-        self._config, self._resolve, self._restarted = config, resolve, restarted
-        self.may_exist = restarted
-        """True if a run in the folder may be continued; then another training may be running there."""
+    def __init__(
+        self, config: Config, resolve: Callable[[bool], Resume], resumes: bool, restarted: bool, held: ExitStack
+    ) -> None:
+        """Prepare for rank 0. `resumes`: --resume is given; `restarted`: torchrun has restarted the ranks. `resolve` is
+        called with the latter and returns what --resume means."""
+        self._config, self._resolve, self._resumes, self._restarted = config, resolve, resumes, restarted
         self._held, self._path = held, Path(str(config.run_dir))
         self._plan: dict[str, Any] = {}
         self._made = False
 
     def restart(self) -> None:
         """Note that torchrun has started its ranks again, which the agent of this node may not have counted."""
-        self._restarted = self.may_exist = True
+        self._restarted = True
 
     def check(self) -> None:
         """Raise ConfigError if the run directory cannot be made or continued; change nothing."""
-        if self.may_exist:
+        if self._resumes or self._restarted:  # then another training may be running there
             self._look()
         if not self._resolve(self._restarted).goes_on:
             run.refuse_existing(self._config)

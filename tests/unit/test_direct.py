@@ -160,9 +160,7 @@ def folder(config: Config) -> Any:
     with ExitStack() as held:
 
         def make(goes_on: bool = False, restarted: bool = False) -> RunFolder:
-            made = RunFolder(config, lambda again: Resume(goes_on or again), restarted, held)
-            made.may_exist = goes_on
-            return made
+            return RunFolder(config, lambda again: Resume(goes_on or again), goes_on, restarted, held)
 
         yield make
 
