@@ -95,11 +95,10 @@ def shared_data(config: Config, store: Store, env: RankEnv, say: bool = False) -
         with suppress(Exception):  # this rank's own error says more
             roll_call(scope, patient, {"error": f"has no data: {error}"})
         raise
-    roll_call(scope, patient, {})  # all have data
     try:
-        roll_call(scoped(scope, "digest"), patient, {"data": data.digest[:16]})
+        roll_call(scope, patient, {"data": data.digest[:16]})
     except RendezvousError as error:
-        if " has data " not in str(error):
+        if not error.differs:
             raise
         raise DataError(
             f"data.source: {config.data.source} is not the same on all ranks ({error}); give every node the same files"

@@ -35,7 +35,11 @@ READ_S = 5.0  # how long rank 0, which may host the store, stays for the others 
 
 
 class RendezvousError(RuntimeError):
-    """Ranks are missing, or did not come with the same configuration."""
+    """Ranks are missing, or did not come with the same configuration (`differs`)."""
+
+    def __init__(self, text: str, differs: bool = False) -> None:
+        super().__init__(text)
+        self.differs = differs
 
 
 @dataclass(frozen=True)
@@ -308,21 +312,25 @@ def roll_call(store: Store, env: RankEnv, mine: Mapping[str, str]) -> None:
     store.set(f"roll/{env.rank}", json.dumps(answer))
     readers: set[int] = set()
     if env.rank == 0:
-        verdict, readers = _take_roll(store, env, mine)
+        verdict, differs, readers = _take_roll(store, env, mine)
+        if differs:
+            store.set("roll/differs", "")
         store.set("roll/verdict", verdict)
     wait_for(store, env, {0: "roll/verdict"}, "finish the roll call", env.left_s() + 5.0)
     verdict = store.get("roll/verdict").decode()
     if not verdict:
         return
+    differs = store.check(["roll/differs"])
     with suppress(Exception):  # the verdict matters more than a store that fails now
         store.set(f"roll/read/{env.rank}", "")
         if readers:
             store.wait([f"roll/read/{rank}" for rank in sorted(readers)], timedelta(seconds=READ_S))
-    raise RendezvousError(verdict)
+    raise RendezvousError(verdict, differs)
 
 
-def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str, set[int]]:
-    """Rank 0's verdict, empty or the sentence that every rank will raise, and the ranks that will read it."""
+def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str, bool, set[int]]:
+    """Return rank 0's verdict, empty or the sentence that every rank will raise; whether it is that ranks differ; and
+    the ranks that will read it."""
     answers: dict[int, dict[str, str]] = {}
     everybody = set(range(env.world))
     while missing := sorted(everybody - set(answers)):
@@ -332,12 +340,12 @@ def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str
                 answers[rank] = json.loads(store.get(f"roll/{rank}"))
         for rank, theirs in sorted(answers.items()):
             if "error" in theirs:
-                return f"roll call: rank {rank} on {theirs['host']} {theirs['error']}", everybody
+                return f"roll call: rank {rank} on {theirs['host']} {theirs['error']}", False, everybody
         missing = sorted(everybody - set(answers))
         if missing and late:
             names = ", ".join(map(str, missing))
             verdict = f"{len(missing)} of {env.world} ranks did not appear in time: {names}. See their logs"
-            return f"roll call: {verdict}", set(answers)
+            return f"roll call: {verdict}", False, set(answers)
         if missing:
             time.sleep(0.02)
     problems = []
@@ -345,7 +353,7 @@ def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str
         for key, value in mine.items():
             if theirs[key] != value:
                 problems.append(f"rank {rank} on {theirs['host']} has {key} {theirs[key]}, rank 0 has {value}")
-    return "roll call: " + "; ".join(problems) if problems else "", everybody
+    return "roll call: " + "; ".join(problems) if problems else "", bool(problems), everybody
 
 
 def scoped(store: Store, prefix: str) -> Store:
