@@ -9,6 +9,7 @@ counts for this rank.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import weakref
@@ -69,12 +70,18 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure(config: Config, env: RankEnv, store: Store) -> dict[str, Any]:
-    """Return what one rank holds in the last of STEPS steps."""
+    """Return what one rank holds in the last of STEPS steps.
+
+    Python's collector runs before each step only: which reference cycles it has freed by the fullest moment would
+    otherwise depend on what the process allocated before.
+    """
+    gc.disable()
     with LiveBytes() as held:
         rank = make_rank(config, env, store, torch.device("cpu"))
         try:
             rank.initialise()
             for step in range(STEPS):
+                gc.collect()
                 held.again()
                 rest = held.live
                 rank.train_step(step, verify_samples(config, step))
