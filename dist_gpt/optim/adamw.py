@@ -17,6 +17,7 @@ from dist_gpt.comm.mesh import Mesh
 from dist_gpt.config.schema import Config
 from dist_gpt.optim.clip import clip_divisor, squared_norm_here
 from dist_gpt.optim.narrow import NarrowAdamW
+from dist_gpt.optim.rules import SGD, AdamW, Group, Rule
 from dist_gpt.optim.scale import LossScale
 from dist_gpt.parallel.buckets import TORCH_DTYPE, FlatBucket, FlatBuffers
 from dist_gpt.plan.buckets import Slot
@@ -46,7 +47,7 @@ class Optimizer:
         ]
         self.slices: dict[str, Parameter] = {}
         self._gradient_of: dict[Parameter, Tensor] = {}
-        self.engine = self._engine()
+        self.rule = self._rule()
         self.scale = LossScale(config, buffers.device) if config.train.dtype == "fp16" else None
         self.statistics = torch.zeros(2, dtype=torch.float64)
         self.stop_votes = torch.zeros((), dtype=torch.float64)
@@ -60,21 +61,17 @@ class Optimizer:
         pinned = like.is_cuda and self.offloaded
         return torch.zeros(like.shape, dtype=dtype, device=self.device, pin_memory=pinned)
 
-    def _engine(self) -> torch.optim.Optimizer:
+    def _rule(self) -> Rule:
         o, p = self.config.optim, self.precision
         decayed, plain = self._slices()
-        groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups = [g for g in groups if g["params"]]
+        both = Group(tuple(decayed), o.weight_decay), Group(tuple(plain), 0.0)
+        groups = [group for group in both if group.params]
         betas = (o.betas[0], o.betas[1])
         if o.name == "adamw" and (p.state != p.master or p.gradient != p.master):
-            return NarrowAdamW(groups, self._gradient_of, o.lr, betas, o.eps, TORCH_DTYPE[p.state])
+            return NarrowAdamW(groups, self._gradient_of, betas, o.eps, TORCH_DTYPE[p.state])
         if o.name == "adamw":
-            return torch.optim.AdamW(groups, lr=o.lr, betas=betas, eps=o.eps, fused=self.fused)
-        engine = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, fused=self.fused)
-        if o.momentum:  # torch leaves it uninitialised where the very first step is skipped
-            for piece in decayed + plain:
-                engine.state[piece]["momentum_buffer"] = torch.zeros_like(piece)
-        return engine
+            return AdamW(groups, betas, o.eps, self.fused)
+        return SGD(groups, o.momentum, self.fused)
 
     def _slices(self) -> tuple[list[Parameter], list[Parameter]]:
         """Flat views of what this rank steps, with and without weight decay, their gradients bound."""
@@ -131,19 +128,12 @@ class Optimizer:
             for flat, gradient in zip(self.flats, self.gradients, strict=True):
                 gradient.copy_(flat.gradient_shard)
         divisor, bad = divisor.to(self.device), bad.to(self.device)
-        for group in self.engine.param_groups:
-            group["lr"] = rate
-        if isinstance(self.engine, NarrowAdamW):
-            self.engine.divisor, self.engine.skip = divisor, bad
-        elif self.fused and self.precision.master != "fp64":
-            self.engine.grad_scale = divisor.float()  # type: ignore[attr-defined]  # the kernel divides: no extra pass
-        else:  # the kernel's divisor is float32: not for a float64 certificate
+        by_rule = isinstance(self.rule, NarrowAdamW) or (self.fused and self.precision.master != "fp64")
+        if not by_rule:  # the fused kernel's divisor is float32: not for a float64 certificate
             for gradient in self.gradients:
                 gradient.div_(divisor.to(gradient.dtype))
-        if self.fused and not isinstance(self.engine, NarrowAdamW):
-            self.engine.found_inf = bad.float()  # type: ignore[attr-defined]  # read by the kernel, on the device
         with torch.no_grad():
-            self.engine.step()
+            self.rule.step(rate, divisor if by_rule else None, bad if self.fused else None)
             if self.separate:
                 for flat, master in zip(self.flats, self.masters, strict=True):
                     flat.parameter_shard.copy_(master)
@@ -159,12 +149,7 @@ class Optimizer:
         """The live state, `BUCKET.START-STOP.KEY` -> tensor; where nothing was stepped yet it is made first, zero."""
         found: dict[str, Tensor] = {}
         for name, piece in self.slices.items():
-            state = self.engine.state[piece]
-            if not state and self.config.optim.name == "adamw":  # as the first step makes it
-                state["step"] = torch.zeros((), dtype=torch.float32, device=piece.device)
-                dtype = TORCH_DTYPE[self.precision.state]
-                state |= {key: torch.zeros_like(piece.detach(), dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
-            found |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+            found |= {f"{name}.{key}": value for key, value in self.rule.state_of(piece).items()}
         if self.separate:
             found |= {f"{flat.bucket.index}.master": m for flat, m in zip(self.flats, self.masters, strict=True)}
         if self.scale is not None:
@@ -174,7 +159,7 @@ class Optimizer:
     @property
     def state_bytes(self) -> int:
         """Bytes of averages, and of masters that are not the parameters themselves (step counters left out)."""
-        states = [t for state in self.engine.state.values() for t in state.values() if isinstance(t, Tensor)]
+        states = [t for state in self.rule.state.values() for t in state.values()]
         copies = self.masters if self.separate else []
         copies = copies + (self.gradients if self.offloaded else [])
         return sum(t.nbytes for t in [*states, *copies] if t.ndim)

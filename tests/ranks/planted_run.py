@@ -60,7 +60,8 @@ class Stamps:
 
     def write(self) -> None:
         """Leave the stamps for the test."""
-        self.path.write_text(json.dumps({"calls": self.calls, "entries": self.entries}))
+        compiler = "torch._dynamo" in sys.modules
+        self.path.write_text(json.dumps({"calls": self.calls, "entries": self.entries, "compiler": compiler}))
 
     def record(self) -> None:
         """From now on stamp every collective, message and entry of the step list."""

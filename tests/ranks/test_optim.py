@@ -84,8 +84,8 @@ def weights_of(rank: Rank) -> dict[str, Tensor]:
 
 def state_of(rank: Rank) -> list[Tensor]:
     """Copies of all optimizer state, step counters included."""
-    states = rank.optimizer.engine.state.values()
-    return [value.clone() for state in states for _, value in sorted(state.items()) if isinstance(value, Tensor)]
+    states = rank.optimizer.rule.state.values()
+    return [value.clone() for state in states for _, value in sorted(state.items())]
 
 
 def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -191,7 +191,7 @@ class TestDecayGroups:
     def test_every_element_is_stepped_once(self, family: str, bucket_mb: float) -> None:
         rank = single(tiny(FAMILIES[family], bucket_mb=bucket_mb))
         assert (len(rank.buffers.buckets) > 2) == (bucket_mb < 1)
-        pieces = [piece for group in rank.optimizer.engine.param_groups for piece in group["params"]]
+        pieces = [piece for group in rank.optimizer.rule.groups for piece in group.params]
         assert sum(p.numel() for p in pieces) == sum(p.numel for p in rank.params)
         spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in pieces)
         assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))

@@ -19,6 +19,7 @@ from dist_gpt.dryrun import dryrun_document
 from dist_gpt.events import TRAIN, Counts
 from dist_gpt.model.init import initial_weight
 from dist_gpt.optim.narrow import NarrowAdamW
+from dist_gpt.optim.rules import Group
 from dist_gpt.optim.scale import LossScale
 from dist_gpt.plan.count import count_comm, count_memory
 from dist_gpt.plan.steps import RankPlan
@@ -290,12 +291,10 @@ class TestNarrow:
         generator = torch.Generator().manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(700_001, generator=generator))
         gradients = {parameter: torch.zeros_like(parameter, dtype=dtype)}
-        engine = NarrowAdamW([parameter], gradients, 0.01, (0.9, 0.95), 1e-8, state_dtype)
-        engine.param_groups[0]["weight_decay"] = 0.1
-        engine.divisor = torch.tensor(2.0)
+        rule = NarrowAdamW([Group((parameter,), 0.1)], gradients, (0.9, 0.95), 1e-8, state_dtype)
         for grad in grads:
             gradients[parameter].copy_(grad)
-            engine.step()
+            rule.step(0.01, torch.tensor(2.0), None)
         return parameter.detach()
 
     def test_with_equal_dtypes_it_is_torchs(self) -> None:
@@ -313,9 +312,8 @@ class TestNarrow:
     def test_a_skipped_step_changes_nothing(self) -> None:
         parameter = torch.nn.Parameter(torch.ones(8))
         gradients = {parameter: torch.full((8,), math.nan)}
-        engine = NarrowAdamW([parameter], gradients, 0.01, (0.9, 0.95), 1e-8, torch.bfloat16)
-        engine.skip = torch.tensor(True)
-        engine.step()
+        rule = NarrowAdamW([Group((parameter,), 0.0)], gradients, (0.9, 0.95), 1e-8, torch.bfloat16)
+        rule.step(0.01, None, torch.tensor(True))
         assert torch.equal(parameter.detach(), torch.ones(8))
-        assert all(torch.isfinite(value).all() for value in engine.state[parameter].values())
-        assert engine.state[parameter]["step"] == 0
+        assert all(torch.isfinite(value).all() for value in rule.state[parameter].values())
+        assert rule.state[parameter]["step"] == 0

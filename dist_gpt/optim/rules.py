@@ -1,0 +1,117 @@
+"""AdamW and SGD on flat slices, by torch's functional optimizers.
+
+torch.optim's classes import torch._dynamo when they are made: about 3 s of a processor in every rank, for a compiler
+that nothing here uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slices with one weight decay; each has its gradient in `grad` where it is of the slice's dtype."""
+
+    params: tuple[Parameter, ...]
+    weight_decay: float
+
+
+class Rule(Protocol):
+    """How slices are stepped."""
+
+    groups: tuple[Group, ...]
+    state: dict[Parameter, dict[str, Tensor]]
+    """By slice, what is kept from step to step; of a slice that was never stepped there may be nothing."""
+
+    def state_of(self, piece: Parameter) -> dict[str, Tensor]:
+        """Return what is kept of a slice; it is made first, zero, where there is nothing yet."""
+
+    def step(self, rate: float, divisor: Tensor | None, skip: Tensor | None) -> None:
+        """Step every slice with learning rate `rate`.
+
+        Gradients are divided by `divisor` first, and nothing is changed where `skip` is true. Both are scalars on the
+        slices' device; None divides by 1 and skips nothing.
+        """
+
+
+class AdamW:
+    """Step as in arXiv:1711.05101. `fused`: with torch's fused kernel, which alone takes a divisor and a skip."""
+
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], eps: float, fused: bool) -> None:
+        self.groups, self.betas, self.eps, self.fused = tuple(groups), betas, eps, fused
+        self.state: dict[Parameter, dict[str, Tensor]] = {}
+
+    def state_of(self, piece: Parameter) -> dict[str, Tensor]:
+        """See Rule.state_of."""
+        if piece not in self.state:
+            device = piece.device if self.fused else torch.device("cpu")  # the plain form reads the count on the host
+            self.state[piece] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(piece.detach()),
+                "exp_avg_sq": torch.zeros_like(piece.detach()),
+            }
+        return self.state[piece]
+
+    @torch.no_grad()
+    def step(self, rate: float, divisor: Tensor | None, skip: Tensor | None) -> None:
+        """See Rule.step."""
+        for group in self.groups:
+            pieces: list[Tensor] = list(group.params)
+            states = [self.state_of(piece) for piece in group.params]
+            adamw(
+                pieces, gradients_of(pieces), [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                [s["step"] for s in states], fused=self.fused, foreach=False, grad_scale=floated(divisor),
+                found_inf=floated(skip), amsgrad=False, beta1=self.betas[0],
+                beta2=self.betas[1], lr=rate, weight_decay=group.weight_decay, eps=self.eps, maximize=False,
+            )  # fmt: skip
+
+
+class SGD:
+    """Step with momentum, without dampening. `fused` as for AdamW."""
+
+    def __init__(self, groups: Sequence[Group], momentum: float, fused: bool) -> None:
+        self.groups, self.momentum, self.fused = tuple(groups), momentum, fused
+        # torch would leave it uninitialised where the very first step is skipped
+        self.state: dict[Parameter, dict[str, Tensor]] = {
+            piece: {"momentum_buffer": torch.zeros_like(piece.detach())} if momentum else {}
+            for group in self.groups
+            for piece in group.params
+        }
+
+    def state_of(self, piece: Parameter) -> dict[str, Tensor]:
+        """See Rule.state_of."""
+        return self.state[piece]
+
+    @torch.no_grad()
+    def step(self, rate: float, divisor: Tensor | None, skip: Tensor | None) -> None:
+        """See Rule.step."""
+        for group in self.groups:
+            pieces: list[Tensor] = list(group.params)
+            sgd(
+                pieces, gradients_of(pieces), [self.state[piece].get("momentum_buffer") for piece in group.params],
+                fused=self.fused, foreach=False, grad_scale=floated(divisor), found_inf=floated(skip),
+                weight_decay=group.weight_decay, momentum=self.momentum, lr=rate, dampening=0.0, nesterov=False,
+                maximize=False,
+            )  # fmt: skip
+
+
+def floated(scalar: Tensor | None) -> Tensor | None:
+    """Return a scalar as the fused kernels take it."""
+    return None if scalar is None else scalar.float()
+
+
+def gradients_of(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients bound to slices."""
+    found = [piece.grad for piece in pieces if piece.grad is not None]
+    if len(found) != len(pieces):
+        raise ValueError(f"{len(pieces) - len(found)} of {len(pieces)} slices have no gradient of their dtype")
+    return found
