@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,15 @@ MOST_CELLS = 128
 """Up to so many ranks the mesh is drawn rank by rank, above it tensor-parallel group by group."""
 
 
-def render(doc: dict[str, Any], compare: dict[str, Any] | None = None) -> str:
-    """The page of a report's document, and of its comparison with another run if there is one."""
+def render(
+    doc: dict[str, Any], compare: dict[str, Any] | None = None, drawn: Mapping[str, str] | None = None
+) -> str:
+    """Return the page of a report's document, and of its comparison with another run if there is one.
+
+    `drawn`: what plots.figures returns for `doc`, where the caller has it already; drawing takes most of the time.
+    """
     doc, compare = clean(doc), clean(compare) if compare else None
+    drawn = figures(doc) if drawn is None else drawn
     template = _environment().get_template("template.html")
     style, script = (HERE / "style.css").read_text("utf-8"), (HERE / "sort.js").read_text("utf-8").strip()
     return template.render(
@@ -42,7 +49,7 @@ def render(doc: dict[str, Any], compare: dict[str, Any] | None = None) -> str:
         cost=profiling_cost(doc),
         problems=[str(problem) for problem in list_of(doc.get("problems"))],
         exact=dict_of(doc.get("accounting")).get("exact"),
-        sections=_drawn(sections(doc, compare), drawn := figures(doc)),
+        sections=_drawn(sections(doc, compare), drawn),
         figures={name: Markup(themed(svg, name)) for name, svg in drawn.items()},
         mesh=_mesh(doc),
         style=Markup(style),
@@ -102,7 +109,7 @@ def _spent(doc: dict[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
-def _drawn(made: list[Section], drawn: dict[str, str]) -> list[Section]:
+def _drawn(made: list[Section], drawn: Mapping[str, str]) -> list[Section]:
     """Sections without pictures that could not be drawn."""
     for section in made:
         section.parts[:] = [part for part in section.parts if getattr(part, "name", None) in {None, *drawn}]

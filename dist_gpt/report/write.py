@@ -52,9 +52,10 @@ def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
         if (folder / "figures").is_symlink():
             raise ConfigError([f"{folder / 'figures'}: is a link, and files are not written through links; remove it"])
         (folder / "figures").mkdir(exist_ok=True)
-        for name, svg in figures(document).items():
+        drawn = figures(document)
+        for name, svg in drawn.items():
             _put(folder / "figures" / f"{name}.svg", svg)
-        _put(folder / "report.html", render(document, compared))
+        _put(folder / "report.html", render(document, compared, drawn))
         _put(folder / "report.md", markdown(document, compared))
         if found.budget.steps:
             _trace(folder / "trace.json.gz", found, lanes)
