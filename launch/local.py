@@ -1,7 +1,8 @@
 """All ranks of a job as processes of this machine: started, followed, ended together.
 
 `launch_local(spec)` returns the job's exit code. Whatever happens (a rank dies, Ctrl-C, SIGTERM, an error here), no
-process of the job is left when it returns; when the launcher itself is killed, `launch.worker` ends the ranks.
+process of the job is left when it returns. When the launcher itself is killed, the kernel kills the fork server, and
+with it the ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TextIO
 
-from launch.spec import LAUNCHER_PID, STORE_FD, TERMINAL, JobSpec
+import psutil
+
+from launch.forkserver import WORKER, Order, Place, command
+from launch.spec import STORE_FD, TERMINAL, JobSpec
 from launch.starter import Failure
 from launch.supervise import supervise
 from launch.tee import Tee
@@ -32,6 +36,8 @@ TERM_S = 5.0
 """Between SIGTERM and SIGKILL."""
 SAVING_TERM_S = 0.5
 """The same where SIGTERM asks for a save: the job has failed, and nothing will come of it."""
+GONE_S = 5.0
+"""Longest wait for the end of a killed rank to be reported."""
 PIPE_BYTES = 1 << 20
 """Capacity of the pipe for rank 0's output; Linux's limit for users other than root."""
 VIOLENT = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
@@ -41,33 +47,33 @@ deaths are never a consequence of another rank's (SIGABRT is: gloo aborts on a m
 
 
 class Rank:
-    """One process, its own session, and the thread that waits for it."""
+    """One process, the leader of its own session."""
 
-    def __init__(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.process = process
+        self.pid: int | None = None
         self.code: int | None = None
+        self.lost = ""  # how, where its end was not seen
         self.ended_at = 0.0  # seconds since 1970
-        self.tee: Tee | None = None
         self.lock = threading.Lock()
 
-    def wait(self, wake: SimpleQueue[object]) -> None:
-        """Body of the waiting thread. What the rank started is killed before its id is given back to the system."""
-        if hasattr(os, "waitid"):
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-            self.ended_at = time.time()
-            self.signal(signal.SIGKILL)
-        code = self.process.wait()
+    def ended(self, code: int, at: float, lost: str = "") -> None:
+        """Note its end; from now on its process number may be another's."""
         with self.lock:
-            self.ended_at = self.ended_at or time.time()
-            self.code = code
-        wake.put(self)
+            self.ended_at, self.lost, self.code = at, lost, code
 
     def signal(self, number: int) -> None:
         """Send a signal to the rank and to every process it started."""
         with self.lock, suppress(ProcessLookupError, PermissionError):
-            if self.code is None:
-                os.killpg(self.process.pid, number)
+            if self.code is None and self.pid is not None:
+                os.killpg(self.pid, number)
+
+    def is_there(self) -> bool:
+        """Return whether its process still does anything; one that nobody has waited for does not."""
+        try:
+            return self.pid is not None and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def failed_at(self, error_file: Path) -> float:
         """When the rank says it failed, else when it ended (a rank takes a while to leave after it has failed)."""
@@ -79,63 +85,112 @@ class Rank:
 
     def how(self) -> str:
         """`killed by SIGKILL` or `exit code 1`."""
-        if self.code is None or self.code >= 0:
-            return f"exit code {self.code}"
-        try:
-            return f"killed by {signal.Signals(-self.code).name}"
-        except ValueError:
-            return f"killed by signal {-self.code}"
+        return self.lost or how(self.code)
+
+
+def how(code: int | None) -> str:
+    """How a process ended: `killed by SIGKILL` or `exit code 1`."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
 
 
 class LocalRanks:
-    """The processes of one attempt."""
+    """The processes of one attempt, forked by launch.forkserver."""
 
     live = True
 
     def __init__(self, spec: JobSpec) -> None:
+        if spec.argv[1 : 1 + len(WORKER)] != WORKER:
+            raise ValueError(f"the command of a rank begins with PYTHON {' '.join(WORKER)}, got {spec.argv}")
         self.spec = spec
         self.ranks: list[Rank] = []
         self.wake: SimpleQueue[object] = SimpleQueue()
         self.stream: TextIO = sys.stderr if spec.live_on_stderr else sys.stdout
+        self.server: subprocess.Popen[bytes] | None = None
+        self.listener: threading.Thread | None = None
+        self.tee: Tee | None = None
 
     def start(self, env: Mapping[str, str]) -> None:
         """Start every rank. The port of the rendezvous is held by a listening socket from here until rank 0 serves it,
         so that nobody else can take it and no rank can come too early."""
-        self.ranks = []
-        try:
-            with socket.create_server((HOST, 0), backlog=max(128, self.spec.ranks)) as server:
-                for rank in range(self.spec.ranks):
-                    self.ranks.append(self._start_rank(rank, server, env))
-        except BaseException:
-            self._abandon()
-            raise
-        for started in self.ranks:
-            threading.Thread(target=started.wait, args=(self.wake,), name=f"rank{started.rank}", daemon=True).start()
-
-    def _start_rank(self, rank: int, server: socket.socket, more: Mapping[str, str]) -> Rank:
-        spec = self.spec
-        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+        self.ranks, self.server, self.listener, self.tee = [], None, None, None
+        common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
         for name in (STORE_FD, TERMINAL):
-            env.pop(name, None)
-        env.update(more)
-        env.update(spec.rank_env(rank, HOST, server.getsockname()[1]))
-        env[LAUNCHER_PID] = str(os.getpid())
-        inherited = []
-        if rank == 0:
-            inherited = [server.fileno()]
-            env[STORE_FD] = str(server.fileno())
+            common.pop(name, None)
+        common |= {**env, **self.spec.env}
+        with ExitStack() as theirs:  # descriptors that only the ranks need
+            store = theirs.enter_context(socket.create_server((HOST, 0), backlog=max(128, self.spec.ranks)))
+            logs = [theirs.enter_context(open(self.spec.log_path(r), "ab")) for r in range(self.spec.ranks)]
+            ours, line = socket.socketpair()
+            theirs.enter_context(line)
+            reading, writing = os.pipe()
+            theirs.callback(os.close, writing)
+            widen(reading)
+            places = self._places(store, writing, [log.fileno() for log in logs])
+            order = Order(os.getpid(), self.spec.argv, self.spec.preload, places)
+            try:
+                self.server = subprocess.Popen(
+                    command(line.fileno(), self.spec.argv), env=common, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=logs[0], start_new_session=True,
+                    pass_fds=[line.fileno(), *order.descriptors()],
+                )  # fmt: skip
+            except BaseException:
+                ours.close()
+                os.close(reading)
+                raise
+        self.ranks = [Rank(rank) for rank in range(self.spec.ranks)]
+        self.tee = Tee(os.fdopen(reading, "rb"), self.spec.log_path(0), self.stream)
+        about = (ours, order, self.server, self.ranks)
+        self.listener = threading.Thread(target=self._hear, args=about, name="forkserver", daemon=True)
+        self.listener.start()
+
+    def _places(self, store: socket.socket, pipe: int, logs: Sequence[int]) -> tuple[Place, ...]:
+        """Return what each rank's process has of its own; rank 0 the pipe and the store's socket."""
+        places = []
+        for rank, log in enumerate(logs):
+            env = self.spec.rank_env(rank, HOST, store.getsockname()[1])
+            if rank:
+                places.append(Place(env, log, log))
+                continue
+            env[STORE_FD] = str(store.fileno())
             if self.stream.isatty():
                 env[TERMINAL] = str(shutil.get_terminal_size().columns)
-        with open(spec.log_path(rank), "ab") as log:
-            process = subprocess.Popen(
-                spec.argv, env=env, pass_fds=inherited, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if rank == 0 else log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        started = Rank(rank, process)
-        if process.stdout is not None:
-            widen(process.stdout.fileno())
-            started.tee = Tee(process.stdout, spec.log_path(rank), self.stream)
-        return started
+            places.append(Place(env, pipe, log, (store.fileno(),)))
+        return tuple(places)
+
+    def _hear(self, line: socket.socket, order: Order, server: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> None:
+        """Send the order and note what the fork server says of `ranks`, to its end: the body of a thread."""
+        try:
+            with line, suppress(OSError, ValueError), line.makefile("rb") as heard:
+                line.sendall(order.line())
+                for text in heard:
+                    said = json.loads(text)
+                    rank = ranks[said["rank"]]
+                    if "pid" in said:
+                        rank.pid = said["pid"]
+                        continue
+                    rank.ended(said["code"], said["at"])
+                    line.sendall(b"\n")
+                    self.wake.put(rank)
+        finally:
+            self._lose([rank for rank in ranks if rank.code is None], server.wait())
+
+    def _lose(self, left: Sequence[Rank], code: int) -> None:
+        """End the ranks that the fork server has left behind by ending with `code` before them."""
+        at = time.time()
+        for rank in left:
+            rank.signal(signal.SIGKILL)
+        deadline = time.monotonic() + GONE_S
+        while any(rank.is_there() for rank in left) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for rank in left:
+            rank.ended(code or 1, at, f"their fork server ended: {how(code)}" if rank.pid is not None else "")
+        if left:
+            self.wake.put(self)
 
     def running(self) -> bool:
         return bool(self._running())
@@ -158,20 +213,21 @@ class LocalRanks:
         while self._running() and time.monotonic() < deadline and not hurried():
             time.sleep(0.02)
         self._signal_all(signal.SIGKILL)
+        deadline = time.monotonic() + GONE_S
         while self._running():
+            if self.server is not None and time.monotonic() > deadline:
+                self.server.kill()  # it does not report, as when it is stopped; the rest is done when it is gone
             time.sleep(0.01)
-        for rank in self.ranks:
-            if rank.tee is not None:
-                rank.tee.close()
-
-    def _abandon(self) -> None:
-        """End ranks that have no waiting thread yet: the start itself failed."""
-        for rank in self.ranks:
-            rank.signal(signal.SIGKILL)
-            rank.code = rank.process.wait()
+        if self.listener is not None:
+            self.listener.join()
+        if self.tee is not None:
+            self.tee.close()
 
     def _signal_all(self, number: int) -> None:
-        for rank in self._running():
+        running = self._running()
+        if self.server is not None and any(rank.pid is None for rank in running):
+            self.server.kill()  # not all are there yet, so there is nothing to save
+        for rank in running:
             rank.signal(number)
 
     def _running(self) -> list[Rank]:

@@ -159,6 +159,8 @@ def job_of(
         grace_s=launch.grace_s,
         max_restarts=launch.max_restarts,
         preflight=launch.preflight,
+        # DeepSpeed imports torch's compiler; DeepSpeed itself starts a thread, and ranks could not be forked any more.
+        preload=("dist_gpt.train", *(("torch._dynamo",) if config.optim.engine == "deepspeed" else ())),
     )
 
 
@@ -180,7 +182,7 @@ def check_of(spec: JobSpec, config_path: Path) -> JobSpec:
     """The job that only looks: preflight, and a small collective along every axis."""
     argv = (*spec.argv[:3], "dist_gpt.comm.probe", str(config_path))
     preflight = "strict" if spec.preflight == "off" else spec.preflight
-    return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight, check=True)
+    return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight, check=True, preload=("torch",))
 
 
 def for_check(config: Config) -> Config:

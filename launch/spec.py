@@ -19,6 +19,8 @@ RUN_DIR = "DIST_GPT_RUN_DIR"
 """Set when a launcher has already made the run directory: ranks then write into it instead of making it."""
 LAUNCHER_PID = "DIST_GPT_LAUNCHER_PID"
 """Process that a rank must not outlive; `parent`: whoever starts it (srun's daemon, torchrun, mpirun)."""
+STARTED = "DIST_GPT_STARTED_S"
+"""Seconds since 1970 at which the process began from which a rank was forked; read by dist_gpt.profile.recorder."""
 ERROR_FILE = "DIST_GPT_ERROR_FILE"
 """Where a rank writes {"time": seconds since 1970, "error": text} when it fails, before it closes its connections:
 the earliest one is the culprit, the others failed because of it."""
@@ -81,6 +83,8 @@ class JobSpec:
     """strict, warn or off."""
     check: bool = False
     """Nothing is trained: the ranks only look."""
+    preload: tuple[str, ...] = ()
+    """Modules that every rank will import; where one process forks the ranks of a machine, it imports them before."""
 
     @property
     def ranks_per_node(self) -> int:

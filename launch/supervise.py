@@ -368,7 +368,7 @@ class Supervisor:
         first = by_time[0] if by_time else None
         if first is not None and (found is None or first.rank not in culprits):
             lines = [f"{self.spec.rank_name(first.rank)} died: {first.how}"]
-            if first.how == "killed by SIGKILL":
+            if first.how.endswith("killed by SIGKILL"):
                 lines.append("  (if nobody killed it: the system kills a process with SIGKILL when memory runs out)")
             text = "\n".join(lines)
             culprits = [first.rank]

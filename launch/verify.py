@@ -46,6 +46,7 @@ def verify(config: Config, full: bool) -> dict[str, Any]:
             env={"CUDA_VISIBLE_DEVICES": ""},
             layout=layout,
             live_on_stderr=True,
+            preload=("torch._dynamo",),  # a dry run imports it
         )
         (path / "logs").mkdir()
         code = launch_local(job)

@@ -8,6 +8,7 @@ would otherwise train on, hold its memory and its GPU, and nobody would know.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -25,7 +26,7 @@ from typing import Any
 from dist_gpt.awake import AwakeClock
 from launch.spec import ERROR_FILE, LAUNCHER_PID, LOG_DIR, WATCH, WATCH_FD, WATCH_TOKEN
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 POLL_S = 1.0
 CONNECT_S = 20.0
 GO_S = 600.0
@@ -43,9 +44,19 @@ def tie_to_parent(parent: int) -> None:
         os._exit(1)
 
 
+def name_process(name: str) -> None:
+    """Show `name` for this process in `ps -o comm` and `top`, where the system can do that."""
+    if sys.platform.startswith("linux"):
+        _prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()))
+
+
 def _kernel_kills_us() -> bool:
+    return _prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _prctl(option: int, value: object) -> bool:
     try:
-        return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0)
     except (OSError, AttributeError):
         return False
 
@@ -165,6 +176,7 @@ def main(argv: list[str]) -> None:
 
     try:
         sentence = take_place(os.environ)
+        name_process(f"rank {os.environ.get('RANK', '0')}")
         open_log(os.environ)
         if LOG_DIR in os.environ and os.environ.get("LOCAL_RANK") == "0":
             print(sentence, flush=True)
@@ -194,9 +206,11 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1) from None
     finally:
         say_bye(os.environ, code, why)
+        gc.freeze()  # the process ends: looking through all of torch's objects for garbage would take it a second
 
 
-ENTRY = ("/launch/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/", "/click/", "runpy")
+ENTRY = ("/launch/forkserver.py", "/launch/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/",
+         "/click/", "runpy")  # fmt: skip
 """Files whose frames lead from this process's start to the program, and say nothing about what went wrong."""
 EXPLAINED = ("ConfigError", "RendezvousError", "DivergedError")
 """Errors of ours whose text says what to do; where they were raised helps nobody."""

@@ -242,6 +242,11 @@ def make_timer(device: torch.device) -> Timer:
     return HostTimer()
 
 
+def started() -> float:
+    """Return when this process, or the one that it was forked from by the launcher, began; seconds since 1970."""
+    return float(os.environ.get("DIST_GPT_STARTED_S") or psutil.Process().create_time())
+
+
 def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
     """What identifies this rank's process and place."""
     cuda = rank.device.type == "cuda"
@@ -249,7 +254,7 @@ def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
         "world": env.world,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "start_s": round(time.time() - psutil.Process().create_time(), 3),
+        "start_s": round(time.time() - started(), 3),
         "device": torch.cuda.get_device_name(rank.device) if cuda else "cpu",
         "backend": "nccl" if cuda else "gloo",
         "single_copy": rank.mesh.reads_memory,

@@ -16,6 +16,10 @@ from typing import Any
 import psutil
 import yaml
 
+from launch.forkserver import WORKER
+from launch.local import launch_local
+from launch.spec import JobSpec
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 600.0
 """Limit against hanging only: how long a run takes depends on the machine."""
@@ -113,7 +117,7 @@ class Place:
         path = self.folder / run_dir
         try:
             wait_until(lambda: len(rows(path / "metrics.jsonl")) >= 2, process)
-            ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(process.pid).children()}
+            ranks = ranks_below(process.pid)
             assert sorted(ranks) == [0, 1]
             sockets = [c for p in ranks.values() for c in p.net_connections(kind="inet")]
             ranks[victim].send_signal(signal.SIGKILL)
@@ -125,6 +129,23 @@ class Place:
             listening={c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN},
             left=[p.pid for p in ranks.values() if p.is_running()],
         )  # fmt: skip
+
+
+def run_ranks(folder: Path, module: str, *arguments: object, ranks: int, preload: tuple[str, ...] = ("torch",)) -> str:
+    """Run `python -m MODULE ARGUMENTS` as each of `ranks` forked processes; returns rank 0's log."""
+    argv = (sys.executable, *WORKER, module, *map(str, arguments))
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    spec = JobSpec(argv, ranks, folder / "logs", env=env, live_on_stderr=True, preload=preload)
+    code = launch_local(spec)
+    logs = [spec.log_path(rank).read_text() for rank in range(ranks)]
+    assert code == 0, "\n".join(logs)
+    return logs[0]
+
+
+def ranks_below(pid: int) -> dict[int, psutil.Process]:
+    """Processes that descend from process `pid` and run ranks, by rank: their entry names them so."""
+    below = psutil.Process(pid).children(recursive=True)
+    return {int(name.split()[1]): p for p in below if (name := p.name()).startswith("rank ")}
 
 
 def environment() -> dict[str, str]:

@@ -11,12 +11,11 @@ import signal
 import socket
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dist_gpt import cli
 from tests.ranks.resuming import curve
-from tests.ranks.runs import STEPS, Place, Run, environment, finish, rows, wait_until
+from tests.ranks.runs import STEPS, Place, Run, environment, finish, ranks_below, rows, wait_until
 
 ONE = {"train.eval_batches": 0, "train.eval_every": 0}
 LONG = {**ONE, "train.steps": 1_000_000}
@@ -74,8 +73,7 @@ def test_a_branch_that_is_started_again_before_it_has_saved(place: Place, saved:
     run_dir = place.folder / "branch"
     try:
         wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 3, process)
-        [rank] = [p for p in psutil.Process(process.pid).children() if "launch.worker" in p.cmdline()]
-        rank.send_signal(signal.SIGKILL)
+        ranks_below(process.pid)[0].send_signal(signal.SIGKILL)
         out, error = finish(process)
     finally:
         process.kill()

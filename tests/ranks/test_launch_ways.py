@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +13,9 @@ import psutil
 import pytest
 
 from tests.patience import PATIENCE_S
-from tests.ranks.runs import Place, Run, finish, rows, wait_until
+from tests.ranks.runs import Place, Run, finish, ranks_below, rows, wait_until
 
-TWO = {"parallel.pp": 2, "train.eval_batches": 0, "train.eval_every": 0}
+TWO = {"parallel.pp": 2, "train.eval_batches": 0, "train.eval_every": 0, "train.global_batch": 4}
 LONG = {**TWO, "train.steps": 1_000_000}
 
 
@@ -32,18 +31,6 @@ def local(place: Place) -> Run:
 
 def curve(run: Run) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in run.metrics()]
-
-
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    return {int(p.environ()["RANK"]): p for p in psutil.Process(process.pid).children()}
-
-
-def worker_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
-    """A rank's process, whoever has started it."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    below = [p for p in psutil.Process(process.pid).children(recursive=True) if "launch.worker" in p.cmdline()]
-    [found] = [p for p in below if str(rank) in [p.environ().get(name) for name in names]]
-    return found
 
 
 def started(path: Path) -> Iterator[dict[str, Any]]:
@@ -68,7 +55,7 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(place: Place) -> None:
     process = place.start(place.argv("launch", "stopped", sets={**LONG, "launch.silence_s": 4}))
     try:
         wait_until(lambda: len(rows(place.folder / "stopped" / "metrics.jsonl")) >= 2, process)
-        ranks = ranks_of(process)
+        ranks = ranks_below(process.pid)
         ranks[0].send_signal(signal.SIGSTOP)  # rank 0: no special part in finding it
         _, error = finish(process)
     finally:
@@ -148,7 +135,7 @@ def test_started_again_from_the_newest_checkpoint(via: str, place: Place, whole:
     run_dir = place.folder / f"again_{via}"
     try:
         wait_until(lambda: any((run_dir / "checkpoints").glob("step_*")), process)
-        worker_of(process, 1).send_signal(signal.SIGKILL)
+        ranks_below(process.pid)[1].send_signal(signal.SIGKILL)
         out, error = finish(process)
     finally:
         process.kill()

@@ -60,6 +60,7 @@ class Truth:
     def __init__(self, folder: Path, world: int) -> None:
         stamps = [json.loads((folder / f"stamps.rank{rank}.json").read_text()) for rank in range(world)]
         self.calls = [[row for row in one["calls"] if FIRST <= row[0] <= LAST] for one in stamps]
+        self.compiler = any(one["compiler"] for one in stamps)
         self.entries = [[row for row in one["entries"] if FIRST <= row[0] <= LAST] for one in stamps]
 
     @cached_property
@@ -141,11 +142,14 @@ def planted(place: Place, capfd: pytest.CaptureFixture[str]) -> Callable[..., Fo
         launch_run.create_run_dir(config, plan_document(config, 0))
         program = str(Path(__file__).with_name("planted_run.py"))
         argv = (sys.executable, "-m", "launch.worker", program, plant, str(folder / "config.yaml"))
-        code = launch_local(JobSpec(argv, config.world_size, folder / "logs", env={"DIST_GPT_RUN_DIR": str(folder)}))
+        env, preload = {"DIST_GPT_RUN_DIR": str(folder)}, ("dist_gpt.train",)
+        code = launch_local(JobSpec(argv, config.world_size, folder / "logs", env=env, preload=preload))
         out, err = capfd.readouterr()
         assert code in (0, 1) and "accounting" in out, out + err
         found = profile(load(folder))
-        return Found(code, found, analyze(found.run, found), Truth(folder, config.world_size))
+        truth = Truth(folder, config.world_size)
+        assert not truth.compiler, "torch._dynamo was imported: seconds of every rank's start"
+        return Found(code, found, analyze(found.run, found), truth)
 
     return run
 

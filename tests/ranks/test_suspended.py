@@ -17,7 +17,7 @@ from dist_gpt.comm.mesh import GlooBackends
 from dist_gpt.comm.rendezvous import OUTLAST_S, RankEnv, RendezvousError, make_backends, rank_env
 from dist_gpt.config.load import load
 from dist_gpt.rundir import committed, ended, step_of
-from tests.ranks.runs import Place, finish, rows, wait_until
+from tests.ranks.runs import Place, finish, ranks_below, rows, wait_until
 
 SETS = {"parallel.pp": 2, "train.steps": 1_000_000, "train.eval_batches": 0, "train.eval_every": 0,
         "launch.silence_s": 6}  # fmt: skip
@@ -34,7 +34,7 @@ def test_the_ranks_of_a_suspended_launcher_save_and_leave(place: Place) -> None:
         wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 2, process)
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: ended(run_dir), process)
-        ranks = psutil.Process(process.pid).children()
+        ranks = ranks_below(process.pid).values()
         wait_until(lambda: all(rank.status() == psutil.STATUS_ZOMBIE for rank in ranks), process)
         process.send_signal(signal.SIGCONT)
         out, error = finish(process)

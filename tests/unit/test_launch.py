@@ -20,6 +20,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.layout import Layout
 from launch import env, run
+from launch.forkserver import WORKER
 from launch.local import launch_local
 from launch.spec import JobSpec, train_argv
 from tests.patience import PATIENCE_S
@@ -224,7 +225,9 @@ class TestDeath:
 
     def test_a_command_that_cannot_be_started(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
-            launch_local(JobSpec((str(tmp_path / "no-such-program"),), 2, tmp_path / "logs"))
+            launch_local(JobSpec((str(tmp_path / "no-such-python"), *WORKER, "x"), 2, tmp_path / "logs"))
+        with pytest.raises(ValueError, match="begins with PYTHON -m launch.worker"):
+            launch_local(JobSpec(("./a.out",), 2, tmp_path / "logs"))
 
 
 class TestLauncherEnds:
