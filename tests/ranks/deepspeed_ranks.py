@@ -1,6 +1,6 @@
 """What each rank of `test_deepspeed` runs: the same training by both engines, cell after cell.
 
-    torchrun ... -m tests.ranks.deepspeed_ranks CONFIG CELLS.json OUT.json
+    python -m tests.ranks.deepspeed_ranks CONFIG CELLS.json OUT.json
 
 CELLS.json: [[KEY=VALUE, ...], ...]. Rank 0 writes [{native, deepspeed}, ...] to OUT.json, each {losses, norms,
 evaluations, differences, traffic, listening}.

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +27,11 @@ from dist_gpt.optim.traffic import Traffic
 from dist_gpt.plan.api import plan_document
 from dist_gpt.plan.count import total_parameters
 from dist_gpt.report.load import load as load_run
-from tests.ranks.runs import ROOT, Place, environment, finish
+from tests.ranks.runs import Place, run_ranks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 
-STEPS, MICRO_BATCHES = 20, 2
+STEPS, MICRO_BATCHES = 8, 2
 CONFIG: dict[str, Any] = {
     "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "seq_len": 32, "vocab_size": 251, "dropout": 0.1,
               "attention_dropout": 0.0},
@@ -78,13 +77,8 @@ def trained(config_file: Path, world: int) -> dict[str, dict[str, Any]]:
     """All cells of `world` ranks, trained by both engines."""
     cells, out = (config_file.with_name(f"{name}{world}.json") for name in ("cells", "out"))
     cells.write_text(json.dumps(list(CELLS[world].values())))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
-               "-m", "tests.ranks.deepspeed_ranks", str(config_file), str(cells), str(out)]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    said = finish(process)
-    assert process.returncode == 0, said
+    run_ranks(config_file.parent / str(world), "tests.ranks.deepspeed_ranks", config_file, cells, out, ranks=world,
+              preload=("torch._dynamo",))  # fmt: skip
     return dict(zip(CELLS[world], json.loads(out.read_text()), strict=True))
 
 

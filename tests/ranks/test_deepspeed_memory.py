@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,9 @@ import yaml
 
 from dist_gpt.config.load import load
 from dist_gpt.plan.api import plan_document
-from tests.ranks.runs import ROOT, environment
+from tests.ranks.runs import run_ranks
 
-PATIENCE_S = 900.0
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra"),
-    pytest.mark.timeout(PATIENCE_S),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 
 CONFIG: dict[str, Any] = {
     "model": {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "seq_len": 32, "vocab_size": 1000, "dropout": 0.0},
@@ -67,12 +61,8 @@ def measured(config_file: Path) -> dict[str, list[dict[str, Any]]]:
     """Return what each rank measured, by cell."""
     cells, out = config_file.with_name("cells.json"), config_file.with_name("out.json")
     cells.write_text(json.dumps(list(CELLS.values())))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "tests.ranks.deepspeed_memory", str(config_file), str(cells), str(out)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks(config_file.parent, "tests.ranks.deepspeed_memory", config_file, cells, out, ranks=2,
+              preload=("torch._dynamo",))  # fmt: skip
     ranks = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
     return {name: [rank[i] for rank in ranks] for i, name in enumerate(CELLS)}
 

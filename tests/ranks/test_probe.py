@@ -18,7 +18,7 @@ from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.events import CONTROL, TRAIN
 from dist_gpt.layout import Layout
 from dist_gpt.plan.steps import layout_of
-from tests.ranks.runs import STEPS, Place, Run, finish
+from tests.ranks.runs import STEPS, Place, Run, finish, run_ranks
 from tests.ranks.test_optim import tiny
 from tests.ranks.threads import on_gloo
 
@@ -174,14 +174,11 @@ def test_a_run_on_two_nodes_begins_with_it(preflight: str, tmp_path: Path) -> No
 
 
 def test_as_ranks_run_it(tmp_path: Path) -> None:
-    """Three ranks under torchrun: pp with three stages has a middle without an embedding."""
+    """A pipeline with three stages has a middle without an embedding."""
     place = Place(tmp_path)
     text = place.config.read_text().replace("num_layers: 2", "num_layers: 3")
     place.config.write_text(text + "parallel: {pp: 3}\n")
-    argv = ["--standalone", "--nproc-per-node", "3", "-m", "dist_gpt.comm.probe", str(place.config)]
-    run = place.run(argv, "none", module="torch.distributed.run")
-    assert run.code == 0, run.err
-    head, columns, *lines = run.lines
+    head, columns, *lines = run_ranks(tmp_path, "dist_gpt.comm.probe", place.config, ranks=3).splitlines()
     assert head == "probe: 1 MiB along every axis" and "bus MB/s" in columns
     assert [line.split()[0] for line in lines] == ["embed", "pp", "pp"]
 

@@ -227,7 +227,7 @@ def expected(world: int) -> list[str]:
     return [f"done {rank} 1 {2**world - 1}" for rank in range(world)]
 
 
-@pytest.mark.parametrize("when", ["groups", "groups", "start"])
+@pytest.mark.parametrize("when", ["groups", pytest.param("groups", marks=pytest.mark.all_cells), "start"])
 def test_torchrun_brings_the_ranks_back(when: str) -> None:
     assert torchrun(3, victim=1, when=when) == expected(3)
 

@@ -238,6 +238,7 @@ SAVES = """
     stop = Stop()
     pulse = Pulse.from_environ(stop)
     pulse.can_save(float(sys.argv[1]))
+    print("can save", flush=True)
     while not stop.requested:
         time.sleep(0.05)
     print(stop.requested, flush=True)
@@ -255,9 +256,10 @@ def test_a_rank_that_can_save_does_so_without_its_launcher(way: str) -> None:
     process = start(launcher, 1.0, SAVES, str(grace_s), str(takes_s))
     try:
         launcher.next("beat")
+        assert process.stdout is not None and process.stdout.readline() == "can save\n"
         if way == "hang up":
             launcher.close()
-        assert process.stdout is not None and "no contact with the launcher at 127.0.0.1:" in process.stdout.readline()
+        assert "no contact with the launcher at 127.0.0.1:" in process.stdout.readline()
         while way == "back" and process.poll() is None:  # it is heard again, and sees to the rest
             with suppress(OSError):  # the rank may have just left
                 launcher.tell(do="ok")
