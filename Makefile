@@ -9,7 +9,7 @@ OTHER := .venv-$(notdir $(PYTHON))-torch-$(TORCH)
 PYTEST_ARGS ?=
 GPU_PYTHON ?= 3.12
 # Number of processes that run tests; some tests start up to 8 ranks themselves.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --durations 20
 PARALLEL := -n $(WORKERS)
 

@@ -26,6 +26,26 @@ GROUPS = {
 """Files that share something of the session that takes long to start: they stay in one process of pytest-xdist."""
 
 
+LONGEST_FIRST = (
+    *GROUPS["rank processes"], "test_launch_ways", "test_launch_resume", "test_train_directly", "test_resume",
+    "test_report_truths", "test_restart", "test_report_page", "test_precision", "test_deepspeed",
+    "test_pretended_device", "test_gpu_check", *GROUPS["whole runs"], "test_deepspeed_memory", "test_report_command",
+    "test_supervise", "test_sharding_peers", "test_readme", "test_probe",
+)  # fmt: skip
+"""Files with which processes begin, so that none is left alone with a long one at the end."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Keep pytest-xdist from beginning with the files that have the most tests."""
+    node.config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give a process whole files, and files that share something together.

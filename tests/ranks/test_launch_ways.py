@@ -127,7 +127,7 @@ def whole(place: Place) -> Run:
     return run
 
 
-@pytest.mark.parametrize("via", ["local", "torchrun", "mpi"])
+@pytest.mark.parametrize("via", ["local", "torchrun", pytest.param("mpi", marks=pytest.mark.all_cells)])
 def test_started_again_from_the_newest_checkpoint(via: str, place: Place, whole: Run) -> None:
     """Nobody has said --resume; every step is there once, and is what it would have been."""
     sets = {**STARTED_AGAIN, "launch.max_restarts": 1}

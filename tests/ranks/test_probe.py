@@ -147,7 +147,7 @@ def test_a_group_that_is_slow_is_told_with_its_nodes() -> None:
     assert probing.slow_groups(pairs[1:3], hosts) == [], "of two nobody knows which is the usual one"
 
 
-@pytest.mark.parametrize("preflight", ["strict", "off"])
+@pytest.mark.parametrize("preflight", ["strict", pytest.param("off", marks=pytest.mark.all_cells)])
 def test_a_run_on_two_nodes_begins_with_it(preflight: str, tmp_path: Path) -> None:
     """Two torchruns, as on two nodes, without a launcher of ours."""
     place = Place(tmp_path)
