@@ -107,7 +107,8 @@ class OneHost:
 
     def run(self, spec: JobSpec) -> int:
         with not_started():
-            port = port_on(HOST, spec.name)
+            # Nobody holds the port until rank 0 listens, seconds later: another launch must come to another one.
+            port = port_on(HOST, f"{spec.log_dir.resolve()} {os.getpid()}")
             argv = self._argv(spec, port)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{HOST}:{port}", **torchrun.environment(spec)}
         code = supervise(spec, CommandRanks(argv, env, spec.log_dir / f"{self.via}.log"), HOST)

@@ -218,3 +218,20 @@ def test_what_could_not_be_started_says_so(started: list[Any], tmp_path: Path, m
     monkeypatch.setattr(ways, "address_towards", lambda target: "")
     with pytest.raises(NotStartedError):
         allocation().run(spec(tmp_path))
+
+
+def test_launches_of_one_name_on_one_machine_look_for_different_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until rank 0 listens nobody holds the port: the same first choice would be taken twice."""
+    seeds: list[str] = []
+
+    def port_on(host: str, seed: str) -> int:
+        seeds.append(seed)
+        return 23456
+
+    monkeypatch.setattr(ways, "port_on", port_on)
+    monkeypatch.setattr(ways, "supervise", lambda *_: 0)
+    for folder in ("first", "second"):
+        assert ways.OneHost("torchrun").run(spec(tmp_path / folder, nodes=1)) == 0
+    assert len(set(seeds)) == 2
