@@ -29,15 +29,13 @@ from typing import Any, BinaryIO
 import psutil
 
 from launch import worker
-from launch.spec import LAUNCHER_PID, STARTED
+from launch.spec import LAUNCHER_PID, STARTED, WORKER
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 FOR_RANKS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask ranks to save or to end. They often come to all processes of a job; the fork server ignores them, as
 its end would end the ranks before they have saved."""
 NUMPY_THREADS = "OPENBLAS_NUM_THREADS"
-WORKER = ("-m", "launch.worker")
-"""How the command of a rank begins, after the interpreter."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing import TextIO
 
 import psutil
 
-from launch.forkserver import WORKER, Order, Place, command
-from launch.spec import STORE_FD, TERMINAL, JobSpec
+from launch.forkserver import Order, Place, command
+from launch.spec import STORE_FD, TERMINAL, WORKER, JobSpec
 from launch.starter import Failure
 from launch.supervise import supervise
 from launch.tee import Tee

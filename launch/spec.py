@@ -44,9 +44,13 @@ WATCH_FD = "DIST_GPT_WATCH_FD"
 dist_gpt.pulse."""
 
 
+WORKER = ("-m", "launch.worker")
+"""How the command of a rank begins, after the interpreter."""
+
+
 def train_argv(config_path: str | Path, *more: str) -> tuple[str, ...]:
     """The command that every rank of a training job runs."""
-    return (sys.executable, "-m", "launch.worker", "dist_gpt", "train", str(config_path), *more)
+    return (sys.executable, *WORKER, "dist_gpt", "train", str(config_path), *more)
 
 
 @dataclass(frozen=True)

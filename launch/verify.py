@@ -16,7 +16,7 @@ from dist_gpt.plan.count import total_parameters
 from dist_gpt.plan.shrink import MAX_WORLD, certificate_config
 from dist_gpt.plan.steps import layout_of
 from launch.local import launch_local
-from launch.spec import JobSpec
+from launch.spec import WORKER, JobSpec
 
 
 class VerifyError(RuntimeError):
@@ -40,7 +40,7 @@ def verify(config: Config, full: bool) -> dict[str, Any]:
         (path / "config.yaml").write_text(dump(small))
         layout = layout_of(small)
         job = JobSpec(
-            argv=(sys.executable, "-m", "launch.worker", "dist_gpt.verify", str(path)),
+            argv=(sys.executable, *WORKER, "dist_gpt.verify", str(path)),
             ranks=layout.world,
             log_dir=path / "logs",
             env={"CUDA_VISIBLE_DEVICES": ""},

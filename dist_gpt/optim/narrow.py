@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dist_gpt.optim.rules import Group
+from dist_gpt.optim.rules import Group, zero_averages
 
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Elements that are widened at a time: temporaries stay small, and a GPU is not kept busy with starting kernels."""
@@ -37,11 +37,7 @@ class NarrowAdamW:
     def state_of(self, piece: Parameter) -> dict[str, Tensor]:
         """See Rule.state_of."""
         if piece not in self.state:
-            self.state[piece] = {
-                "step": torch.zeros((), dtype=torch.float32, device=piece.device),
-                "exp_avg": torch.zeros_like(piece.detach(), dtype=self.state_dtype),
-                "exp_avg_sq": torch.zeros_like(piece.detach(), dtype=self.state_dtype),
-            }
+            self.state[piece] = zero_averages(piece, self.state_dtype, piece.device)
         return self.state[piece]
 
     @torch.no_grad()

@@ -54,11 +54,7 @@ class AdamW:
         """See Rule.state_of."""
         if piece not in self.state:
             device = piece.device if self.fused else torch.device("cpu")  # the plain form reads the count on the host
-            self.state[piece] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(piece.detach()),
-                "exp_avg_sq": torch.zeros_like(piece.detach()),
-            }
+            self.state[piece] = zero_averages(piece, piece.dtype, device)
         return self.state[piece]
 
     @torch.no_grad()
@@ -102,6 +98,15 @@ class SGD:
                 weight_decay=group.weight_decay, momentum=self.momentum, lr=rate, dampening=0.0, nesterov=False,
                 maximize=False,
             )  # fmt: skip
+
+
+def zero_averages(piece: Parameter, dtype: torch.dtype, counted_on: torch.device) -> dict[str, Tensor]:
+    """Return AdamW's state of a slice before its first step: count of steps and averages, under torch's names."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=counted_on),
+        "exp_avg": torch.zeros_like(piece.detach(), dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(piece.detach(), dtype=dtype),
+    }
 
 
 def floated(scalar: Tensor | None) -> Tensor | None:

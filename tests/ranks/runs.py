@@ -16,9 +16,8 @@ from typing import Any
 import psutil
 import yaml
 
-from launch.forkserver import WORKER
 from launch.local import launch_local
-from launch.spec import JobSpec
+from launch.spec import WORKER, JobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 600.0

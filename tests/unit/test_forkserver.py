@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.forkserver import WORKER, Order, Place
+from launch.forkserver import Order, Place
 from launch.local import LocalRanks, launch_local
-from launch.spec import JobSpec
+from launch.spec import WORKER, JobSpec
 from tests.unit.test_launch import LONG_S, WRITE_PID, gone, job, pids, wait_until
 
 SLOW = "slow_to_import"
@@ -26,6 +26,11 @@ def started(spec: JobSpec) -> LocalRanks:
     ranks = LocalRanks(spec)
     ranks.start({})
     return ranks
+
+
+def finds(folder: Path) -> dict[str, str]:
+    """Environment in which modules in `folder` can be imported."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))}
 
 
 def server_of(ranks: LocalRanks) -> psutil.Process:
@@ -46,8 +51,7 @@ def test_what_is_preloaded_is_imported_once(tmp_path: Path) -> None:
         f"from pathlib import Path\nwith open({str(tmp_path / 'imports')!r}, 'a') as file:\n    file.write('x')\n"
     )
     body = "import counted\nassert 'counted' in sys.modules\n(here / f'had.{rank}').touch()\n"
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))}
-    assert launch_local(job(tmp_path, body, preload=("counted", "no_such_module"), env=env)) == 0
+    assert launch_local(job(tmp_path, body, preload=("counted", "no_such_module"), env=finds(tmp_path))) == 0
     assert (tmp_path / "imports").read_text() == "x" and len(list(tmp_path.glob("had.*"))) == 3
 
 
@@ -57,7 +61,6 @@ def test_a_rank_is_executed_anew_where_a_thread_runs(tmp_path: Path) -> None:
     thread = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
     (tmp_path / "threaded.py").write_text(f"import threading\n{thread}\n")
     (tmp_path / "lone.py").write_text("")
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))}
     for module, anew in (("threaded", True), ("lone", False)):
         body = f"""
             assert ({module!r} not in sys.modules) == {anew}, sys.modules.keys()
@@ -66,7 +69,7 @@ def test_a_rank_is_executed_anew_where_a_thread_runs(tmp_path: Path) -> None:
                 socket.socket(fileno=int(os.environ["DIST_GPT_STORE_FD"])).close()
             print("told")
         """
-        assert launch_local(job(tmp_path, body, preload=(module,), env=env)) == 0
+        assert launch_local(job(tmp_path, body, preload=(module,), env=finds(tmp_path))) == 0
         assert (tmp_path / "logs" / "rank1.log").read_text().splitlines()[-1] == "told"
 
 
@@ -101,8 +104,7 @@ def test_a_job_that_is_ended_while_modules_are_imported(tmp_path: Path) -> None:
     (tmp_path / f"{SLOW}.py").write_text(
         f"import time\nfrom pathlib import Path\nPath({str(tmp_path / 'importing')!r}).touch()\ntime.sleep({LONG_S})\n"
     )
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))}
-    ranks = started(job(tmp_path, "(here / 'ran').touch()", preload=(SLOW,), env=env))
+    ranks = started(job(tmp_path, "(here / 'ran').touch()", preload=(SLOW,), env=finds(tmp_path)))
     wait_until((tmp_path / "importing").exists, "the module is being imported")
     server = server_of(ranks)
     assert ranks.running()
@@ -189,8 +191,7 @@ def test_a_process_that_a_module_has_left_running_is_no_rank(tmp_path: Path) -> 
     (tmp_path / "leaves_one.py").write_text(
         "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(0.3)'])\n"
     )
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))}
-    ranks = started(job(tmp_path, WRITE_PID + "wait_for('end')", preload=("leaves_one",), env=env))
+    ranks = started(job(tmp_path, WRITE_PID + "wait_for('end')", preload=("leaves_one",), env=finds(tmp_path)))
     wait_until(lambda: len(pids(tmp_path)) == 3, "all run")
     wait_until(lambda: len(server_of(ranks).children()) == 3, "the other one has ended")
     (tmp_path / "end").touch()
@@ -219,3 +220,4 @@ def test_signals_reach_what_a_rank_has_started(tmp_path: Path) -> None:
     ranks.ranks[0].signal(signal.SIGTERM)
     wait_until(lambda: all(map(gone, pids(tmp_path))), "both have ended")
     ranks.end()
+    assert ranks.ranks[0].code == -signal.SIGTERM

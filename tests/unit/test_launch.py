@@ -20,9 +20,8 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.layout import Layout
 from launch import env, run
-from launch.forkserver import WORKER
 from launch.local import launch_local
-from launch.spec import JobSpec, train_argv
+from launch.spec import WORKER, JobSpec, train_argv
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
