@@ -45,7 +45,11 @@ def tie_to_parent(parent: int) -> None:
 
 
 def name_process(name: str) -> None:
-    """Show `name` for this process in `ps -o comm` and `top`, where the system can do that."""
+    """Show `name` for this process in `ps -o comm` and `top`, where the system can do that.
+
+    It must not contain a space: Slurm's proctrack/linuxproc reads /proc/PID/stat word by word, would not find the
+    process among those of its step, and could not kill it while it is stopped.
+    """
     if sys.platform.startswith("linux"):
         _prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()))
 
@@ -176,7 +180,7 @@ def main(argv: list[str]) -> None:
 
     try:
         sentence = take_place(os.environ)
-        name_process(f"rank {os.environ.get('RANK', '0')}")
+        name_process(f"rank{os.environ.get('RANK', '0')}")
         open_log(os.environ)
         if LOG_DIR in os.environ and os.environ.get("LOCAL_RANK") == "0":
             print(sentence, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def run_ranks(folder: Path, module: str, *arguments: object, ranks: int, preload
 def ranks_below(pid: int) -> dict[int, psutil.Process]:
     """Processes that descend from process `pid` and run ranks, by rank: their entry names them so."""
     below = psutil.Process(pid).children(recursive=True)
-    return {int(name.split()[1]): p for p in below if (name := p.name()).startswith("rank ")}
+    return {int(found[1]): p for p in below if (found := re.fullmatch(r"rank(\d+)", p.name()))}
 
 
 def environment() -> dict[str, str]:
