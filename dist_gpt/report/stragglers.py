@@ -72,7 +72,7 @@ def charge(calls: Calls, meetings: Meetings, stood: Blocked, budget: Budget) -> 
         if at != step:
             step = at
             suffered.clear()
-        for cause, part in _causes(suffered[culprit], suffered[victim], culprit, ns).items():
+        for cause, part in _causes(suffered[culprit], suffered[victim], culprit, ns, victim).items():
             suffered[victim][cause] += part
             if op != _RECV:
                 charges.add(cause, victim, at, calls.axes[axis], part)
@@ -96,9 +96,12 @@ def _charge_short(charges: Charges, calls: Calls, meetings: Meetings, rows: np.n
         charges.last[cause] += ns
 
 
-def _causes(theirs: Causes, mine: Causes, culprit: int, ns: float) -> Causes:
-    """`ns` of waiting for `culprit`, by cause."""
-    inherited = {c: d - mine.get(c, 0.0) for c, d in theirs.items() if d > mine.get(c, 0.0)}
+def _causes(theirs: Causes, mine: Causes, culprit: int, ns: float, victim: int) -> Causes:
+    """`ns` that `victim` waited for `culprit`, by cause.
+
+    Not by what the victim itself did to the culprit: it has lost that time first, so it makes it wait for nobody.
+    """
+    inherited = {c: d - mine.get(c, 0.0) for c, d in theirs.items() if c != victim and d > mine.get(c, 0.0)}
     total = sum(inherited.values())
     scale = min(1.0, ns / total) if total else 0.0
     causes = {c: d * scale for c, d in inherited.items()}

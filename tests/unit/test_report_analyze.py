@@ -21,7 +21,7 @@ from dist_gpt.report.page import render
 from dist_gpt.report.text import markdown, terminal
 from dist_gpt.report.verdict import losses
 from dist_gpt.rundir import note_end
-from dist_gpt.schedule.expand import RECV, SEND
+from dist_gpt.schedule.expand import BACKWARD, RECV, SEND
 from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write
 
 CUBE = ("parallel.dp=2", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
@@ -166,10 +166,18 @@ class TestStragglers:
         assert matrix[0][1] == pytest.approx(0.004, rel=0.05) and matrix[2][3] == pytest.approx(0.003, rel=0.05)
         assert matrix[0][2] == pytest.approx(0.001, abs=0.0002) == matrix[0][3]
 
+    def test_each_waits_for_the_other(self, tmp_path: Path) -> None:
+        """In forward rank 0 is late, in backward rank 1: that is rank 1's doing, though it has waited for rank 0."""
+        late = [Late(rank=0, ns=LATE_NS), Late(rank=1, ns=3 * MS, kind=BACKWARD)]
+        _, document = of(tmp_path, "parallel.tp=2", late=late)
+        matrix = np.array(document["stragglers"]["matrix_s"])
+        assert matrix.ravel() == pytest.approx([0.0, 0.004, 0.003, 0.0], abs=0.0002)
+
     def test_inherited_delay_is_charged_before_own(self) -> None:
-        assert stragglers._causes({7: 30.0}, {}, culprit=3, ns=40.0) == {7: 30.0, 3: 10.0}
-        assert stragglers._causes({7: 30.0}, {7: 30.0}, culprit=3, ns=40.0) == {3: 40.0}
-        assert stragglers._causes({7: 60.0, 8: 20.0}, {}, culprit=3, ns=40.0) == {7: 30.0, 8: 10.0, 3: 0.0}
+        assert stragglers._causes({7: 30.0}, {}, culprit=3, ns=40.0, victim=2) == {7: 30.0, 3: 10.0}
+        assert stragglers._causes({7: 30.0}, {7: 30.0}, culprit=3, ns=40.0, victim=2) == {3: 40.0}
+        assert stragglers._causes({2: 30.0}, {}, culprit=3, ns=40.0, victim=2) == {3: 40.0}, "it has lost that, too"
+        assert stragglers._causes({7: 60.0, 8: 20.0}, {}, culprit=3, ns=40.0, victim=2) == {7: 30.0, 8: 10.0, 3: 0.0}
 
 
 class TestCollectives:
