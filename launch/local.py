@@ -98,6 +98,12 @@ def how(code: int | None) -> str:
         return f"killed by signal {-code}"
 
 
+def start_server(argv: Sequence[str], env: Mapping[str, str], log: int, fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start a fork server that writes to the descriptor `log` and inherits `fds`, in a session of its own."""
+    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
+                            start_new_session=True, pass_fds=fds)  # fmt: skip
+
+
 class LocalRanks:
     """The processes of one attempt, forked by launch.forkserver."""
 
@@ -133,11 +139,8 @@ class LocalRanks:
             places = self._places(store, writing, [log.fileno() for log in logs])
             order = Order(os.getpid(), self.spec.argv, self.spec.preload, places)
             try:
-                self.server = subprocess.Popen(
-                    command(line.fileno(), self.spec.argv), env=common, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=logs[0], start_new_session=True,
-                    pass_fds=[line.fileno(), *order.descriptors()],
-                )  # fmt: skip
+                fds = [line.fileno(), *order.descriptors()]
+                self.server = start_server(command(fds[0], self.spec.argv), common, logs[0].fileno(), fds)
             except BaseException:
                 ours.close()
                 os.close(reading)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 
 from launch.local import launch_local
 from launch.spec import WORKER, JobSpec
+from tests.ranks.preloaded import Started
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 600.0
@@ -81,18 +83,15 @@ class Place:
         words = [word for key, value in pairs.items() for word in ("--set", f"{key}={value}")]
         return [verb, str(self.config), *options, *words]
 
-    def start(self, argv: list[str], module: str = "dist_gpt") -> subprocess.Popen[str]:
+    def start(self, argv: list[str], module: str = "dist_gpt") -> Started:
         """`python -m MODULE ARGV`, started."""
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *argv], cwd=self.folder, env=environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        return Started(module, argv, self.folder, environment())
 
     def run(self, argv: list[str], run_dir: str, module: str = "dist_gpt") -> Run:
         """The same, to its end."""
         process = self.start(argv, module)
         out, err = finish(process)
-        return Run(process.returncode, out, err, self.folder / run_dir)
+        return Run(process.wait(), out, err, self.folder / run_dir)
 
     def ask_to_stop(self, argv: list[str], run_dir: str, steps: int) -> Run:
         """Start a run that would not end, send its launcher SIGTERM after `steps` steps, and see it to its end."""
@@ -103,7 +102,7 @@ class Place:
             out, err = finish(process)
         finally:
             process.kill()
-        return Run(process.returncode, out, err, self.folder / run_dir)
+        return Run(process.wait(), out, err, self.folder / run_dir)
 
     def torchrun(self, argv: list[str], run_dir: str, ranks: int) -> Run:
         """`torchrun --nproc-per-node RANKS -m dist_gpt ARGV`, on a free port."""
@@ -125,7 +124,7 @@ class Place:
         finally:
             process.kill()
         return Killed(
-            process.returncode, out, err, path, victim,
+            process.wait(), out, err, path, victim,
             listening={c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN},
             left=[p.pid for p in ranks.values() if p.is_running()],
         )  # fmt: skip
@@ -155,7 +154,7 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+def finish(process: Started | subprocess.Popen[str]) -> tuple[str, str]:
     """Both streams to the end; a process that does not end is killed and fails the test."""
     try:
         return process.communicate(timeout=PATIENCE_S)
@@ -167,7 +166,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
         raise AssertionError(f"did not end in {PATIENCE_S:.0f} s\n{out}\n{err}") from None
 
 
-def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Any, process: Started | subprocess.Popen[str]) -> None:
     """Until `condition()` holds; fails when `process` has ended before."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -181,6 +180,17 @@ def rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def attempts(events: Path) -> list[int]:
+    """Numbers of the attempts in a file of events, without what a killed rank left cut off."""
+    found = []
+    for line in events.read_text().splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if "schema" in row:
+                found.append(row["attempt"])
+    return found
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ import pytest
 
 from dist_gpt import cli
 from tests.ranks.resuming import curve
-from tests.ranks.runs import STEPS, Place, Run, environment, finish, ranks_below, rows, wait_until
+from tests.ranks.runs import STEPS, Place, Run, attempts, environment, finish, ranks_below, rows, wait_until
 
 ONE = {"train.eval_batches": 0, "train.eval_every": 0}
 LONG = {**ONE, "train.steps": 1_000_000}
@@ -64,23 +64,28 @@ def step(run: Run, number: int) -> Path:
 
 def test_a_branch_that_is_started_again_before_it_has_saved(place: Place, saved: Run) -> None:
     """It begins once more where it branches from, not at the beginning, and does not need the command line for it."""
-    sets = {**ONE, "train.steps": 80, "optim.decay": "none", "launch.max_restarts": 1}
-    process = place.start(place.argv("launch", "first", sets={**sets, "train.steps": 3, "checkpoint.every": 3}))
-    assert finish(process) and process.returncode == 0
-    origin = place.folder / "first" / "checkpoints" / "step_00000003"
-    whole = place.run(place.argv("launch", "whole", sets=sets), "whole")
+    sets = {**LONG, "optim.decay": "none", "launch.max_restarts": 1}
+    first = place.run(place.argv("launch", "first", sets={**sets, "train.steps": 3, "checkpoint.every": 3}), "first")
+    origin = step(first, 3)
     process = place.start(place.argv("launch", "branch", "--resume", str(origin), sets=sets))
     run_dir = place.folder / "branch"
+    metrics, events = run_dir / "metrics.jsonl", run_dir / "events.rank0.jsonl"
     try:
-        wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 3, process)
+        wait_until(lambda: len(rows(metrics)) >= 3, process)
         ranks_below(process.pid)[0].send_signal(signal.SIGKILL)
+        wait_until(lambda: attempts(events) == [0, 1], process)
+        made = len(rows(metrics))
+        wait_until(lambda: len(rows(metrics)) > made, process)
+        process.send_signal(signal.SIGTERM)
         out, error = finish(process)
     finally:
         process.kill()
-    assert process.returncode == 0, error
+    assert process.returncode == 75, error
     assert f"starting again, 1 of 1, from {origin}" in error
     assert f"resumed at step 3 from {origin}" in out and (run_dir / "resume_from").read_text() == f"{origin}\n"
-    assert curve(run_dir) == curve(whole.run_dir)[3:] and len(curve(run_dir)) == 77
+    steps = json.loads((run_dir / "exit.json").read_text())["step"]
+    whole = place.run(place.argv("launch", "whole", sets={**sets, "train.steps": steps}), "whole")
+    assert curve(run_dir) == curve(whole.run_dir)[3:] and len(curve(run_dir)) == steps - 3 > 0
 
 
 def test_back_in_its_own_past_and_on(place: Place, saved: Run) -> None:

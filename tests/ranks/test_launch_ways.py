@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests.patience import PATIENCE_S
-from tests.ranks.runs import Place, Run, finish, ranks_below, rows, wait_until
+from tests.ranks.runs import Place, Run, attempts, finish, ranks_below, rows, wait_until
 
 TWO = {"parallel.pp": 2, "train.eval_batches": 0, "train.eval_every": 0, "train.global_batch": 4}
 LONG = {**TWO, "train.steps": 1_000_000}
@@ -31,15 +27,6 @@ def local(place: Place) -> Run:
 
 def curve(run: Run) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in run.metrics()]
-
-
-def started(path: Path) -> Iterator[dict[str, Any]]:
-    """Headers of the attempts; what a killed rank left cut off is left out."""
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            row = json.loads(line)
-            if "schema" in row:
-                yield row
 
 
 @pytest.mark.parametrize("via", ["torchrun", "mpi"])
@@ -115,36 +102,32 @@ def test_torchruns_ranks_are_ended_at_once(numbers: tuple[signal.Signals, ...], 
     assert len(gone) >= 3 and not alive, [p.cmdline() for p in alive]
 
 
-STARTED_AGAIN = {**TWO, "train.steps": 120, "checkpoint.every": 1}
-"""Enough steps that a rank can be killed between two of them; the newest checkpoint is never far."""
-
-
-@pytest.fixture(scope="module")
-def whole(place: Place) -> Run:
-    """The same run, never interrupted."""
-    run = place.run(place.argv("launch", "whole", sets=STARTED_AGAIN), "whole")
-    assert run.code == 0, run.err
-    return run
-
-
 @pytest.mark.parametrize("via", ["local", "torchrun", pytest.param("mpi", marks=pytest.mark.all_cells)])
-def test_started_again_from_the_newest_checkpoint(via: str, place: Place, whole: Run) -> None:
+def test_started_again_from_the_newest_checkpoint(via: str, place: Place) -> None:
     """Nobody has said --resume; every step is there once, and is what it would have been."""
-    sets = {**STARTED_AGAIN, "launch.max_restarts": 1}
-    process = place.start(place.argv("launch", f"again_{via}", "--via", via, sets=sets))
-    run_dir = place.folder / f"again_{via}"
+    name, flat = f"again_{via}", {**TWO, "optim.decay": "none"}
+    sets = {**flat, "train.steps": 1_000_000, "checkpoint.every": 1, "launch.max_restarts": 1}
+    process = place.start(place.argv("launch", name, "--via", via, sets=sets))
+    run_dir = place.folder / name
+    metrics, events = run_dir / "metrics.jsonl", run_dir / "events.rank0.jsonl"
     try:
         wait_until(lambda: any((run_dir / "checkpoints").glob("step_*")), process)
         ranks_below(process.pid)[1].send_signal(signal.SIGKILL)
-        out, error = finish(process)
+        wait_until(lambda: attempts(events) == [0, 1], process)
+        made = len(rows(metrics))
+        wait_until(lambda: len(rows(metrics)) > made, process)
+        process.send_signal(signal.SIGTERM)
+        _, error = finish(process)
     finally:
         process.kill()
-    assert process.returncode == 0, error
+    assert process.returncode == 75, error
     assert "starting again, 1 of 1, from step_" in error
     assert via != "local" or "died: killed by SIGKILL" in error
-    assert len(curve(whole)) == 120 and curve(Run(0, out, error, run_dir)) == curve(whole)
-    heads = [row["attempt"] for row in started(run_dir / "events.rank0.jsonl")]
-    assert heads == [0, 1] and not (run_dir / "launcher.lock").exists()
+    assert attempts(events) == [0, 1] and not (run_dir / "launcher.lock").exists()
+    steps = json.loads((run_dir / "exit.json").read_text())["step"]
+    whole = place.run(place.argv("launch", f"whole_{via}", sets={**flat, "train.steps": steps}), f"whole_{via}")
+    assert whole.code == 0, whole.err
+    assert len(curve(whole)) == steps and curve(Run(0, "", error, run_dir)) == curve(whole)
 
 
 def test_other_layout_is_refused_before_anything_is_changed(place: Place, local: Run) -> None:

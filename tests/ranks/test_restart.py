@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import pytest
 import torch.distributed as dist
 
@@ -26,7 +23,8 @@ from dist_gpt import train
 from dist_gpt.comm import rendezvous
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, connect_store, join_attempt, restarts, roll_call
 from dist_gpt.config.load import load
-from tests.ranks.runs import PATIENCE_S, ROOT, environment
+from tests.ranks.preloaded import Started
+from tests.ranks.runs import ROOT, environment, finish
 from tests.ranks.threads import in_threads
 
 FAR_S = 60.0
@@ -188,39 +186,18 @@ def torchrun(ranks: int, victim: int, when: str = "groups", nodes: int = 1, time
     """`done` lines of a job whose `victim` kills itself once. AssertionError with all output where it did not end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", "1"]
+    argv = ["--nproc-per-node", str(ranks), "--max-restarts", "1"]
     if nodes == 1:
         argvs = [[*argv, "--standalone"]]
     else:
         where = ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", str(port)]
         argvs = [[*argv, *where, "--node-rank", str(node)] for node in range(nodes)]
-    with tempfile.TemporaryDirectory() as folder:
-        agents = []
-        for node, words in enumerate(argvs):
-            with (Path(folder) / f"{node}.log").open("w") as log:
-                agents.append(subprocess.Popen([*words, SCRIPT, str(victim), when, str(timeout_s)], cwd=ROOT,
-                                               env=environment(), stdout=log, stderr=subprocess.STDOUT))  # fmt: skip
-        codes = _end(agents)
-        out = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.log")))
+    agents = [Started("torch.distributed.run", [*words, SCRIPT, str(victim), when, str(timeout_s)], ROOT, environment())
+              for words in argvs]  # fmt: skip
+    out = "\n".join(text for process in agents for text in finish(process))
+    codes = [process.wait() for process in agents]
     assert codes == [0] * nodes, f"exit codes {codes}\n{out}"
     return sorted(line for line in out.splitlines() if line.startswith("done "))
-
-
-def _end(agents: list[subprocess.Popen[bytes]]) -> list[int | None]:
-    deadline = time.monotonic() + PATIENCE_S
-    try:
-        for process in agents:
-            process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pass
-    codes = [process.poll() for process in agents]
-    for process in agents:
-        if process.poll() is None:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
-            process.wait()
-    return codes
 
 
 def expected(world: int) -> list[str]:

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 from dist_gpt import cli
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
+from tests.ranks.preloaded import Started
 from tests.ranks.resuming import STEPS, config_of, curve, same, train
 from tests.ranks.runs import PATIENCE_S, Place, environment, finish, rows, wait_until
 from tests.ranks.threads import RankFailed
@@ -151,19 +150,16 @@ class Processes:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.started: list[subprocess.Popen[str]] = []
+        self.started: list[Started] = []
 
-    def start(self, ranks: int, *options: str, run_dir: str, sets: dict[str, object]) -> list[subprocess.Popen[str]]:
+    def start(self, ranks: int, *options: str, run_dir: str, sets: dict[str, object]) -> list[Started]:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         words = self.place.argv("train", run_dir, *options, sets=sets)
         place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         now = [
-            subprocess.Popen(
-                [sys.executable, "-m", "dist_gpt", *words], cwd=self.place.folder,
-                env={**environment(), **place, "RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
+            Started("dist_gpt", words, self.place.folder,
+                    {**environment(), **place, "RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port)})
             for r in range(ranks)
         ]  # fmt: skip
         self.started += now

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks.preloaded import Started
 from tests.ranks.runs import Place, Run, environment, finish, rows, tree, wait_until
 from tests.unit.test_mpi import MPIRUNS
 
@@ -50,31 +51,31 @@ def curve(run: Run) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in run.metrics()]
 
 
-def start(place: Place, words: list[str], before: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
-    """Start `[BEFORE...] WORDS` with the given variables."""
-    return subprocess.Popen([*before, *words], cwd=place.folder, env={**environment(), **more}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+def start(place: Place, argv: list[str], **more: str) -> Started:
+    """Start `dist-gpt ARGV` with the given variables."""
+    return Started("dist_gpt", argv, place.folder, {**environment(), **more})
 
 
-def train(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "dist_gpt", *argv]
+def by_mpirun(
+    mpirun: str, ranks: int, place: Place, argv: list[str], how: tuple[str, ...] = ("-m", "dist_gpt")
+) -> subprocess.Popen[str]:
+    """Start `mpirun python -m dist_gpt ARGV`."""
+    words = [mpirun, "--allow-run-as-root", "--oversubscribe", "-np", str(ranks), sys.executable, *how, *argv]
+    return subprocess.Popen(words, cwd=place.folder, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)  # fmt: skip
 
 
-def by_mpirun(mpirun: str, ranks: int) -> tuple[str, ...]:
-    return (mpirun, "--allow-run-as-root", "--oversubscribe", "-np", str(ranks))
-
-
-def ended(process: subprocess.Popen[str], place: Place, run_dir: str) -> Run:
+def ended(process: Started | subprocess.Popen[str], place: Place, run_dir: str) -> Run:
     out, err = finish(process)
-    return Run(process.returncode, out, err, place.folder / run_dir)
+    return Run(process.wait(), out, err, place.folder / run_dir)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
 @pytest.mark.parametrize("mpirun", MPIRUNS)
 def test_mpirun_trains_once_and_the_same(mpirun: str, place: Place, local: Run) -> None:
     run_dir = f"mpi{MPIRUNS.index(mpirun)}"
-    run = ended(start(place, train(*place.argv("train", run_dir, "--json", sets=TWO)), by_mpirun(mpirun, 2)),
-                place, run_dir)  # fmt: skip
+    argv = place.argv("train", run_dir, "--json", sets=TWO)
+    run = ended(by_mpirun(mpirun, 2, place, argv), place, run_dir)
     assert run.code == 0, run.err
     assert curve(run) == curve(local) and len(curve(run)) == 3
     assert json.loads(run.out) == {"run_dir": str(run.run_dir), "exit_code": 0}
@@ -86,8 +87,8 @@ def test_mpirun_trains_once_and_the_same(mpirun: str, place: Place, local: Run) 
 
 @needs_mpirun
 def test_without_mpi4py_on_one_node(place: Place, local: Run) -> None:
-    words = [sys.executable, "-c", WITHOUT_MPI4PY, *place.argv("train", "derived", sets=TWO)]
-    run = ended(start(place, words, by_mpirun(MPIRUNS[0], 2)), place, "derived")
+    argv = place.argv("train", "derived", sets=TWO)
+    run = ended(by_mpirun(MPIRUNS[0], 2, place, argv, ("-c", WITHOUT_MPI4PY)), place, "derived")
     assert run.code == 0, run.err
     assert curve(run) == curve(local)
 
@@ -100,7 +101,7 @@ def test_torchrun_finds_the_same(place: Place, local: Run) -> None:
 
 
 def test_by_hand_in_two_terminals(port: str, place: Place, local: Run) -> None:
-    argv = train(*place.argv("train", "hand", sets=TWO))
+    argv = place.argv("train", "hand", sets=TWO)
     hand = {**HAND, "WORLD_SIZE": "2", "MASTER_PORT": port}
     ranks = [start(place, argv, **{**hand, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
     runs = [ended(rank, place, "hand") for rank in ranks]
@@ -115,8 +116,8 @@ def test_by_hand_in_two_terminals(port: str, place: Place, local: Run) -> None:
     (3, {"parallel.pp": 1}, "train.global_batch 8 is not divisible by parallel.dp 3"),
 ])  # fmt: skip
 def test_a_world_that_does_not_fit(ranks: int, sets: dict[str, object], told: str, place: Place) -> None:
-    argv = train(*place.argv("train", "misfit", sets={**TWO, **sets, "data.cache": place.folder / "untouched"}))
-    run = ended(start(place, argv, by_mpirun(MPIRUNS[0], ranks)), place, "misfit")
+    argv = place.argv("train", "misfit", sets={**TWO, **sets, "data.cache": place.folder / "untouched"})
+    run = ended(by_mpirun(MPIRUNS[0], ranks, place, argv), place, "misfit")
     assert run.code == 2 and told in run.err and "Traceback" not in run.err
     assert not run.run_dir.exists() and not (place.folder / "untouched").exists()
 
@@ -161,7 +162,7 @@ def test_variables_of_an_earlier_job(variables: dict[str, str], told: str, port:
     (place.folder / "alone").mkdir(exist_ok=True)
     before = tree(place.folder)
     sets = {**SOON, "data.cache": place.folder / "untouched"}
-    run = ended(start(place, train(*place.argv("train", "alone/run", sets=sets)), **variables), place, "alone/run")
+    run = ended(start(place, place.argv("train", "alone/run", sets=sets), **variables), place, "alone/run")
     assert run.code == 2 and told in run.err, run.err
     assert len(run.err.splitlines()) == 1 and run.err.startswith("dist-gpt: ") and run.out == ""
     assert tree(place.folder) == before
@@ -172,7 +173,7 @@ def test_two_trainings_that_start_together_are_one(options: tuple[str, ...], pla
     """This happens if a starter is not recognised or ssh is called in a loop: each process is a world of its own."""
     name = f"together{len(options)}"
     sets = {**TWO, "parallel.pp": 1, "train.steps": 40}
-    both = [start(place, train(*place.argv("train", name, *options, sets=sets))) for _ in range(2)]
+    both = [start(place, place.argv("train", name, *options, sets=sets)) for _ in range(2)]
     runs = [ended(process, place, name) for process in both]
     assert sorted(run.code for run in runs) == [0, 2], runs[0].err + runs[1].err
     refused = next(run for run in runs if run.code == 2)
@@ -187,13 +188,13 @@ def test_asked_by_mpirun_it_saves_and_is_continued(place: Place) -> None:
     """Meanwhile a second training in its folder is refused and changes nothing."""
     argv = place.argv("train", "asked", "--resume", "auto", sets=LONG)
     run_dir = place.folder / "asked"
-    process = start(place, train(*argv), by_mpirun(MPIRUNS[0], 2))
+    process = by_mpirun(MPIRUNS[0], 2, place, argv)
     try:
         wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 1, process)
         before = (run_dir / "config.yaml").read_bytes()
         for verb in ("train", "launch"):
             other = place.argv(verb, "asked", "--resume", "auto", sets={**LONG, "parallel.pp": 1, "log.every": 7})
-            second = ended(start(place, train(*other)), place, "asked")
+            second = ended(start(place, other), place, "asked")
             assert second.code == 2 and "in use by another training, process " in second.err, second.err
         assert (run_dir / "config.yaml").read_bytes() == before and not (run_dir / "exit.json").exists()
         process.send_signal(signal.SIGUSR1)
@@ -204,8 +205,8 @@ def test_asked_by_mpirun_it_saves_and_is_continued(place: Place) -> None:
     left = json.loads((run_dir / "exit.json").read_text())
     assert left["code"] == 75 and not (run_dir / "launcher.lock").exists()
     sets = {**LONG, "train.steps": left["step"] + 2}
-    again = ended(start(place, train(*place.argv("train", "asked", "--resume", "auto", sets=sets)),
-                        by_mpirun(MPIRUNS[0], 2)), place, "asked")  # fmt: skip
+    argv = place.argv("train", "asked", "--resume", "auto", sets=sets)
+    again = ended(by_mpirun(MPIRUNS[0], 2, place, argv), place, "asked")
     assert again.code == 0, again.err
     assert [row["step"] for row in again.metrics()] == list(range(1, left["step"] + 3))
     shutil.rmtree(Path(run_dir))
