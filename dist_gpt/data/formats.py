@@ -254,9 +254,10 @@ def _numpy(head: Head) -> Span | None:
     if not head.first.startswith(b"\x93NUMPY"):
         return None
     try:
-        array = np.load(head.path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="raise"):  # of a damaged shape
+            array = np.load(head.path, mmap_mode="r", allow_pickle=False)
         offset, shape, kind = int(getattr(array, "offset", 0)), array.shape, array.dtype
-    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError, tokenize.TokenError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, ArithmeticError, RecursionError, tokenize.TokenError) as error:
         raise _damaged(head, "NumPy", f"cannot be read ({str(error).splitlines()[0][:100]})") from None
     if kind.kind not in "iu":
         raise DataError(f"data.source: {head.path} holds {kind.name} values, but tokens are integers; save the ids as "

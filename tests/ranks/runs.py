@@ -18,8 +18,7 @@ from typing import Any
 import psutil
 import yaml
 
-from launch.local import launch_local
-from launch.spec import WORKER, JobSpec
+from launch.spec import WORKER
 from tests.ranks.preloaded import Started
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,13 +131,24 @@ class Place:
 
 def run_ranks(folder: Path, module: str, *arguments: object, ranks: int, preload: tuple[str, ...] = ("torch",)) -> str:
     """Run `python -m MODULE ARGUMENTS` as each of `ranks` forked processes; returns rank 0's log."""
-    argv = (sys.executable, *WORKER, module, *map(str, arguments))
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    spec = JobSpec(argv, ranks, folder / "logs", env=env, live_on_stderr=True, preload=preload)
-    code = launch_local(spec)
-    logs = [spec.log_path(rank).read_text() for rank in range(ranks)]
+    code, _ = launch_ranks(folder, [module, *map(str, arguments)], ranks, env, preload)
+    logs = [(folder / "logs" / f"rank{rank}.log").read_text() for rank in range(ranks)]
     assert code == 0, "\n".join(logs)
     return logs[0]
+
+
+def launch_ranks(
+    folder: Path, program: list[str], ranks: int, env: dict[str, str], preload: tuple[str, ...]
+) -> tuple[int, str]:
+    """Launch `program`, a module or a file and its arguments, with logs in `folder`; returns code and output."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    spec = folder / "logs" / "spec.json"
+    fields = {"argv": [sys.executable, *WORKER, *program], "ranks": ranks, "log_dir": str(folder / "logs"), "env": env}
+    spec.write_text(json.dumps({**fields, "preload": preload}))
+    process = Started("tests.ranks.launching", [str(spec)], ROOT, environment())
+    out, err = finish(process)
+    return process.wait(), out + err
 
 
 def ranks_below(pid: int) -> dict[int, psutil.Process]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ from dist_gpt.plan.api import plan_document
 from dist_gpt.report.analyze import Profile, analyze, profile
 from dist_gpt.report.load import load
 from launch import run as launch_run
-from launch.local import launch_local
-from launch.spec import JobSpec
 from tests.ranks.planted_run import (
     BACKWARD_S,
     CLOCK_RANK,
@@ -44,7 +41,7 @@ from tests.ranks.planted_run import (
     SLOW_STAGE,
     UNDER_S,
 )
-from tests.ranks.runs import Place
+from tests.ranks.runs import Place, launch_ranks
 
 FIRST, LAST = 3, 12
 STEPS = {"train.steps": 13, "profile.steps": f"[{FIRST}, {LAST}]", "train.eval_batches": 0, "train.eval_every": 0}
@@ -133,19 +130,17 @@ class Found:
 
 
 @pytest.fixture
-def planted(place: Place, capfd: pytest.CaptureFixture[str]) -> Callable[..., Found]:
+def planted(place: Place) -> Callable[..., Found]:
     def run(plant: str, name: str = "", **sets: object) -> Found:
         folder = place.folder / f"{name or plant}_{next(_runs)}"
         pairs = {"model.dropout": 0.0, "run_dir": folder, **STEPS, **sets}
         config = load_config(str(place.config), [f"{key}={value}" for key, value in pairs.items()])
         prepare(config)
         launch_run.create_run_dir(config, plan_document(config, 0))
-        program = str(Path(__file__).with_name("planted_run.py"))
-        argv = (sys.executable, "-m", "launch.worker", program, plant, str(folder / "config.yaml"))
-        env, preload = {"DIST_GPT_RUN_DIR": str(folder)}, ("dist_gpt.train",)
-        code = launch_local(JobSpec(argv, config.world_size, folder / "logs", env=env, preload=preload))
-        out, err = capfd.readouterr()
-        assert code in (0, 1) and "accounting" in out, out + err
+        program = [str(Path(__file__).with_name("planted_run.py")), plant, str(folder / "config.yaml")]
+        env = {"DIST_GPT_RUN_DIR": str(folder)}
+        code, said = launch_ranks(folder, program, config.world_size, env, ("dist_gpt.train",))
+        assert code in (0, 1) and "accounting" in said, said
         found = profile(load(folder))
         truth = Truth(folder, config.world_size)
         assert not truth.compiler, "torch._dynamo was imported: seconds of every rank's start"
