@@ -250,6 +250,12 @@ def _llmc(head: Head) -> Span | None:
     return _span(head, "llm.c", dtype, LLMC_HEADER, count)
 
 
+UNREADABLE = (
+    ValueError, EOFError, SyntaxError, TypeError, ArithmeticError, RecursionError, tokenize.TokenError,
+)  # fmt: skip
+"""What numpy.load raises at a damaged file."""
+
+
 def _numpy(head: Head) -> Span | None:
     if not head.first.startswith(b"\x93NUMPY"):
         return None
@@ -257,7 +263,7 @@ def _numpy(head: Head) -> Span | None:
         with np.errstate(over="raise"):  # of a damaged shape
             array = np.load(head.path, mmap_mode="r", allow_pickle=False)
         offset, shape, kind = int(getattr(array, "offset", 0)), array.shape, array.dtype
-    except (ValueError, EOFError, SyntaxError, TypeError, ArithmeticError, RecursionError, tokenize.TokenError) as error:
+    except UNREADABLE as error:
         raise _damaged(head, "NumPy", f"cannot be read ({str(error).splitlines()[0][:100]})") from None
     if kind.kind not in "iu":
         raise DataError(f"data.source: {head.path} holds {kind.name} values, but tokens are integers; save the ids as "

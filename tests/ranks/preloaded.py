@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import forkserver, local
+from launch.spec import WORKER
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
-    "dist_gpt.cli", "dist_gpt.train", "dist_gpt.comm.probe", "dist_gpt.report.write", "dist_gpt.report.page",
-    "launch.run", "launch.verify", "torch.distributed.run", "matplotlib.figure", "matplotlib.backends.backend_agg",
-    "matplotlib.backends.backend_svg",
+    "dist_gpt.cli", "dist_gpt.train", "dist_gpt.report.write", "dist_gpt.report.page", "launch.run", "launch.verify",
+    "torch.distributed.elastic.agent.server.local_elastic_agent", "torch.distributed.launcher.api",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 """What commands need, as far as it starts no thread."""
 FIRST_FD = 512
@@ -188,6 +189,7 @@ def run(module: str, arguments: Sequence[str], cwd: str, env: Mapping[str, str],
     os.chdir(cwd)
     take_over(env, {1: out, 2: err})
     local.start_server = prepared_server()
+    sys.modules.pop(module, None)  # it is run, not imported
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -220,6 +222,7 @@ def prepared_server() -> Callable[..., Any]:
         os.chdir(document["cwd"])
         take_over(document["env"], dict(zip([2, *document["fds"]], fds, strict=True)))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.modules.pop(document["argv"][1 + len(WORKER)], None)  # the ranks run it
         forkserver.main(document["argv"])
         sys.exit()
     theirs.close()
