@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.pairs import Sample
 from dist_gpt.config.schema import Config
-from launch.spec import LAUNCHER_PID, STORE_FD
+from launch.spec import LAUNCHER_PID, STORE_FD, WORKER
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -130,7 +130,7 @@ class Team:
                     if rank == 0:
                         inherited = [server.fileno()]
                         environment[STORE_FD] = str(server.fileno())
-                argv = ("-m", "launch.worker", "benchmarks.workers")
+                argv = (*WORKER, "benchmarks.workers")
                 self.workers.append(Worker(f"{side} rank {rank}", argv, environment, inherited))
 
     def _ask_all(self, message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from dist_gpt.rundir import replace as replace_file
 from dist_gpt.skips import Skipped
 from launch import slurm
 from launch.env import Device, choose_device, count_gpus
-from launch.spec import RUN_DIR, JobSpec, train_argv
+from launch.spec import RUN_DIR, WORKER, JobSpec, train_argv
 
 QUICKLY_READ_BYTES = 100_000_000
 
@@ -180,7 +180,7 @@ def finished(run_dir: Path, step: int, code: int, why: str) -> tuple[dict[str, A
 
 def check_of(spec: JobSpec, config_path: Path) -> JobSpec:
     """The job that only looks: preflight, and a small collective along every axis."""
-    argv = (*spec.argv[:3], "dist_gpt.comm.probe", str(config_path))
+    argv = (spec.argv[0], *WORKER, "dist_gpt.comm.probe", str(config_path))
     preflight = "strict" if spec.preflight == "off" else spec.preflight
     return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight, check=True, preload=("torch",))
 

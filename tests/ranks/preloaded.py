@@ -29,8 +29,7 @@ from launch.spec import WORKER
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "dist_gpt.cli", "dist_gpt.train", "dist_gpt.report.write", "dist_gpt.report.page", "launch.run", "launch.verify",
-    "torch.distributed.elastic.agent.server.local_elastic_agent", "torch.distributed.launcher.api",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    "torch.distributed.run", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 """What commands need, as far as it starts no thread."""
 FIRST_FD = 512
@@ -56,6 +55,9 @@ class Started:
         theirs.close()
         os.close(out_end)
         os.close(err_end)
+        self.read: dict[IO[str], str] = {}
+        self.readers = [threading.Thread(target=self._read, args=(one,), daemon=True)
+                        for one in (self.stdout, self.stderr)]  # fmt: skip
         self.line.settimeout(START_S)
         self.pid = int.from_bytes(self.line.recv(LENGTH), "big")
         assert self.pid, "the nursery has ended"
@@ -88,21 +90,23 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Return what is left of both streams, to their ends; subprocess.TimeoutExpired after `timeout` s."""
+        """Return what is left of both streams, to their ends.
+
+        subprocess.TimeoutExpired after `timeout` s; a later call loses nothing of what has been read.
+        """
         ends = None if timeout is None else time.monotonic() + timeout
-        read: dict[IO[str], str] = {}
-        readers = [
-            threading.Thread(target=lambda one=one: read.update({one: one.read()}), daemon=True)
-            for one in (self.stdout, self.stderr)
-        ]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
+        for reader in self.readers:
+            if reader.ident is None:
+                reader.start()
+        for reader in self.readers:
             reader.join(None if ends is None else max(0.0, ends - time.monotonic()))
             if reader.is_alive():
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
         self.wait(None if ends is None else max(0.0, ends - time.monotonic()))
-        return read[self.stdout], read[self.stderr]
+        return self.read[self.stdout], self.read[self.stderr]
+
+    def _read(self, stream: IO[str]) -> None:
+        self.read[stream] = stream.read()
 
 
 @cache
@@ -169,11 +173,8 @@ def mind(fd: int) -> None:
         os.close(fd)
         os.setsid()
         return
-    os.closerange(1, FIRST_FD)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > FIRST_FD - 1 and int(name) != fd:
-            with suppress(OSError):
-                os.close(int(name))
+    os.closerange(1, fd)  # the ends of the command's streams, among others: it alone is to hold them
+    os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
     with socket.socket(fileno=fd) as told, suppress(OSError):
         told.sendall(pid.to_bytes(LENGTH, "big"))
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -190,6 +191,7 @@ def run(module: str, arguments: Sequence[str], cwd: str, env: Mapping[str, str],
     take_over(env, {1: out, 2: err})
     local.start_server = prepared_server()
     sys.modules.pop(module, None)  # it is run, not imported
+    sys.path[0] = cwd
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

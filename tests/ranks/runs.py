@@ -169,11 +169,17 @@ def finish(process: Started | subprocess.Popen[str]) -> tuple[str, str]:
     try:
         return process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
+        end(process)
+        out, err = process.communicate()
+        raise AssertionError(f"did not end in {PATIENCE_S:.0f} s\n{out}\n{err}") from None
+
+
+def end(process: Started | subprocess.Popen[Any]) -> None:
+    """Kill a command, and what it has started, unless it has ended."""
+    if process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
         process.kill()
-        out, err = process.communicate()
-        raise AssertionError(f"did not end in {PATIENCE_S:.0f} s\n{out}\n{err}") from None
 
 
 def wait_until(condition: Any, process: Started | subprocess.Popen[str]) -> None:
@@ -201,6 +207,13 @@ def attempts(events: Path) -> list[int]:
             if "schema" in row:
                 found.append(row["attempt"])
     return found
+
+
+def until_started_again(run_dir: Path, process: Started) -> None:
+    """Until the second attempt of a run has made a step."""
+    wait_until(lambda: attempts(run_dir / "events.rank0.jsonl") == [0, 1], process)
+    made = len(rows(run_dir / "metrics.jsonl"))
+    wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) > made, process)
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ import pytest
 
 from dist_gpt import cli
 from tests.ranks.resuming import curve
-from tests.ranks.runs import STEPS, Place, Run, attempts, environment, finish, ranks_below, rows, wait_until
+from tests.ranks.runs import STEPS, Place, Run, environment, finish, ranks_below, rows, until_started_again, wait_until
 
 ONE = {"train.eval_batches": 0, "train.eval_every": 0}
 LONG = {**ONE, "train.steps": 1_000_000}
@@ -66,16 +66,14 @@ def test_a_branch_that_is_started_again_before_it_has_saved(place: Place, saved:
     """It begins once more where it branches from, not at the beginning, and does not need the command line for it."""
     sets = {**LONG, "optim.decay": "none", "launch.max_restarts": 1}
     first = place.run(place.argv("launch", "first", sets={**sets, "train.steps": 3, "checkpoint.every": 3}), "first")
+    assert first.code == 0, first.err
     origin = step(first, 3)
     process = place.start(place.argv("launch", "branch", "--resume", str(origin), sets=sets))
     run_dir = place.folder / "branch"
-    metrics, events = run_dir / "metrics.jsonl", run_dir / "events.rank0.jsonl"
     try:
-        wait_until(lambda: len(rows(metrics)) >= 3, process)
+        wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 3, process)
         ranks_below(process.pid)[0].send_signal(signal.SIGKILL)
-        wait_until(lambda: attempts(events) == [0, 1], process)
-        made = len(rows(metrics))
-        wait_until(lambda: len(rows(metrics)) > made, process)
+        until_started_again(run_dir, process)
         process.send_signal(signal.SIGTERM)
         out, error = finish(process)
     finally:
@@ -85,6 +83,7 @@ def test_a_branch_that_is_started_again_before_it_has_saved(place: Place, saved:
     assert f"resumed at step 3 from {origin}" in out and (run_dir / "resume_from").read_text() == f"{origin}\n"
     steps = json.loads((run_dir / "exit.json").read_text())["step"]
     whole = place.run(place.argv("launch", "whole", sets={**sets, "train.steps": steps}), "whole")
+    assert whole.code == 0, whole.err
     assert curve(run_dir) == curve(whole.run_dir)[3:] and len(curve(run_dir)) == steps - 3 > 0
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.patience import PATIENCE_S
-from tests.ranks.runs import Place, Run, attempts, finish, ranks_below, rows, wait_until
+from tests.ranks.runs import Place, Run, attempts, finish, ranks_below, rows, until_started_again, wait_until
 
 TWO = {"parallel.pp": 2, "train.eval_batches": 0, "train.eval_every": 0, "train.global_batch": 4}
 LONG = {**TWO, "train.steps": 1_000_000}
@@ -109,13 +109,10 @@ def test_started_again_from_the_newest_checkpoint(via: str, place: Place) -> Non
     sets = {**flat, "train.steps": 1_000_000, "checkpoint.every": 1, "launch.max_restarts": 1}
     process = place.start(place.argv("launch", name, "--via", via, sets=sets))
     run_dir = place.folder / name
-    metrics, events = run_dir / "metrics.jsonl", run_dir / "events.rank0.jsonl"
     try:
         wait_until(lambda: any((run_dir / "checkpoints").glob("step_*")), process)
         ranks_below(process.pid)[1].send_signal(signal.SIGKILL)
-        wait_until(lambda: attempts(events) == [0, 1], process)
-        made = len(rows(metrics))
-        wait_until(lambda: len(rows(metrics)) > made, process)
+        until_started_again(run_dir, process)
         process.send_signal(signal.SIGTERM)
         _, error = finish(process)
     finally:
@@ -123,7 +120,7 @@ def test_started_again_from_the_newest_checkpoint(via: str, place: Place) -> Non
     assert process.returncode == 75, error
     assert "starting again, 1 of 1, from step_" in error
     assert via != "local" or "died: killed by SIGKILL" in error
-    assert attempts(events) == [0, 1] and not (run_dir / "launcher.lock").exists()
+    assert attempts(run_dir / "events.rank0.jsonl") == [0, 1] and not (run_dir / "launcher.lock").exists()
     steps = json.loads((run_dir / "exit.json").read_text())["step"]
     whole = place.run(place.argv("launch", f"whole_{via}", sets={**flat, "train.steps": steps}), f"whole_{via}")
     assert whole.code == 0, whole.err

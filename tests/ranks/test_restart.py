@@ -24,7 +24,7 @@ from dist_gpt.comm import rendezvous
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, connect_store, join_attempt, restarts, roll_call
 from dist_gpt.config.load import load
 from tests.ranks.preloaded import Started
-from tests.ranks.runs import ROOT, environment, finish
+from tests.ranks.runs import ROOT, end, environment, finish
 from tests.ranks.threads import in_threads
 
 FAR_S = 60.0
@@ -194,7 +194,11 @@ def torchrun(ranks: int, victim: int, when: str = "groups", nodes: int = 1, time
         argvs = [[*argv, *where, "--node-rank", str(node)] for node in range(nodes)]
     agents = [Started("torch.distributed.run", [*words, SCRIPT, str(victim), when, str(timeout_s)], ROOT, environment())
               for words in argvs]  # fmt: skip
-    out = "\n".join(text for process in agents for text in finish(process))
+    try:
+        out = "\n".join(text for process in agents for text in finish(process))
+    finally:
+        for process in agents:
+            end(process)
     codes = [process.wait() for process in agents]
     assert codes == [0] * nodes, f"exit codes {codes}\n{out}"
     return sorted(line for line in out.splitlines() if line.startswith("done "))

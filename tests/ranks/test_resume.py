@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from tests.ranks.preloaded import Started
 from tests.ranks.resuming import STEPS, config_of, curve, same, train
-from tests.ranks.runs import PATIENCE_S, Place, environment, finish, rows, wait_until
+from tests.ranks.runs import PATIENCE_S, Place, attempts, environment, finish, rows, wait_until
 from tests.ranks.threads import RankFailed
 
 DP_TP = {"dp": 2, "tp": 2, "sequence_parallel": True}
@@ -225,17 +224,8 @@ def test_torchrun_starts_again_from_the_newest(place: Place) -> None:
     [resumed] = [line for line in out.splitlines() if line.startswith("resumed at step ")]
     assert int(resumed.split()[3]) >= 5 and "accounting: exact" in out.splitlines()
     assert [row["step"] for row in curve(run_dir)] == list(range(41))
-    heads = [row["attempt"] for row in rows_that_parse(run_dir / "events.rank0.jsonl") if "schema" in row]
-    assert heads == [0, 1] and json.loads((run_dir / "exit.json").read_text())["code"] == 0
-
-
-def rows_that_parse(path: Path) -> list[dict[str, Any]]:
-    """Finished lines; what a killed rank left cut off is left out."""
-    found = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    assert attempts(run_dir / "events.rank0.jsonl") == [0, 1]
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
 
 
 @pytest.mark.parametrize(("resume", "told"), [("nowhere", "neither a checkpoint"), ("other", "parallel.tp: the check")])

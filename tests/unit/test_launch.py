@@ -40,7 +40,7 @@ def program(tmp_path: Path, body: str) -> tuple[str, ...]:
     """
     file = tmp_path / "rank_program.py"
     file.write_text(textwrap.dedent(header) + textwrap.dedent(body))
-    return (sys.executable, "-m", "launch.worker", str(file))
+    return (sys.executable, *WORKER, str(file))
 
 
 def job(tmp_path: Path, body: str, ranks: int = 3, **more: object) -> JobSpec:

@@ -24,8 +24,9 @@ from launch import supervise as module
 from launch import worker
 from launch.command import CommandRanks
 from launch.mpi import OURS
-from launch.spec import JobSpec
+from launch.spec import WORKER, JobSpec
 from launch.supervise import Supervisor, hello_patience, say, supervise
+from tests.ranks.runs import end
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTER = """
@@ -66,7 +67,7 @@ def job(folder: Path, body: str, ranks: int = 2, **more: Any) -> JobSpec:
     file.write_text(textwrap.dedent(RANK) + textwrap.dedent(body))
     (folder / "logs").mkdir(exist_ok=True)
     values = {"saves": True, "watched": True, "timeout_s": 30.0, **more}
-    return JobSpec((sys.executable, "-m", "launch.worker", str(file)), ranks, folder / "logs", **values)
+    return JobSpec((sys.executable, *WORKER, str(file)), ranks, folder / "logs", **values)
 
 
 def starter(spec: JobSpec, kind: str = "srun") -> CommandRanks:
@@ -292,9 +293,7 @@ def test_a_job_that_is_suspended_and_continued(first: str, tmp_path: Path) -> No
         (tmp_path / "end").touch()
         assert process.wait(30) == 0, (tmp_path / "said").read_text()
     finally:
-        for one in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-            one.kill()
-        process.kill()
+        end(process)
         process.wait()
     assert re.search(r"this job was suspended for [6-9]\d* s; continuing", (tmp_path / "said").read_text())
 
