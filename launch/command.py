@@ -26,6 +26,11 @@ LEAVE_S = 5.0
 GONE_S = 15.0
 
 
+def start_process(argv: Sequence[str], env: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:
+    """Start a process that writes to the descriptor `log`, in a session of its own."""
+    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
 class CommandRanks:
     """The ranks of one attempt, started by one command."""
 
@@ -48,9 +53,7 @@ class CommandRanks:
         self.ended = None
         with open(self.log, "ab") as log:
             argv = (sys.executable, "-m", "launch.tied", str(os.getpid()), *self.argv)
-            self.process = subprocess.Popen(
-                argv, env=whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = start_process(argv, whole, log.fileno())
         self.thread = threading.Thread(target=self._wait, args=(self.process,), name="starter", daemon=True)
         self.thread.start()
 

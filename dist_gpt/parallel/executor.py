@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.variable import Variable
 
 from dist_gpt.comm.group import Pending
 from dist_gpt.comm.mesh import Mesh
@@ -49,6 +50,17 @@ class Stage(Protocol):
     """This rank's blocks: `stage(block, x, micro)` runs one; `x` is None for block 0, the head returns the loss."""
 
     def __call__(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor: ...
+
+
+def _run_backward(edge: GradientEdge, gradient: Tensor) -> None:
+    """Run the backward from `edge`, whose gradient is `gradient`.
+
+    torch.autograd.backward does the same, but its check of shapes imports sympy: a second of processor time in the
+    first step of every rank, and 480 files from what may be a shared file system.
+    """
+    Variable._execution_engine.run_backward(
+        (edge,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )  # neither keeps the graph nor makes one of the backward; gradients of all leaves
 
 
 Batches = Callable[[int], MicroBatch]
@@ -192,7 +204,7 @@ class Executor:
             self.buffers.open_gradients(chunk, block)
         self.sink.defer((block, m) if step.split else None)
         assert entry.edge is not None  # a forward that is computed again has been
-        torch.autograd.backward([entry.edge], [gradient])
+        _run_backward(entry.edge, gradient)
         self.sink.defer(None)
         if entry.x is None or entry.x.grad is None:
             return

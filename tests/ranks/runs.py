@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import psutil
 import yaml
 
 from launch.spec import WORKER
-from tests.ranks.preloaded import Started
+from tests.ranks.preloaded import Started, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 600.0
@@ -157,20 +156,15 @@ def ranks_below(pid: int) -> dict[int, psutil.Process]:
     return {int(found[1]): p for p in below if (found := re.fullmatch(r"rank(\d+)", p.name()))}
 
 
-def environment() -> dict[str, str]:
-    """This process's, without what a launcher around the tests may have set."""
-    ours = ("TORCHELASTIC", "DIST_GPT", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "WANDB_")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in ("RANK", "WORLD_SIZE")}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-
-
 def finish(process: Started | subprocess.Popen[str]) -> tuple[str, str]:
     """Both streams to the end; a process that does not end is killed and fails the test."""
     try:
         return process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         end(process)
-        out, err = process.communicate()
+        with suppress(subprocess.TimeoutExpired):  # a process that nobody knows of may keep a stream open
+            process.communicate(timeout=10)
+        out, err = process.so_far() if isinstance(process, Started) else ("", "")
         raise AssertionError(f"did not end in {PATIENCE_S:.0f} s\n{out}\n{err}") from None
 
 
@@ -178,7 +172,8 @@ def end(process: Started | subprocess.Popen[Any]) -> None:
     """Kill a command, and what it has started, unless it has ended."""
     if process.poll() is None:
         for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.kill()
 
 

@@ -158,6 +158,8 @@ def test_a_run_on_two_nodes_begins_with_it(preflight: str, tmp_path: Path) -> No
     nodes = [
         place.start([*way, "--node-rank", str(n), "-m", "dist_gpt", *argv], "torch.distributed.run") for n in range(2)
     ]
+    for node in nodes:
+        node.read_along()
     runs = [Run(node.returncode, *said, tmp_path / "two") for node in nodes for said in [finish(node)]]
     assert [node.wait() for node in nodes] == [0, 0], runs[0].err + runs[1].err
     facts = [[row["probe"] for row in runs[0].events(rank) if "probe" in row] for rank in range(2)]

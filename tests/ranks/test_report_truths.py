@@ -143,7 +143,7 @@ def planted(place: Place) -> Callable[..., Found]:
         assert code in (0, 1) and "accounting" in said, said
         found = profile(load(folder))
         truth = Truth(folder, config.world_size)
-        assert not truth.compiler, "torch._dynamo was imported: seconds of every rank's start"
+        assert not truth.compiler, "torch._dynamo or sympy was imported: seconds of every rank's start"
         return Found(code, found, analyze(found.run, found), truth)
 
     return run

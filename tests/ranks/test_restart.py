@@ -194,6 +194,8 @@ def torchrun(ranks: int, victim: int, when: str = "groups", nodes: int = 1, time
         argvs = [[*argv, *where, "--node-rank", str(node)] for node in range(nodes)]
     agents = [Started("torch.distributed.run", [*words, SCRIPT, str(victim), when, str(timeout_s)], ROOT, environment())
               for words in argvs]  # fmt: skip
+    for process in agents:
+        process.read_along()
     try:
         out = "\n".join(text for process in agents for text in finish(process))
     finally:

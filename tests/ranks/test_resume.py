@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from dist_gpt import cli
@@ -19,7 +18,7 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from tests.ranks.preloaded import Started
 from tests.ranks.resuming import STEPS, config_of, curve, same, train
-from tests.ranks.runs import PATIENCE_S, Place, attempts, environment, finish, rows, wait_until
+from tests.ranks.runs import PATIENCE_S, Place, attempts, environment, finish, ranks_below, rows, wait_until
 from tests.ranks.threads import RankFailed
 
 DP_TP = {"dp": 2, "tp": 2, "sequence_parallel": True}
@@ -161,6 +160,8 @@ class Processes:
                     {**environment(), **place, "RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port)})
             for r in range(ranks)
         ]  # fmt: skip
+        for process in now:
+            process.read_along()
         self.started += now
         return now
 
@@ -215,8 +216,7 @@ def test_torchrun_starts_again_from_the_newest(place: Place) -> None:
     process = place.start([*started, *place.argv("train", "restarted", sets=sets)], "torch.distributed.run")
     try:
         wait_until(lambda: len(rows(run_dir / "metrics.jsonl")) >= 7, process)
-        [victim] = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1"]
-        victim.kill()
+        ranks_below(process.pid)[1].kill()
         out, err = finish(process)
     finally:
         process.kill()
