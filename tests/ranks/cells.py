@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+import pytest
+
 RANKS = 8
 CANDIDATES_PER_FORM = 12
 """Cells offered to the choice of COVERING for each form; the more, the fewer are needed."""
@@ -348,3 +350,8 @@ def _sharded() -> list[Cell]:
 
 COVERING, ALL = _tables()
 SHARDED = [cell for cell in _sharded() if cell.name not in {cell.name for cell in ALL}]
+REST = [cell for cell in [*ALL, *SHARDED] if cell not in COVERING]
+TABLES = [
+    pytest.param(COVERING, id="covering"), pytest.param(REST, id="rest", marks=pytest.mark.all_cells)
+]  # fmt: skip
+"""What `make test` runs, and what `make test-all` adds."""

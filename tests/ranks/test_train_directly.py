@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,15 @@ def curve(run: Run) -> list[tuple[int, float, float]]:
 def start(place: Place, argv: list[str], **more: str) -> Started:
     """Start `dist-gpt ARGV` with the given variables."""
     return Started("dist_gpt", argv, place.folder, {**environment(), **more})
+
+
+def by_hand(place: Place, argv: list[str], ranks: int, port: str) -> list[Started]:
+    """Start `dist-gpt ARGV` as each of `ranks`."""
+    hand = {**HAND, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+    started = [start(place, argv, **{**hand, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+    for process in started:
+        process.read_along()
+    return started
 
 
 def executed(place: Place, argv: list[str], **more: str) -> subprocess.Popen[str]:
@@ -108,25 +118,30 @@ def test_torchrun_finds_the_same(place: Place, local: Run) -> None:
 
 
 def test_by_hand_in_two_terminals(port: str, place: Place, local: Run) -> None:
-    argv = place.argv("train", "hand", sets=TWO)
-    hand = {**HAND, "WORLD_SIZE": "2", "MASTER_PORT": port}
-    ranks = [start(place, argv, **{**hand, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    ranks = by_hand(place, place.argv("train", "hand", sets=TWO), 2, port)
     runs = [ended(rank, place, "hand") for rank in ranks]
     assert [run.code for run in runs] == [0, 0], runs[0].err + runs[1].err
     assert curve(runs[0]) == curve(local)
 
 
-@needs_mpirun
-@pytest.mark.parametrize(("ranks", "sets", "told"), [
-    (2, {"parallel.pp": 1, "parallel.dp": 1}, "world 2 is not parallel.dp 1 x"),
-    (3, {"parallel.pp": 2}, "does not divide 3"),
-    (3, {"parallel.pp": 1}, "train.global_batch 8 is not divisible by parallel.dp 3"),
+@pytest.mark.parametrize(("ranks", "sets", "told", "way"), [
+    pytest.param(2, {"parallel.pp": 1, "parallel.dp": 1}, "is not parallel.dp 1 x", "mpirun", marks=needs_mpirun),
+    (2, {"parallel.pp": 1, "parallel.dp": 1}, "world 2 is not parallel.dp 1 x", "hand"),
+    (3, {"parallel.pp": 2}, "does not divide 3", "hand"),
+    (3, {"parallel.pp": 1}, "train.global_batch 8 is not divisible by parallel.dp 3", "hand"),
 ])  # fmt: skip
-def test_a_world_that_does_not_fit(ranks: int, sets: dict[str, object], told: str, place: Place) -> None:
+def test_a_world_that_does_not_fit(
+    ranks: int, sets: dict[str, object], told: str, way: str, port: str, place: Place
+) -> None:
     argv = place.argv("train", "misfit", sets={**TWO, **sets, "data.cache": place.folder / "untouched"})
-    run = ended(by_mpirun(MPIRUNS[0], ranks, place, argv), place, "misfit")
-    assert run.code == 2 and told in run.err and "Traceback" not in run.err
-    assert not run.run_dir.exists() and not (place.folder / "untouched").exists()
+    if way == "mpirun":
+        started: list[Any] = [by_mpirun(MPIRUNS[0], ranks, place, argv)]
+    else:
+        started = by_hand(place, argv, ranks, port)
+    runs = [ended(process, place, "misfit") for process in started]
+    said = "".join(run.err for run in runs)
+    assert {run.code for run in runs} == {2} and told in said and "Traceback" not in said
+    assert not runs[0].run_dir.exists() and not (place.folder / "untouched").exists()
 
 
 STEP = {
@@ -214,8 +229,7 @@ def test_asked_by_mpirun_it_saves_and_is_continued(place: Place) -> None:
     left = json.loads((run_dir / "exit.json").read_text())
     assert left["code"] == 75 and not (run_dir / "launcher.lock").exists()
     sets = {**LONG, "train.steps": left["step"] + 2}
-    argv = place.argv("train", "asked", "--resume", "auto", sets=sets)
-    again = ended(by_mpirun(MPIRUNS[0], 2, place, argv), place, "asked")
+    again = place.run(place.argv("launch", "asked", "--resume", "auto", sets=sets), "asked")
     assert again.code == 0, again.err
     assert [row["step"] for row in again.metrics()] == list(range(1, left["step"] + 3))
     shutil.rmtree(Path(run_dir))

@@ -9,12 +9,26 @@ import pytest
 import yaml
 
 from dist_gpt.config.load import load
-from tests.ranks.cells import ALL, AXES, COVERING, MIXED, RANKS, SCHEDULES, SHARDED, SINGLE, choose_covering, make_cell
+from tests.ranks.cells import (
+    ALL,
+    AXES,
+    COVERING,
+    MIXED,
+    RANKS,
+    SCHEDULES,
+    SHARDED,
+    SINGLE,
+    TABLES,
+    Cell,
+    choose_covering,
+    make_cell,
+)  # fmt: skip
 
 
-def test_every_cell_is_a_legal_configuration_of_its_world(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cells", TABLES)
+def test_every_cell_is_a_legal_configuration_of_its_world(cells: list[Cell], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    for cell in [*ALL, *SHARDED]:
+    for cell in cells:
         path.write_text(yaml.safe_dump(cell.config))
         config = load(str(path), world=cell.world)  # raises with everything that is wrong
         assert config.world_size == cell.world <= RANKS

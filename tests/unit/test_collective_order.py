@@ -18,7 +18,7 @@ from dist_gpt.config.schema import DTYPE_BYTES, Config
 from dist_gpt.params import parameter_table
 from dist_gpt.plan import steps
 from dist_gpt.plan.steps import RankPlan, layout_of
-from tests.ranks.cells import ALL, SHARDED, Cell, make_cell
+from tests.ranks.cells import ALL, TABLES, Cell, make_cell
 
 AXES = ("tp", "data", "shard", "replica", "embed", "world")
 
@@ -118,8 +118,9 @@ def cut_by_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "make_buckets", wrong)
 
 
-def test_members_of_a_group_agree_in_every_cell(tmp_path: Path) -> None:
-    found = {cell.name: list(differences(loaded(tmp_path, cell.config, cell.world))) for cell in [*ALL, *SHARDED]}
+@pytest.mark.parametrize("cells", TABLES)
+def test_members_of_a_group_agree_in_every_cell(cells: list[Cell], tmp_path: Path) -> None:
+    found = {cell.name: list(differences(loaded(tmp_path, cell.config, cell.world))) for cell in cells}
     assert {name: some for name, some in found.items() if some} == {}
 
 

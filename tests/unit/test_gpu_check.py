@@ -29,6 +29,8 @@ from dist_gpt.comm.mesh import NcclBackends
 from dist_gpt.comm.rendezvous import rank_env
 from dist_gpt.comm.staged import StagedBackends
 from dist_gpt.config.errors import ConfigError
+from tests.ranks import runs
+from tests.ranks.preloaded import Started
 
 ROOT = Path(__file__).resolve().parents[2]
 HANGS_S = 600
@@ -39,7 +41,13 @@ def context(name: str, out: Path, budget_s: float = 300.0) -> Context:
     return Context(name, out, "cpu", True, budget_s)
 
 
-def command(*options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def command(*options: str) -> runs.Run:
+    process = Started("benchmarks.gpu_check", options, ROOT, runs.environment())
+    out, err = runs.finish(process)
+    return runs.Run(process.wait(), out, err, Path())
+
+
+def executed(*options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_check", *options],
         cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=HANGS_S, check=False,
@@ -70,8 +78,8 @@ def test_without_a_gpu_it_says_so_checks_a_pretended_one_and_succeeds(tmp_path: 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = command("--out", str(tmp_path / "new" / "folder"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len([line for line in done.stdout.splitlines() if line.startswith("No GPU: ")]) == 1
+    assert done.code == 0, done.out + done.err
+    assert len([line for line in done.out.splitlines() if line.startswith("No GPU: ")]) == 1
     document = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
     assert document["schema"] == 1 and document["passed"] and document["commit"] == results.commit_of(ROOT)
     assert [(s["name"], s["status"]) for s in document["sections"]] == [
@@ -83,11 +91,11 @@ def test_without_a_gpu_it_says_so_checks_a_pretended_one_and_succeeds(tmp_path: 
 
 def test_json_is_alone_on_stdout_and_sections_can_be_chosen(tmp_path: Path) -> None:
     done = command("--stand-in", "--only", "environment", "--json", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
     assert [s["name"] for s in document["sections"]] == ["environment"] and document["stand_in"]
     assert document == json.loads((tmp_path / "results.json").read_text())
-    assert "environment: passed" in done.stderr
+    assert "environment: passed" in done.err
 
 
 def test_a_machine_with_torch_alone_is_told_what_to_bring(tmp_path: Path) -> None:
@@ -100,8 +108,8 @@ def test_a_machine_with_torch_alone_is_told_what_to_bring(tmp_path: Path) -> Non
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
-    done = command("--stand-in", "--only", "environment", "--only", "speed", "--out", str(tmp_path / "out"),
-                   env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    done = executed("--stand-in", "--only", "environment", "--only", "speed", "--out", str(tmp_path / "out"),
+                    env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("pydantic==", "PyYAML==", "pip download", "--wheels FOLDER", "pure Python", "compiled, a wheel for"):
         assert words in done.stdout

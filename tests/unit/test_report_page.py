@@ -186,8 +186,10 @@ def damaged(at: tuple[Any, ...], value: Any) -> dict[str, Any]:
     return result
 
 
-VALUES = [None, "x", 1e300, float("nan"), [[1, 2], [3]]]
-MORE_VALUES = [pytest.param(value, marks=pytest.mark.all_cells) for value in ([], {}, -1, [None], True)]
+VALUES = [None, float("nan"), [[1, 2], [3]]]
+MORE_VALUES = [
+    pytest.param(value, marks=pytest.mark.all_cells) for value in ("x", 1e300, [], {}, -1, [None], True)
+]
 
 
 @pytest.mark.parametrize("value", [*VALUES, *MORE_VALUES], ids=repr)
@@ -198,12 +200,12 @@ def test_no_damage_crashes_the_texts(value: Any) -> None:
         assert terminal(broken).count("\n") <= 40
 
 
-MORE_DAMAGE = [([], 2), (-1, 2), ("x", 2), ("x", 3)]
+MORE_DAMAGE = [(1e300, 2), ([], 2), (-1, 2), ("x", 2), ("x", 3)]
 
 
 @pytest.mark.parametrize(
     ("value", "depth"),
-    [(None, 2), (1e300, 2), *(pytest.param(*more, marks=pytest.mark.all_cells) for more in MORE_DAMAGE)],
+    [(None, 2), *(pytest.param(*more, marks=pytest.mark.all_cells) for more in MORE_DAMAGE)],
 )
 def test_no_damage_crashes_the_figures(value: Any, depth: int) -> None:
     for at in paths(document("full"), depth):
