@@ -68,7 +68,7 @@ def apart_and_sharded() -> Iterator[ParameterSet]:
             yield pytest.param(recompute, tp, tied, sharding, marks=[pytest.mark.all_cells] if more else [])
 
 
-@pytest.mark.parametrize(("recompute", "tp", "tied", "sharding"), apart_and_sharded())
+@pytest.mark.parametrize(("recompute", "tp", "tied", "sharding"), list(apart_and_sharded()))
 def test_weight_gradients_apart_and_sharded(
     pool: Pool, sharding: str, recompute: str, tp: int, tied: bool, record_property: Any
 ) -> None:

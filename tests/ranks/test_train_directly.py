@@ -88,7 +88,9 @@ def ended(process: Started | subprocess.Popen[str], place: Place, run_dir: str) 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
-@pytest.mark.parametrize("mpirun", MPIRUNS)
+@pytest.mark.parametrize(
+    "mpirun", [pytest.param(each, marks=[pytest.mark.all_cells] if more else []) for more, each in enumerate(MPIRUNS)]
+)
 def test_mpirun_trains_once_and_the_same(mpirun: str, place: Place, local: Run) -> None:
     run_dir = f"mpi{MPIRUNS.index(mpirun)}"
     argv = place.argv("train", run_dir, "--json", sets=TWO)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_gpt import cli
+from dist_gpt.report import plots
 from tests.unit.synthetic import edit, small, write
 
 CUBE = ("parallel.dp=2", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
@@ -28,6 +29,12 @@ def report(*argv: str) -> int:
 def run(tmp_path: Path) -> Path:
     write(tmp_path / "run", small(*CUBE))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw one figure only: drawing takes most of the time, and here it does not matter what is drawn."""
+    monkeypatch.setattr(plots, "figures", lambda document: {"budget": "<svg/>"})
 
 
 def test_writes_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +59,7 @@ def test_writes_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert report(str(run)) == 0, "and again, over the first one"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_json_is_one_document(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(str(run), "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((run / "report.json").read_text())
@@ -101,6 +109,7 @@ def test_bad_input_is_code_2_and_one_message(case: str, run: Path, capsys: pytes
     assert words in captured.err and "Traceback" not in captured.err and captured.out == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damage_is_told_and_the_rest_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "events.rank6.jsonl").unlink()
     edit(run, 2, lambda lines: [*lines[:-2], lines[-2][: len(lines[-2]) // 2]])
@@ -110,12 +119,14 @@ def test_damage_is_told_and_the_rest_shown(run: Path, capsys: pytest.CaptureFixt
     assert "no event file" in page and "cut off" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_that_cannot_be_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "report.json").mkdir()  # what permissions would do, also for root
     assert report(str(run)) == 2
     assert "the report cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_is_written_through_links(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -133,6 +144,7 @@ def test_nothing_is_written_through_links(run: Path, tmp_path: Path, capsys: pyt
     assert list(elsewhere.iterdir()) == [victim]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_pipe_is_no_event_file(run: Path) -> None:
     (run / "events.rank7.jsonl").unlink()
     os.mkfifo(run / "events.rank7.jsonl")  # opening it would wait for ever
