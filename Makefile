@@ -15,6 +15,8 @@ PARALLEL := -n $(WORKERS)
 
 # One thread per process: with several ranks on few cores more threads only get in each other's way.
 export OMP_NUM_THREADS ?= 1
+# Else hundreds of processes that tests start would each compile the project.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-browser test-cluster test-versions lint bench bench-sharding gpu-check gpu-wheels clean

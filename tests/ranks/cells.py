@@ -286,8 +286,10 @@ def _name(o: dict[str, Any]) -> str:
 def _mixed(form: dict[str, Any], number: int) -> dict[str, Any]:
     """One value of every other option, spread evenly and the same on every machine."""
 
+    place = repr(sorted(form.items()))
+
     def pick(option: str) -> int:
-        key = repr((sorted(form.items()), number, option)).encode()
+        key = f"({place}, {number}, {option!r})".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
 
     return {option: values[pick(option) % len(values)] for option, values in MIXED.items()}
