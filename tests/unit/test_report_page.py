@@ -44,7 +44,7 @@ def drawn(name: str) -> dict[str, str]:
 
 @cache
 def rendered(name: str) -> str:
-    return page.render(document(name), report_document.comparison())
+    return page.render(document(name), report_document.comparison(), drawn(name))
 
 
 class Reader(HTMLParser):
