@@ -18,6 +18,7 @@ from dist_gpt.config.errors import ConfigError
 STDLIB_LIMIT = 16_000_000  # bytes; keeps the first preparation within seconds on every interpreter
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".html", ".xml", ".yaml", ".yml", ".toml"}
+IDS_LOOKED_AT = 1 << 16
 SOURCES = (
     "stdlib, synthetic, a text file, a folder of text files, a .bin or .npy of tokens, a folder with train.bin "
     "and val.bin, or a Megatron .bin with its .idx"
@@ -186,10 +187,12 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
         name = path.relative_to(root).as_posix()
         problem = text_problem(data)
         if problem and path.suffix in strict:
+            remove = "" if len(files) == 1 else "remove it, "
             raise DataError(
-                f"data.source: {path} is no text: {problem}; convert it to UTF-8, remove it, or, if it holds tokens, "
+                f"data.source: {path} is no text: {problem}; convert it to UTF-8, {remove}or, if it holds tokens, "
                 "name it .bin"
             )
+        refuse_other_text(path, data)
         if problem:
             skipped.append(name)
         elif data:
@@ -202,6 +205,17 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
             f"{len(files) - len(skipped)} empty; allowed: {SOURCES}"
         )
     return Corpus(source, tuple(documents), digest.hexdigest(), tuple(skipped))
+
+
+def refuse_other_text(path: Path, data: bytes) -> None:
+    """Raise DataError for text that only stands for what it should hold: a Git LFS pointer, a JSON list of ids."""
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError(f"data.source: {path} is a Git LFS pointer instead of the file; run git lfs pull")
+    if path.suffix == ".json" and not data[:IDS_LOOKED_AT].strip(b"[]0123456789, \t\r\n"):
+        raise DataError(
+            f"data.source: {path} holds only numbers, and as text its digits would be trained on; if they are token "
+            "ids, save them with numpy.save as .npy, and if not, name it .txt"
+        )
 
 
 def text_problem(data: bytes) -> str | None:

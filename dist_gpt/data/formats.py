@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
 from dist_gpt.data.corpus import DataError
 from dist_gpt.data.reader import Span
@@ -84,6 +85,13 @@ def _pickle(head: Head) -> bool:
     version, opcode = head.first[1:2], head.first[2:3]
     framed = opcode == b"\x95" and head.long(3) <= head.size
     return framed if version in (b"\x04", b"\x05") else version in (b"\x02", b"\x03") and opcode in b"}](cX\x8a)"
+
+
+def _like_llmc(head: Head) -> bool:
+    """Match the layout of llm.c's headers: a date as magic, a small version, and zeros after the first few words."""
+    year, month, day = head.word(0) // 10000, head.word(0) // 100 % 100, head.word(0) % 100
+    dated = 2020 <= year < 2050 and 1 <= month <= 12 and 1 <= day <= 31
+    return dated and 0 < head.word(4) < 100 and len(head.first) >= LLMC_HEADER and not any(head.first[64:LLMC_HEADER])
 
 
 def _shard_of_samples(head: Head) -> bool:
@@ -172,6 +180,8 @@ REFUSED: tuple[Format, ...] = (
     Format("a GGUF file (a model)", _at(b"GGUF"), "give the data, not the model"),
     Format("a GGML file (a model)", _any(b"lmgg", b"fmgg", b"tjgg"), "give the data, not the model"),
     Format("a shard of litdata or MosaicML MDS (an index of samples, then the samples)", _shard_of_samples),
+    Format("a file with a header like llm.c's and an unknown magic", _like_llmc,
+           "supported are magic 20240520 (version 1) and 20240801 (version 7)", sure=False),
     Format("a Megatron index", _at(b"MMIDIDX\0\0"),
            "name it NAME.idx beside its NAME.bin, which holds the tokens, and give NAME.bin"),
     Format("an old fairseq index", _at(b"TNTIDX\0\0"), "write the data again with Megatron's preprocess_data"),
@@ -253,27 +263,34 @@ def _llmc(head: Head) -> Span | None:
 UNREADABLE = (
     ValueError, EOFError, SyntaxError, TypeError, ArithmeticError, RecursionError, tokenize.TokenError,
 )  # fmt: skip
-"""What numpy.load raises at a damaged file."""
+"""What NumPy raises at a damaged header."""
+NUMPY_HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+"""Versions of NumPy's header; 3.0 is for structured arrays alone."""
 
 
 def _numpy(head: Head) -> Span | None:
     if not head.first.startswith(b"\x93NUMPY"):
         return None
     try:
-        with np.errstate(over="raise"):  # of a damaged shape
-            array = np.load(head.path, mmap_mode="r", allow_pickle=False)
-        offset, shape, kind = int(getattr(array, "offset", 0)), array.shape, array.dtype
+        with head.path.open("rb") as file:
+            version = read_magic(file)
+            if version not in NUMPY_HEADERS:
+                raise ValueError(f"version {version[0]}.{version[1]}")
+            shape, _, kind = NUMPY_HEADERS[version](file)
+            offset = file.tell()
     except UNREADABLE as error:
         raise _damaged(head, "NumPy", f"cannot be read ({str(error).splitlines()[0][:100]})") from None
     if kind.kind not in "iu":
-        raise DataError(f"data.source: {head.path} holds {kind.name} values, but tokens are integers; save the ids as "
+        held = "Python objects" if kind.hasobject else f"{kind.name} values"
+        raise DataError(f"data.source: {head.path} holds {held}, but tokens are integers; save the ids as "
                         "numpy.uint16 or numpy.uint32")  # fmt: skip
     if len(shape) != 1:
         raise DataError(f"data.source: {head.path} has the shape {shape}, but tokens are one-dimensional; save "
                         "array.reshape(-1)")  # fmt: skip
-    if head.size != offset + shape[0] * kind.itemsize:
-        raise _damaged(head, "NumPy", f"has {head.size} bytes, while its one array ends at byte "
-                                      f"{offset + shape[0] * kind.itemsize}")  # fmt: skip
+    needed = offset + shape[0] * kind.itemsize
+    if head.size != needed:
+        raise _damaged(head, "NumPy", f"counts {shape[0]} tokens of {kind.itemsize} bytes, which need {needed} bytes, "
+                                      f"and the file has {head.size}")  # fmt: skip
     return _span(head, "NumPy", kind.str, offset, shape[0])
 
 

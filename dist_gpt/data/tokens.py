@@ -91,11 +91,12 @@ def check_fits(prepared: Prepared, config: Config) -> None:
     parts = [("train", prepared.train)] + ([("validation", prepared.val)] if config.train.eval_batches else [])
     for name, tokens in parts:
         if len(tokens) < needed:
-            advice = "" if name == "train" else ", raise data.val_fraction, or set train.eval_batches to 0"
+            advice = "lower model.seq_len or use more data"
+            if name == "validation":
+                advice = "lower model.seq_len, use more data, raise data.val_fraction, or set train.eval_batches to 0"
             raise DataError(
                 f"data.source: {name} part of {prepared.source} has {len(tokens)} tokens, but one sequence needs "
-                f"{needed} (model.seq_len {config.model.seq_len} + 1 for the target); lower model.seq_len, use more "
-                f"data{advice}"
+                f"{needed} (model.seq_len {config.model.seq_len} + 1 for the target); {advice}"
             )
     _refuse_constant(prepared, config.model.seq_len)
     vocabulary = config.model.vocab_size
@@ -127,9 +128,10 @@ def _refuse_constant(prepared: Prepared, seq_len: int) -> None:
     )
     for name, tokens, (low, high), fewest in parts:
         if low == high and len(tokens) > fewest:
+            why = "it may have been allocated but never fully written:" if low == 0 else "look at what wrote it, and"
             raise DataError(
                 f"data.source: all {len(tokens):,} {name} tokens of {prepared.source} are the id {low}, so there is "
-                "nothing to learn from them; the file may have been allocated but never fully written: write it again"
+                f"nothing to learn from them; {why} write it again"
             )
 
 
@@ -267,7 +269,8 @@ def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:
         if trained.vocab_size < size:
             say(f"the text yields {trained.vocab_size} tokens only; the other {size - trained.vocab_size} stay unused")
         tokenizer = trained
-    say(f"tokenising {len(corpus.documents)} documents, {corpus.size / 1e6:.1f} MB")
+    count = len(corpus.documents)
+    say(f"tokenising {count} document{'' if count == 1 else 's'}, {corpus.size / 1e6:.1f} MB")
     dtype = _dtype(tokenizer.vocab_size)
     parts = {name: write_part(folder / f"{name}.bin", dtype, _encode(tokenizer, documents[name])) for name in documents}
     meta = {"source": corpus.source, "tokenizer": config.data.tokenizer, "vocab_size": tokenizer.vocab_size}

@@ -133,12 +133,16 @@ def test_known_headers_are_read(make: Any, tmp_path: Path, content: bytes, ids: 
         (npy(BPE > 5), ["bool", "integers"]),
         (npy(BPE.reshape(40, 100)), ["(40, 100)", "reshape(-1)"]),
         (npy(np.array(7)), ["()"]),
-        (npy(BPE)[:-8], ["NumPy", "truncated, damaged"]),
-        (npy(BPE) + npy(BPE), ["NumPy", "one array ends at"]),
+        (npy(BPE)[:-8], ["NumPy", "counts 4000 tokens of", "truncated, damaged"]),
+        (npy(BPE) + npy(BPE), ["NumPy", "counts 4000 tokens of"]),
         (b"\x93NUMPY\x01\x00\x10\x00nonsense", ["NumPy", "cannot be read"]),
         (npy_header("(10"), ["NumPy", "cannot be read"]),
-        (npy_header(f"({10**30},)"), ["NumPy", "cannot be read"]),
-        (npy_header(f"({1 << 62},)"), ["NumPy", "cannot be read"]),
+        (npy_header(f"({10**30},)"), ["NumPy", f"counts {10**30} tokens"]),
+        (npy_header(f"({1 << 62},)"), ["NumPy", f"counts {1 << 62} tokens"]),
+        (npy_header("(-5,)"), ["NumPy", "counts -5 tokens"]),
+        (npy(BPE).replace(b"NUMPY\1", b"NUMPY\3"), ["NumPy", "version 3.0"]),
+        (llmc(BPE, 20240521, 1, "<u2"), ["header like llm.c's and an unknown magic", "20240520 (version 1)"]),
+        (llmc(BPE, 20261231, 3, "<u4"), ["header like llm.c's and an unknown magic"]),
         (npy(np.zeros(0, "<u2")), ["0 tokens"]),
     ],
 )
@@ -149,7 +153,23 @@ def test_damaged_headers_are_refused(make: Any, tmp_path: Path, content: bytes, 
 
 def test_object_arrays_are_never_unpickled(make: Any, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
-    refused(make(tmp_path / "ids.npy"), "NumPy")
+    refused(make(tmp_path / "ids.npy"), "holds Python objects, but tokens are integers")
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("corpus.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "run git lfs pull"),
+    ("ids.json", "[" + ", ".join(map(str, range(5000))) + "]\n", "its digits would be trained on"),
+    ("rows.json", "[[1, 2],\n [3, 4]]" * 500, "its digits would be trained on"),
+])  # fmt: skip
+def test_text_that_stands_for_something_else(make: Any, tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    refused(make(tmp_path / name), str(tmp_path / name), words)
+
+
+def test_json_with_words_and_numbers_in_a_text_are_text(make: Any, tmp_path: Path) -> None:
+    for name, text in (("a.json", '[{"text": "1 2 3"}]' * 500), ("digits.txt", "3.14159265, 2, 3" * 500)):
+        (tmp_path / name).write_text(text)
+        assert len(prepare(make(tmp_path / name)).train) > 1000
 
 
 # Formats that are named ----------------------------------------------------------------------------------------------
