@@ -109,7 +109,8 @@ def launch(
     told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and sums up; its log was shown
     with _removed_if_not_started(run_dir), contextlib.ExitStack() as held:
         with _progress(as_json):
-            print(f"{loaded.name}: {loaded.world_size} ranks on {way.sentence}. {device.sentence}", flush=True)
+            ranks = "1 rank" if loaded.world_size == 1 else f"{loaded.world_size} ranks"
+            print(f"{loaded.name}: {ranks} on {way.sentence}. {device.sentence}", flush=True)
             hold = None if told else lambda folder: held.enter_context(lock.hold(folder))
             _make_run_dir(loaded, asked, with_data=not check, hold=hold)
         code = way.run(job)

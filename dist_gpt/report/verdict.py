@@ -120,6 +120,8 @@ def _without_window(run: Run) -> Verdict:
         return Verdict("no training step was recorded", "the run ended before its second step", advice, None)
     worst = max(blocked, key=lambda axis: blocked[axis], default=None)
     share = blocked[worst] / wall if worst is not None else 0.0
+    if len(run.ranks) == 1 and share == 0.0:
+        return Verdict("one rank, so nothing is communicated", why, advice, None, 0.0)
     if worst is None or share < BOUND:
         total = sum(blocked.values()) / wall
         return Verdict(f"communication blocks ranks {percent(total)} of the step", why, advice, None, total)

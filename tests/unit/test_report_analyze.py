@@ -315,6 +315,10 @@ class TestDocument:
         assert sum(part["s"] for part in path["parts"]) == pytest.approx(path["step_s"])
         assert all(row["step_s"] <= path["step_s"] * 1.001 for row in document["free"])
 
+    def test_one_rank_without_a_window(self, tmp_path: Path) -> None:
+        write(tmp_path, small(window=None))
+        assert analyze(load(tmp_path))["verdict"]["line"] == "one rank, so nothing is communicated"
+
     def test_without_a_window(self, tmp_path: Path) -> None:
         write(tmp_path, small(*CUBE, window=None))
         document = analyze(load(tmp_path))
