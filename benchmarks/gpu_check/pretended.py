@@ -163,7 +163,9 @@ def _place() -> str:
     """Return the innermost running line of this repository outside this file."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and ".venv" not in path.parts and path != Path(__file__).resolve():
+        if not path.is_relative_to(ROOT) or path == Path(__file__).resolve():
+            continue
+        if not {"site-packages", "dist-packages"} & set(path.parts):  # an environment may lie in the repository
             return f"{path.relative_to(ROOT).as_posix()}:{frame.lineno} ({frame.line})"
     return "outside this repository"
 

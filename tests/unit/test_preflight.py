@@ -281,6 +281,7 @@ class TestFacts:
             "DIST_GPT_CONFIG_HASH": finding.config_digest(tmp_path / "config.yaml"), "GLOO_SOCKET_IFNAME": "lo, eth9",
             "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
+        before = time.time()
         facts = json.loads(json.dumps(finding.facts(environ)))
         assert facts["config"] == facts["config_expected"] != ""
         assert facts["master"]["addresses"] == ["127.0.0.1"] and facts["towards_watch"] == "127.0.0.1"
@@ -288,10 +289,9 @@ class TestFacts:
         assert facts["cores"] == sorted(os.sched_getaffinity(0)) and facts["gpus"] == []
         assert facts["run_dir"]["visible"] and facts["run_dir"]["writable"]
         assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"], "its trial of writing is still there"
-        assert abs(facts["time"] - time.time()) < 60
+        assert before <= facts["time"] <= time.time()
         assert len(json.dumps(facts)) < 32768
-        fastest = min(_seconds(environ) for _ in range(5))
-        assert fastest < 0.1
+        assert min(_seconds(environ) for _ in range(5)) < finding.RESOLVE_S, "it waits for a name service"
 
     def test_without_torch(self) -> None:
         code = "import sys, launch.preflight as p; p.facts({}); sys.exit('torch' in sys.modules)"

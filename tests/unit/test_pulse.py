@@ -150,8 +150,7 @@ def test_it_says_channels_beats_obeys_and_takes_its_leave() -> None:
     first = json.loads(launcher.file.readline())
     assert first["channels"] == [["tp", [0, 1], ""], ["pp", [0, 2], "f"]]
     assert reach({"a": ["127.0.0.1", first["port"]]}) == {"a": True}
-    begun = time.monotonic()
-    assert [launcher.next("beat")["calls"] for _ in range(3)] == [0, 0, 0] and time.monotonic() - begun < 4.0
+    assert [launcher.next("beat")["calls"] for _ in range(3)] == [0, 0, 0]
     launcher.tell(do="probe", targets={"here": ["127.0.0.1", first["port"]], "odd": ["no address", 1]})
     assert launcher.next("probe") == {"here": True, "odd": False}
     launcher.link.sendall(b"nonsense\n[]\n{}\n")
