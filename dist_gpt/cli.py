@@ -109,8 +109,7 @@ def launch(
     told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and sums up; its log was shown
     with _removed_if_not_started(run_dir), contextlib.ExitStack() as held:
         with _progress(as_json):
-            ranks = "1 rank" if loaded.world_size == 1 else f"{loaded.world_size} ranks"
-            print(f"{loaded.name}: {ranks} on {way.sentence}. {device.sentence}", flush=True)
+            print(f"{loaded.name}: {_ranks(loaded)} on {way.sentence}. {device.sentence}", flush=True)
             hold = None if told else lambda folder: held.enter_context(lock.hold(folder))
             _make_run_dir(loaded, asked, with_data=not check, hold=hold)
         code = way.run(job)
@@ -123,6 +122,10 @@ def launch(
         summed_up = (code == 0 or document["skipped_why"]) and not told
         _print(document, as_json, run.last_lines(document, with_summary=bool(summed_up)))
     raise typer.Exit(code)
+
+
+def _ranks(config: Config) -> str:
+    return f"{config.world_size} rank{'' if config.world_size == 1 else 's'}"
 
 
 def _leave_if_finished(config: Config, as_json: bool) -> None:
