@@ -19,6 +19,7 @@ STDLIB_LIMIT = 16_000_000  # bytes; keeps the first preparation within seconds o
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".csv", ".html", ".xml", ".yaml", ".yml", ".toml"}
 IDS_LOOKED_AT = 1 << 16
+LFS_POINTER = b"version https://git-lfs"
 SOURCES = (
     "stdlib, synthetic, a text file, a folder of text files, a .bin or .npy of tokens, a folder with train.bin "
     "and val.bin, or a Megatron .bin with its .idx"
@@ -192,7 +193,7 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
                 f"data.source: {path} is no text: {problem}; convert it to UTF-8, {remove}or, if it holds tokens, "
                 "name it .bin"
             )
-        refuse_other_text(path, data)
+        refuse_other_text(path, data, alone=len(files) == 1)
         if problem:
             skipped.append(name)
         elif data:
@@ -207,11 +208,15 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
     return Corpus(source, tuple(documents), digest.hexdigest(), tuple(skipped))
 
 
-def refuse_other_text(path: Path, data: bytes) -> None:
-    """Raise DataError for text that only stands for what it should hold: a Git LFS pointer, a JSON list of ids."""
-    if data.startswith(b"version https://git-lfs"):
+def refuse_other_text(path: Path, data: bytes, alone: bool) -> None:
+    """Raise DataError for text that only stands for what it should hold: a Git LFS pointer, a JSON list of ids.
+
+    Among other files, a JSON list of numbers may well be text to learn from; `alone`: it is the only file.
+    """
+    if data.startswith(LFS_POINTER):
         raise DataError(f"data.source: {path} is a Git LFS pointer instead of the file; run git lfs pull")
-    if path.suffix == ".json" and not data[:IDS_LOOKED_AT].strip(b"[]0123456789, \t\r\n"):
+    numbers = data[:IDS_LOOKED_AT].strip(b"[], \t\r\n")
+    if alone and path.suffix == ".json" and numbers and not numbers.strip(b"[]0123456789, \t\r\n"):
         raise DataError(
             f"data.source: {path} holds only numbers, and as text its digits would be trained on; if they are token "
             "ids, save them with numpy.save as .npy, and if not, name it .txt"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 
-from dist_gpt.data.corpus import DataError
+from dist_gpt.data.corpus import LFS_POINTER, DataError
 from dist_gpt.data.reader import Span
 
 HEAD = 4096
@@ -189,7 +189,7 @@ REFUSED: tuple[Format, ...] = (
     Format("an image", _any(b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1")),
     Format("a RIFF file (audio or images)", lambda h: h.first[:4] == b"RIFF" and h.word(4) + 8 == h.size),
     Format("a program or library (ELF)", _at(b"\x7fELF")),
-    Format("a Git LFS pointer instead of the file", _at(b"version https://git-lfs"), "run git lfs pull"),
+    Format("a Git LFS pointer instead of the file", _at(LFS_POINTER), "run git lfs pull"),
     Format("UTF-16 text (a byte order mark)", _any(b"\xff\xfe", b"\xfe\xff"), "convert it to UTF-8 and name it .txt",
            sure=False),
     Format("text (UTF-8, such as JSON, CSV or a web page)", _text,

@@ -166,6 +166,12 @@ def test_text_that_stands_for_something_else(make: Any, tmp_path: Path, name: st
     refused(make(tmp_path / name), str(tmp_path / name), words)
 
 
+def test_lists_of_numbers_and_empty_json_among_texts_are_no_reason_to_refuse(make: Any, tmp_path: Path) -> None:
+    for name, text in (("a.txt", "some words " * 500), ("ids.json", "[1, 2, 3]"), ("none.json", "[]"), ("e.json", "")):
+        (tmp_path / name).write_text(text)
+    assert len(prepare(make(tmp_path)).train) > 1000
+
+
 def test_json_with_words_and_numbers_in_a_text_are_text(make: Any, tmp_path: Path) -> None:
     for name, text in (("a.json", '[{"text": "1 2 3"}]' * 500), ("digits.txt", "3.14159265, 2, 3" * 500)):
         (tmp_path / name).write_text(text)
