@@ -61,7 +61,6 @@ class FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = self.repeated = 0
-        self._shapes = ShapeCache()
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -71,7 +70,7 @@ class FlopCounter(TorchDispatchMode):
         self.repeated += self.total - before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._shapes.call(func, args, kwargs or {})
+        out = SHAPES.call(func, args, kwargs or {})
         packet = func._overloadpacket
         if packet is torch.ops.aten.addmm_:  # accumulating (m, k) @ (k, n): torch has no formula for the in-place form
             self.total += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
@@ -129,6 +128,10 @@ def _is_new(result: Any, tensors: list[Tensor]) -> bool:
         return False
     storage = result.untyped_storage()._cdata
     return all(tensor.untyped_storage()._cdata != storage for tensor in tensors)
+
+
+SHAPES = ShapeCache()
+"""Of this process: the ranks of a layout, and similar configurations, repeat one another's operations."""
 
 
 def _parameters(replica: Rank) -> int:

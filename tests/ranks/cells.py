@@ -312,17 +312,25 @@ def _candidates() -> list[list[Cell]]:
 
 
 def choose_covering(cells: list[Cell]) -> list[Cell]:
-    """A small part of `cells` with every pair of option values that occurs in them: each time the cell with the most
-    pairs not yet seen, the first of equals."""
+    """Return a small part of `cells` with every pair of option values that occurs in them: each time the cell with the
+    most pairs not yet seen, a little less where a cell takes longer, the first of equals."""
     numbers: dict[tuple[Any, Any], int] = {}
     masks = [sum(1 << numbers.setdefault(pair, len(numbers)) for pair in cell.pairs) for cell in cells]
     missing = (1 << len(numbers)) - 1
+    dear = [_work(cell) ** 0.1 for cell in cells]  # a higher power would choose more cells, and save no time
     chosen = []
     while missing:
-        best = max(range(len(cells)), key=lambda i: (masks[i] & missing).bit_count())
+        best = max(range(len(cells)), key=lambda i: (masks[i] & missing).bit_count() / dear[i])
         chosen.append(cells[best])
         missing &= ~masks[best]
     return chosen
+
+
+def _work(cell: Cell) -> float:
+    """Return about how much a cell computes: layers, and one for the ends, times micro-batches, on all ranks."""
+    options = dict(cell.tags)
+    again = 1.0 if options["recompute"] == "none" else 1.3
+    return cell.world * (cell.config["model"]["num_layers"] + 1) * options["micro_batches"] * again
 
 
 def _tables() -> tuple[list[Cell], list[Cell]]:

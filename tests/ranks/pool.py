@@ -29,7 +29,7 @@ class CellError(RuntimeError):
 class Pool:
     """Runs cells on `RANKS` processes; a broken pool is replaced before the next cell.
 
-    `dry_everywhere`: every rank of a cell makes a dry run, not one copy of the data axis alone.
+    `dry_everywhere`: every rank of a cell makes a dry run, not one pipeline alone.
     """
 
     def __init__(self, dry_everywhere: bool = True) -> None:

@@ -7,6 +7,7 @@ declared.
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -156,23 +157,25 @@ MEMORY = [
 
 
 RECOMPUTE = ("none", "full", "selective")
+ENDS = (0, 3)
 EVERY_MEMORY = [
-    pytest.param(*cell, recompute, marks=[pytest.mark.all_cells] if (number + turn) % 3 else [])
+    pytest.param(*cell, recompute, rank, marks=[pytest.mark.all_cells] if (number + turn) % 6 else [])
     for number, cell in enumerate(MEMORY)
-    for turn, recompute in enumerate(RECOMPUTE)
+    for turn, (rank, recompute) in enumerate(product(ENDS, RECOMPUTE))
 ]
-"""Every combination; outside of `make test-all` each of MEMORY with one of RECOMPUTE."""
+"""Every combination; outside of `make test-all` each of MEMORY with one of RECOMPUTE on one of ENDS."""
 
 
-@pytest.mark.parametrize(("dtype", "grad", "stage", "offload", "recompute"), EVERY_MEMORY)
-def test_memory_is_counted_as_planned(dtype: str, grad: str | None, stage: str, offload: bool, recompute: str) -> None:
+@pytest.mark.parametrize(("dtype", "grad", "stage", "offload", "recompute", "rank"), EVERY_MEMORY)
+def test_memory_is_counted_as_planned(
+    dtype: str, grad: str | None, stage: str, offload: bool, recompute: str, rank: int
+) -> None:
     more = {"recompute": recompute, "micro_batch": 1}
     config = config_of(dtype, {"dp": 2, "tp": 2}, more, sharding=stage, grad_dtype=grad, offload=offload)
-    for rank in (0, 3):
-        plan = RankPlan(config, rank)
-        counted = dryrun_document(config, rank)
-        assert counted["memory_bytes"] == count_memory(plan, plan.steps)
-        assert counted["differences"] == []
+    plan = RankPlan(config, rank)
+    counted = dryrun_document(config, rank)
+    assert counted["memory_bytes"] == count_memory(plan, plan.steps)
+    assert counted["differences"] == []
 
 
 @pytest.mark.parametrize(

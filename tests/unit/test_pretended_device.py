@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,34 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
     "pp2-gpipe-tp2": {"pp": 2, "tp": 2, "schedule": "gpipe"},
-    "dp2": {"dp": 2},
 }
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
 
 
 def combinations() -> Iterator[tuple[str, Config]]:
-    """Return every family, dtype and layout, the other options in turn, and each ZeRO stage with each recompute."""
-    number, layers = 0, {"num_layers": 1}
-    for family in ("gpt2", "llama"):
-        for dtype in DTYPES:
-            for layout, parallel in LAYOUTS.items():
-                if (number := number + 1) % 3 == 0 and layout not in ("tp2-sp", "pp2"):
-                    continue  # what stands out in another family or dtype as well
-                dropout = 0.1 * (number % 2)
-                recompute = ("none", "full", "selective")[number % 3]
-                yield (
-                    f"{family} {dtype} {layout} dropout {dropout} {recompute}",
-                    tiny(family, dtype, {"dropout": dropout, "num_layers": parallel.get("pp", 1)}, recompute, parallel),
-                )
+    """Yield three of four dtypes for every family and layout, the other options in turn, and every ZeRO stage."""
+    layers = {"num_layers": 1}
+    for turn, family in enumerate(("gpt2", "llama")):
+        for number, (dtype, layout) in enumerate(product(DTYPES, LAYOUTS)):
+            if (DTYPES.index(dtype) + list(LAYOUTS).index(layout) + 2 * turn) % 4 == 0:
+                continue  # the other family has it
+            parallel, dropout = LAYOUTS[layout], 0.1 * (number % 2)
+            recompute = ("none", "full", "selective")[number // 2 % 3]
+            count = 2 if "pp" in parallel else 1 + number // 3 % 2
+            model = {"dropout": dropout, "num_layers": parallel.get("pp", 1)}
+            yield (
+                f"{family} {dtype} {layout} dropout {dropout} {recompute}, {count} micro-batches",
+                tiny(family, dtype, model, recompute, parallel, micro_batches=count),
+            )
         for stage in ("none", "zero1", "zero2", "zero3"):
             dtype = "bf16" if stage in ("zero1", "zero3") else "fp32"
             yield f"{family} {dtype} {stage}", tiny(
                 family, dtype, layers, recompute="full" if stage == "zero3" else "none", parallel={"dp": 2},
                 optim={"sharding": stage, "bucket_mb": 0.01},
             )  # fmt: skip
-    yield "interleaved", tiny(
-        model={"num_layers": 4}, parallel={"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}
+    yield (
+        "interleaved",
+        tiny(model={"num_layers": 4}, parallel={"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}),
     )
     yield "bf16 gradients, averages and reductions", tiny(
         dtype="bf16", model=layers, parallel={"dp": 2},
