@@ -71,9 +71,9 @@ class Import:
         return f"{self.path}:{self.line}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """One Python file, parsed."""
+    """One Python file, parsed; each is one object, by which what is found in it is remembered."""
 
     path: str  # relative to the root, with /
     text: str
@@ -109,6 +109,13 @@ def dotted(node: ast.expr) -> str:
     return f"{inner}.{node.attr}" if inner and isinstance(node, ast.Attribute) else ""
 
 
+@cache
+def nodes(source: Source) -> list[ast.AST]:
+    """Return every node of the file."""
+    return list(ast.walk(source.tree))
+
+
+@cache
 def imports(source: Source) -> list[Import]:
     """Every import statement, at any depth, and every import_module or __import__ of a literal name."""
     found: list[Import] = []
@@ -206,7 +213,7 @@ def communicates_outside_comm(root: Path) -> Iterator[str]:
         if source.path.startswith("dist_gpt/comm/") or source.path in DISTRIBUTED_ELSEWHERE:
             continue
         names = [(found.line, found.module) for found in imports(source)]
-        names += [(node.lineno, dotted(node)) for node in ast.walk(source.tree) if isinstance(node, ast.Attribute)]
+        names += [(node.lineno, dotted(node)) for node in nodes(source) if isinstance(node, ast.Attribute)]
         for line, name in sorted(set(names)):
             below_torch = name.lower().split(".")[1:] if name.split(".")[0] == "torch" else []
             if any("distributed" in part or "c10d" in part for part in below_torch):
@@ -215,7 +222,7 @@ def communicates_outside_comm(root: Path) -> Iterator[str]:
 
 def declares_global(root: Path) -> Iterator[str]:
     for source in sources(root):
-        for node in ast.walk(source.tree):
+        for node in nodes(source):
             if isinstance(node, ast.Global):
                 yield f"{source.path}:{node.lineno}: global {', '.join(node.names)}; pass it as an argument"
 
@@ -234,7 +241,7 @@ def loaders(root: Path) -> set[str]:
     """Names of safe YAML loaders: PyYAML's, and classes of ours that derive from one."""
     safe = {"SafeLoader", "CSafeLoader"}
     for source in sources(root):
-        for node in ast.walk(source.tree):
+        for node in nodes(source):
             if isinstance(node, ast.ClassDef) and any(dotted(base).split(".")[-1] in safe for base in node.bases):
                 safe.add(node.name)
     return safe
@@ -274,7 +281,7 @@ def runs_untrusted_text(root: Path) -> Iterator[str]:
         for found in imports(source):
             if found.module.split(".")[0] in PICKLES:
                 yield f"{found.where}: imports {found.module}, which can run code on loading"
-        for node in ast.walk(source.tree):
+        for node in nodes(source):
             if isinstance(node, ast.Call) and (wrong := unsafe_call(node, safe_loaders)):
                 yield f"{source.path}:{node.lineno}: {wrong}"
 
@@ -284,7 +291,7 @@ def is_too_long(root: Path) -> Iterator[str]:
         lines = source.text.count("\n")
         if lines > MAX_LINES:
             yield f"{source.path}: {lines} lines, {MAX_LINES} are allowed; split it"
-        for node in ast.walk(source.tree):
+        for node in nodes(source):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
