@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from dist_gpt.config import explain, yaml_io
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.problems import problems
-from dist_gpt.config.schema import Config, LaunchConfig
+from dist_gpt.config.schema import SMALLEST_BPE, Config, LaunchConfig
 
 __all__ = ["ConfigError", "config_hash", "dump", "find", "load", "presets", "problems", "resolve"]
 
@@ -232,10 +232,11 @@ def _vocab_size(config: Config) -> tuple[int, str | None]:
     """Rows of the embedding, and what is wrong."""
     given, tokenizer, source = config.model.vocab_size, config.data.tokenizer, config.data.source
     kind, _, size = tokenizer.partition(":")
-    if tokenizer != "byte" and not (kind == "bpe" and size.isascii() and size.isdigit() and 256 <= int(size) < 2**31):
+    digits = size.isascii() and size.isdigit()
+    if tokenizer != "byte" and not (kind == "bpe" and digits and SMALLEST_BPE <= int(size) < 2**31):
         return given or 1, (
-            f"data.tokenizer: got '{tokenizer}', expected byte, or bpe:SIZE with SIZE >= 256 (one entry per byte "
-            "first), for example bpe:4096"
+            f"data.tokenizer: got '{tokenizer}', expected byte, or bpe:SIZE with SIZE >= {SMALLEST_BPE} (one entry per "
+            "byte first, and the end of text), for example bpe:4096"
         )
     if given is not None:
         return given, None

@@ -25,6 +25,8 @@ Word = Annotated[str, BeforeValidator(_as_text)]
 """Text that may look like a number."""
 
 DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+SMALLEST_BPE = 257
+"""Entries of the smallest byte-level BPE: 256 bytes and the end of text."""
 
 
 class Section(BaseModel):

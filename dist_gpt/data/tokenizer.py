@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_gpt.config.schema import SMALLEST_BPE
 from dist_gpt.data.corpus import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_BPE = 257  # 256 bytes and the end of text
 
 
 class Tokenizer(Protocol):

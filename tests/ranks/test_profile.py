@@ -285,6 +285,13 @@ def test_measured_memory_is_the_plan(tmp_path: Path) -> None:
         assert fact["peak_bytes"] > fact["parts"]["peak"]
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the ceiling alone may take the time for all products, which are then left out."""
+    monkeypatch.setattr("dist_gpt.profile.kernels.TOTAL_S", math.inf)
+
+
+@pytest.mark.usefixtures("unhurried")
 def test_products_are_measured_alone(tmp_path: Path) -> None:
     config = small(tmp_path, **{"model.num_kv_heads": 1})
     ceiling, *rows = [next(iter(fact.items())) for fact in kernel_facts(config, torch.device("cpu"))]
@@ -310,6 +317,7 @@ class TestRecorder:
             recorder.close()
         return [json.loads(line) for line in (folder / "events.rank0.jsonl").read_text().splitlines()]
 
+    @pytest.mark.usefixtures("unhurried")
     def test_rows_only_inside_the_window(self, tmp_path: Path) -> None:
         rows = self.run(tmp_path, **{"profile.steps": "[2, 3]"})
         assert sorted({row[1] for row in rows if isinstance(row, list)}) == [2, 3]

@@ -148,7 +148,7 @@ IMPOSSIBLE: dict[str, tuple[list[str], list[str]]] = {
     "vocabulary of a tokenised file": (["data.source=/data/train.bin"], ["model.vocab_size: missing", "train.bin"]),
     "vocabulary of synthetic data": (["data.source=synthetic"], ["model.vocab_size: missing", "synthetic"]),
     "unknown tokenizer": (["data.tokenizer=wordpiece"], ["data.tokenizer: got 'wordpiece'", "byte", "bpe:SIZE"]),
-    "tokenizer smaller than the bytes": (["data.tokenizer=bpe:100"], ["data.tokenizer: got 'bpe:100'", ">= 256"]),
+    "tokenizer smaller than the bytes": (["data.tokenizer=bpe:256"], ["data.tokenizer: got 'bpe:256'", ">= 257"]),
     "ranks do not spread over nodes": (
         ["launch.nodes=3", "parallel.dp=2"],
         ["parallel.dp 2", "= 2 ranks", "launch.nodes 3"],
