@@ -95,7 +95,8 @@ class ShapeCache:
         if func._schema.is_mutable:
             return func(*args, **kwargs)
         tensors: list[Tensor] = []
-        key = (func, _described(args, tensors), _described(tuple(sorted(kwargs.items())), tensors))
+        given = _described(args, tensors), _described(tuple(sorted(kwargs.items())), tensors)
+        key = (func, torch.get_default_dtype(), *given)
         known = self._known.get(key)
         if known is not None:
             return tuple(map(_new, known)) if isinstance(known, list) else _new(known)

@@ -206,8 +206,8 @@ def forms() -> Iterator[dict[str, Any]]:
 
 def layer_split(kind: str, chunks: int) -> tuple[int, str | list[int]] | None:
     """num_layers and parallel.layers; None where there is no such split."""
-    if kind == "uneven":  # one more layer than chunks
-        return chunks + 1, "balanced"
+    if kind == "uneven":  # 5 layers over 2, 3 or 4 chunks, or one more layer than chunks
+        return (2 if chunks == 1 else max(5, chunks + 1)), "balanced"
     if chunks == 1:
         return None
     if kind == "equal":

@@ -148,7 +148,7 @@ IMPOSSIBLE: dict[str, tuple[list[str], list[str]]] = {
     "vocabulary of a tokenised file": (["data.source=/data/train.bin"], ["model.vocab_size: missing", "train.bin"]),
     "vocabulary of synthetic data": (["data.source=synthetic"], ["model.vocab_size: missing", "synthetic"]),
     "unknown tokenizer": (["data.tokenizer=wordpiece"], ["data.tokenizer: got 'wordpiece'", "byte", "bpe:SIZE"]),
-    "tokenizer smaller than the bytes": (["data.tokenizer=bpe:256"], ["data.tokenizer: got 'bpe:256'", ">= 257"]),
+    "tokenizer without the end of text": (["data.tokenizer=bpe:256"], ["data.tokenizer: got 'bpe:256'", ">= 257"]),
     "ranks do not spread over nodes": (
         ["launch.nodes=3", "parallel.dp=2"],
         ["parallel.dp 2", "= 2 ranks", "launch.nodes 3"],
@@ -257,13 +257,13 @@ def test_dtypes_and_shards_that_do(small: str, overrides: list[str]) -> None:
 def test_overrides_are_read_as_yaml_and_applied_in_order(small: str) -> None:
     config = load(small, [
         "optim.lr=1e-4", "optim.betas=[0.8, 0.9]", "train.seed=1", "train.seed = 2", "model.attention_dropout=null",
-        "log.wandb.mode=offline", "parallel.layers=[1,3]", "parallel.pp=2", "data.source=a=b", "data.tokenizer=bpe:300",
+        "log.wandb.mode=offline", "parallel.layers=[1,3]", "parallel.pp=2", "data.source=a=b", "data.tokenizer=bpe:257",
         "train={steps: 4, global_batch: 2}", "train.global_batch=6",
     ])  # fmt: skip
     assert config.optim.lr == 1e-4 and config.optim.betas == [0.8, 0.9] and config.train.seed == 0
     assert (config.train.steps, config.train.global_batch) == (4, 6)
     assert config.model.attention_dropout == 0.0 and config.log.wandb.mode == "offline"
-    assert config.parallel.layers == [1, 3] and config.data.source == "a=b" and config.model.vocab_size == 300
+    assert config.parallel.layers == [1, 3] and config.data.source == "a=b" and config.model.vocab_size == 257
 
 
 @pytest.mark.parametrize("text", ["train.steps", "=3", "", ".=1", "train.=1", "train..steps=1"])

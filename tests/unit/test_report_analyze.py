@@ -352,7 +352,8 @@ class TestDocument:
             assert said["line"] == f"{told}: the run failed" and "optim.lr" in said["next"] and document["failed"]
             assert f"{6 - len(bad)} of 6 steps changed the weights" in said["why"]
             assert told in terminal(document).replace("\n         ", " ") and told in markdown(document, None)
-            assert told in render(document, None, {})
+            drawn = None if window and len(bad) == 6 else {}  # drawing takes most of the time
+            assert told in render(document, None, drawn)
         else:
             assert "skipped" not in said["line"] and "1 of 6 steps skipped (loss not finite)" in said["why"]
 
