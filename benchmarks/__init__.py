@@ -1,1 +1,1 @@
-"""What is compared with whom, each one command: `python -m benchmarks [NAME ...]`, all of them by `make bench`."""
+"""Benchmarks: run some with `python -m benchmarks [NAME ...]`, or `make bench` for the default set."""

@@ -1,6 +1,6 @@
-"""`python -m benchmarks [NAME ...]`: measure here what the README compares, and hold it to its targets.
+"""`python -m benchmarks [NAME ...]`: measure on this machine what the README compares, and check the targets.
 
-Exit codes: 0 every target met, 1 one is not, 2 bad input.
+Exit codes: 0 every target is met, 1 a target is missed or a worker failed, 2 bad input.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ NAMES = {
     "sharding": "sharding",
     "precision": "precision",
 }
-"""Name -> module with `run(settings, say)`, quick ones first."""
+"""Name -> module with `run(settings, say)`, the quick ones first."""
 BY_NAME_ONLY = {"sharding"}
-"""Takes an hour."""
+"""Benchmarks that run only if named: they take an hour."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     default = Settings()
     p = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what the README compares.")
     p.add_argument(
@@ -70,7 +70,7 @@ def _positive(text: str) -> int:
 
 
 def settings_of(given: argparse.Namespace) -> Settings:
-    """The options as the benchmarks read them."""
+    """Return the options in the form that benchmarks take."""
     return Settings(
         pairs=given.pairs, threads=given.threads, family=given.family, hidden=given.hidden, layers=given.layers,
         heads=given.heads, seq=given.seq, vocab=given.vocab, micro_batch=given.micro_batch,
@@ -79,7 +79,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the named benchmarks. A target that is missed does not stop the next one."""
+    """Run the named benchmarks and return the exit code. A missed target does not stop the next benchmark."""
     given = parser().parse_args(argv)
     if unknown := [name for name in given.names if name not in NAMES]:
         _say(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")

@@ -1,7 +1,7 @@
-"""`bubble`: the simulated bubble against the published formulas, for every legal case.
+"""`bubble`: compare the simulated bubble with the published formulas, for every legal case.
 
-GPipe and 1F1B (p-1)/(m+p-1), interleaved 1F1B (p-1)/(vm+p-1): arXiv:2104.04473, section 2. All chunks cost the same, a
-backward twice a forward, messages nothing.
+GPipe and 1F1B: (p-1)/(m+p-1); interleaved 1F1B: (p-1)/(vm+p-1) (arXiv:2104.04473, section 2). All chunks cost the same,
+a backward costs twice a forward, and messages cost nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Case = tuple[str, int, int, int]
 
 
 def cases() -> Iterator[Case]:
-    """(schedule, p, v, m), all p <= 16 and m <= 64 where legal; interleaved with 2 to 4 virtual stages."""
+    """Yield (schedule, p, v, m) for all legal p <= 16 and m <= 64; interleaved with 2 to 4 virtual stages."""
     for name in NAMES:
         for p in range(1, STAGES + 1):
             for v in range(1, VIRTUAL + 1):
@@ -30,23 +30,24 @@ def cases() -> Iterator[Case]:
 
 
 def simulated(case: Case) -> float:
-    """The idle share of the step, mean over ranks."""
+    """Return the simulated idle fraction of the step, the mean over ranks."""
     name, p, v, m = case
     return simulate(make_orders(*case), placement(name, p, v), cost).bubble
 
 
 def cost(rank: int, action: Action) -> float:
-    """A forward is 1, its backward 2."""
+    """Return the cost of an action: 1 for a forward, 2 for a backward."""
     return {Op.F: 1.0, Op.B: 2.0}[action.op]
 
 
 def formula(case: Case) -> float:
+    """Return the published idle fraction of the step; v is 1 unless interleaved."""
     _, p, v, m = case
     return (p - 1) / (v * m + p - 1)
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Every case once; it is arithmetic, so there is nothing to repeat."""
+    """Compare every case once: it is arithmetic, so there is nothing to repeat."""
     worst: dict[str, tuple[float, Case]] = {}
     counts = dict.fromkeys(NAMES, 0)
     for case in cases():

@@ -1,4 +1,4 @@
-"""Who is compared in `sharding`, on which models, and which bucket sizes each may choose from. No torch."""
+"""Contenders of `sharding`: trainers, models, and the bucket sizes that each may choose from. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dist_gpt.config.schema import Config
 
 OURS, SHARE = "ours", "ideal"
 STAGES = ("none", "zero1", "zero2", "zero3", "zero3-step")
-"""`optim.sharding`; zero3 frees what it gathered after each pass, zero3-step keeps it until the update."""
+"""Values of `optim.sharding`. zero3 frees gathered parameters after each pass, zero3-step keeps them to the update."""
 RANKS = (2, 4)
 NUMBER = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-step": 3}
 MICRO_BATCHES = 2
-"""Per rank and step."""
+"""Micro-batches per rank and step."""
 TRUE_RS = " + rs"
-"""Ends the name of a peer that has a true reduce-scatter."""
+"""Suffix of the name of a peer with a true reduce-scatter."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model, and the micro-batch it is trained with."""
+    """Sizes of a model, and of the micro-batch it is trained with."""
 
     name: str
     what: str
@@ -41,7 +41,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison."""
+    """One comparison: a model, a number of ranks, and a stage of STAGES."""
 
     size: Size
     ranks: int
@@ -49,10 +49,11 @@ class Case:
 
     @property
     def label(self) -> str:
+        """Name of the case in tables and messages."""
         return f"{self.size.name}, {self.ranks} ranks, {self.stage}"
 
     def config(self, settings: Settings, bucket_mb: float | None = None) -> Config:
-        """Ours. Raises ConfigError."""
+        """Return our configuration of the case. Raise ConfigError if it cannot train."""
         sharding, _, reshard = self.stage.partition("-")
         more = [f"optim.sharding={sharding}"]
         more += [f"optim.reshard={reshard}"] if reshard else []
@@ -66,13 +67,13 @@ class Case:
 
     @property
     def block_numel(self) -> int:
-        """Weights of a layer."""
+        """Number of weights of a layer."""
         return 12 * self.size.hidden**2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One bucket size: how it is called, and what it changes."""
+    """One bucket size: its name, our `optim.bucket_mb`, and the options of a peer."""
 
     name: str
     bucket_mb: float | None = None
@@ -81,7 +82,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer, with what is the same for all its choices."""
+    """A trainer, with the bucket sizes that it may choose from."""
 
     name: str
     side: str
@@ -89,6 +90,7 @@ class Contender:
 
     @property
     def is_peer(self) -> bool:
+        """True for DeepSpeed and fully_shard."""
         return self.side in ("fsdp", "deepspeed")
 
 
@@ -97,7 +99,7 @@ BUCKETS_MB = (4.0, 16.0, 64.0)
 
 
 def contenders(case: Case) -> list[Contender]:
-    """Ours first."""
+    """Return the contenders of a case, ours first."""
     sharded = 1.0 if case.stage == "none" else 1.0 / case.ranks
     own = tuple(Choice(f"{mb:g} MB", mb) for mb in BUCKETS_MB)
     found = [
@@ -137,8 +139,10 @@ def _fully_sharded(case: Case, true: bool) -> Contender:
 
 
 def cases(only: tuple[str, ...]) -> list[Case]:
-    """The cases that every word of `only` allows: models, stages, and ranks as `2`; of each sort all where none is
-    named. Raises ValueError for a word that is none of them."""
+    """Return the cases that `only` selects by names of models and stages and by numbers of ranks, such as `2`.
+
+    Models, ranks or stages of which none is named are all included. Raise ValueError for an unknown word.
+    """
     known = {**dict.fromkeys(SIZES, 0), **{str(n): 1 for n in RANKS}, **dict.fromkeys(STAGES, 2)}
     if unknown := sorted(set(only) - set(known)):
         raise ValueError(f"--only {', '.join(unknown)}: expected some of {', '.join(known)}")

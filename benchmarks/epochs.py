@@ -1,6 +1,6 @@
-"""`epochs`: measure the order of windows over two epochs of ten million windows.
+"""`epochs`: check the order of windows over two epochs of ten million windows.
 
-Each window must be read exactly twice, in little memory and time, and in the same sequence on every layout.
+Each window must be read exactly twice, with little memory and time, and in the same sequence on every layout.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ WINDOWS, SEQ_LEN, BATCH = 10_000_000, 2, 24_000
 TARGET_MB, TARGET_US = 50.0, 1.0
 STEPS = -(-2 * WINDOWS // BATCH)
 COMPARED = 3
-"""Steps that are compared on all layouts: at the beginning, on both sides of the first epoch's end, at the end."""
+"""Number of steps to compare on all layouts: at the beginning, on each side of the first epoch's end, at the end."""
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Count the windows of two epochs once; the order is arithmetic, so only the time varies."""
+    """Count the windows of two epochs once: the order is arithmetic, so only the time varies."""
     what = f"two epochs over {WINDOWS:,} windows, batches of {BATCH:,}"
     result = Result(NAME, what, settings.document())
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
         batches = Batches(prepared, config)
         assert batches.windows == WINDOWS
         counts = np.zeros(WINDOWS, dtype=np.uint8)
-        tracemalloc.start()  # numpy's arrays are counted too; the process's own peak is that of making the file
+        tracemalloc.start()  # it counts numpy's arrays; the process's own peak is from writing the file
         spent = _count(batches, counts)
         grown = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()

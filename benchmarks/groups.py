@@ -1,4 +1,4 @@
-"""`groups`: how long rank 0 of 3,072 needs for its groups, on torch's fake process group."""
+"""`groups`: measure how long rank 0 of 3,072 takes to create its groups, on torch's fake process group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYOUT = Layout(pp=12, dp=32, cp=1, tp=8)
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """The first creation includes what it imports; it decides."""
+    """Create the groups several times. The first creation, which includes imports, is held to the target."""
     from dist_gpt.comm.mesh import FakeBackends, build_mesh
 
     holders = placement("1f1b", LAYOUT.pp, 1)

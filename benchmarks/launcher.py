@@ -1,7 +1,7 @@
-"""`launcher`: what `dist-gpt launch --via local` of 8 ranks costs beyond 8 processes that import torch together.
+"""`launcher`: measure the cost of `dist-gpt launch --via local` with 8 ranks beyond 8 processes that import torch.
 
 Ours is the whole command: configuration, plan, data from the cache, run directory, preflight, hello and go of every
-rank. Its ranks import torch and leave. The other side is 8 bare processes that import torch, started at once.
+rank. Its ranks import torch and exit. The other side is 8 bare processes that import torch, started at once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ argv_of = run.train_argv
 run.train_argv = lambda path, *more: (*argv_of(path)[:3], sys.argv[1])
 cli.main(sys.argv[2:])
 """
-"""The real command line; only what a rank runs is replaced."""
+"""Program of the real command line, in which only the command of a rank is replaced."""
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """`--pairs` (default 5) alternating pairs after one of each to warm the file cache."""
+    """Measure `--pairs` (default 5) alternating pairs, after one run of each side to warm the file cache."""
     pairs = settings.pairs or PAIRS
     with tempfile.TemporaryDirectory(prefix="dist-gpt-launcher-") as folder:
         program = Path(folder) / "rank.py"
@@ -65,7 +65,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
 
 
 def launched(folder: Path, program: Path) -> float:
-    """Seconds of the whole command."""
+    """Return the seconds of the whole command."""
     run_dir = folder / "run"
     argv = [sys.executable, "-c", COMMAND, str(program), "launch", "demo", "--set", f"run_dir={run_dir}"]
     argv += ["--set", "launch.backend=gloo"]
@@ -77,7 +77,7 @@ def launched(folder: Path, program: Path) -> float:
 
 
 def bare() -> float:
-    """Seconds until the last of RANKS processes has imported torch and left."""
+    """Return the seconds until the last of RANKS processes has imported torch and exited."""
     started = time.perf_counter()
     processes = [
         subprocess.Popen([sys.executable, "-c", "import torch"], cwd=ROOT, stdin=subprocess.DEVNULL, env=_environ())

@@ -1,4 +1,4 @@
-"""`layouts`: 2 ranks of one thread each against the plain PyTorch GPT on 2 threads, the same global batch."""
+"""`layouts`: compare 2 ranks of one thread each with the plain PyTorch GPT on 2 threads, on the same global batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS, MICRO_BATCHES, RANKS = 10, 8, 2
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """One layout after the other; each has its own ranks and its own plain side, in step with each other."""
+    """Measure one layout after the other. Each has its own ranks and its own plain side, which take turns."""
     total = settings.micro_batches or MICRO_BATCHES
     threads = settings.threads or 1
     chosen = [axis for axis in TARGETS if axis in settings.only or not settings.only]

@@ -1,4 +1,4 @@
-"""`ledger`: what recording costs the demo. The same processes train with it and without, in turn."""
+"""`ledger`: measure the cost of recording in the demo. The same processes train with and without it, in turn."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from dist_gpt.plan.steps import RankPlan
 NAME = "ledger"
 PAIRS = 60
 ISOLATED, ALWAYS, WINDOW = 0.01, 0.04, 0.05
-"""Targets, as shares of the step."""
+"""Targets, as fractions of the step time."""
 
 
 class Mode:
-    """A team that records in one way."""
+    """A team that records in one mode: on, off or window."""
 
     def __init__(self, team: Team, mode: str) -> None:
         self.team, self.mode = team, mode
 
     def run(self, steps: int) -> Sample:
+        """Train `steps` steps in the mode and return the measurement."""
         return self.team.run(steps, self.mode)
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """The ledger as it always is against none, then with the window open against closed."""
+    """Compare the ledger as always on with none, then the profiling window open with it closed."""
     config = load("demo", [*settings.overrides, "data.source=synthetic", "model.vocab_size=256"])
     what = f"the demo's step, {config.world_size} ranks, with recording and without"
     result = Result(NAME, what, settings.document())
@@ -62,7 +63,7 @@ def _tell(say: Callable[[str], None], mode: str, pair: int, with_s: float, witho
 
 
 def record_s() -> float:
-    """Seconds of one record in isolation, the fastest of several tries."""
+    """Return the seconds of one record in isolation, the fastest of several tries."""
     from dist_gpt.profile.recorder import record_cost_ns
 
     return min(record_cost_ns() for _ in range(5)) / 1e9

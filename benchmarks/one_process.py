@@ -1,7 +1,7 @@
-"""`one-process`: one process of ours against the plain PyTorch GPT on the same threads, in speed and in memory.
+"""`one-process`: compare one process of ours with the plain PyTorch GPT on as many threads, in speed and memory.
 
-The plain side has the C heap and the products that ours has, so that the ratio tells what the machinery costs; how
-much these two give is told by a second comparison, with the plain side as torch makes it.
+The plain side has the same C heap and matmuls as ours, so that the ratio shows the overhead of our code. A second
+comparison, with the plain side as torch makes it, shows how much these two gain.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dist_gpt.config.schema import Config
 NAME = "one-process"
 RATIO_TARGET, MEMORY_TARGET = 0.98, 1.0
 LOSS_TOLERANCE = 1e-3
-"""float32 sums in another order drift apart as training goes on; a side that does other work is far outside."""
+"""float32 sums in another order drift apart during training; a side that does different work is far outside."""
 PAIRS, MICRO_BATCHES, THREADS, MEMORY_STEPS = 20, 2, 1, 3
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Both sides alive, one of them idle while the other runs; memory afterwards, each side alone."""
+    """Measure both sides in turn, one idle while the other runs; then the memory of each side alone."""
     threads = settings.threads or THREADS
     config = settings.config(settings.micro_batches or MICRO_BATCHES)
     tokens = tokens_per_step(config)
@@ -46,7 +46,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
 
 
 def _against(side: str, config: Config, threads: int, settings: Settings, say: Callable[[str], None]) -> Pairs:
-    """Ours and `side` in turn."""
+    """Measure ours and `side` in turn."""
     tokens = tokens_per_step(config)
     with Team("ours", config, threads) as ours, Team(side, config, threads) as other:
         return measure(
@@ -58,7 +58,7 @@ def _against(side: str, config: Config, threads: int, settings: Settings, say: C
 
 
 def _stock(config: Config, threads: int, settings: Settings, result: Result, say: Callable[[str], None]) -> None:
-    """Against the plain side with torch's own products and heap."""
+    """Compare ours with the plain side on torch's own matmuls and heap."""
     found = _against("stock", config, threads, settings, say)
     summary = summarise(found.ratios)
     result.rows += [
@@ -69,7 +69,7 @@ def _stock(config: Config, threads: int, settings: Settings, result: Result, say
 
 
 def _memory(config: Config, threads: int, result: Result, say: Callable[[str], None]) -> None:
-    """Largest resident size less that after `import torch`, each side in a fresh process."""
+    """Measure the peak resident size less that after `import torch`, each side in a fresh process."""
     peaks = {}
     for side in ("ours", "plain"):
         with Team(side, config, threads, same_weights=False) as team:

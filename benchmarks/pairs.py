@@ -1,7 +1,7 @@
-"""Two things measured against each other, pair by pair, and what the pairs say. No torch.
+"""Measure two or more sides in alternating pairs or rounds, and summarise the ratios. Torch-free.
 
-The order turns round from pair to pair (AB BA AB ...), so that a machine which becomes slower or faster while we
-measure favours neither. The ratio is taken inside a pair, where both ran under nearly the same conditions.
+The order is reversed from pair to pair (AB BA AB ...), so that a machine that gets slower or faster meanwhile favours
+neither side. The ratio is taken inside a pair, in which both sides ran under nearly the same conditions.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from typing import Protocol
 
 CONFIDENCE = 0.95
 LEAST_S = 0.3
-"""A measurement lasts at least this long: shorter ones measure the scheduler's moods."""
+"""Shortest measurement: in shorter ones the noise of the scheduler dominates."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement: seconds for all its steps, and the loss of the last of them."""
+    """One measurement: the seconds of all its steps, and the loss of the last one."""
 
     seconds: float
     loss: float
 
 
 class Side(Protocol):
-    """One of the two: takes `steps` training steps, the other one idle meanwhile."""
+    """One side of a comparison; the others are idle while it runs."""
 
-    def run(self, steps: int) -> Sample: ...
+    def run(self, steps: int) -> Sample:
+        """Train `steps` steps and return the measurement."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Seconds per step of both, pair by pair, and the largest relative difference between their losses."""
+    """Seconds per step of both sides, pair by pair, and the largest relative difference of their losses."""
 
     ours: tuple[float, ...]
     plain: tuple[float, ...]
@@ -42,14 +43,16 @@ class Pairs:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Our speed over the plain one's, pair by pair."""
+        """Ratio of our speed to the plain one's, pair by pair."""
         return tuple(plain / ours for ours, plain in zip(self.ours, self.plain, strict=True))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of ratios: median, geometric mean, and the one-sided lower 95 % bound of the geometric mean (Student's t on the
-    logarithms; minus infinity's exponential, 0, where a single pair allows none)."""
+    """Median, geometric mean, and one-sided lower 95 % bound of the geometric mean of ratios.
+
+    The bound is by Student's t on the logarithms; it is 0 for a single pair, which allows none.
+    """
 
     pairs: int
     median: float
@@ -58,22 +61,22 @@ class Summary:
 
 
 def order(pairs: int) -> Iterator[tuple[bool, bool]]:
-    """Per pair, who runs first and second: True is ours."""
+    """Yield the order of the sides for each pair; True is ours."""
     for pair in range(pairs):
         yield (True, False) if pair % 2 == 0 else (False, True)
 
 
 def steps_per_sample(step_s: float, least_s: float = LEAST_S) -> int:
-    """Steps that make a measurement of at least `least_s` seconds."""
+    """Return the number of steps that take at least `least_s` seconds."""
     return max(1, math.ceil(least_s / step_s)) if step_s > 0 else 1
 
 
 def measure(
     ours: Side, plain: Side, pairs: int, warm_up: int, say: Callable[[int, float, float], None] = lambda *_: None
 ) -> Pairs:
-    """Warm both up, then `pairs` pairs. `say(pair, ours, plain)` hears of each, in seconds per step.
+    """Warm both sides up, then measure `pairs` pairs. `say(pair, ours, plain)` gets each, in seconds per step.
 
-    Both take the same number of steps in all, so that they hold the same weights and their losses can be compared.
+    Both sides take the same number of steps, so that they hold the same weights and their losses can be compared.
     """
     if pairs < 1 or warm_up < 1:
         raise ValueError(f"pairs is {pairs} and warm_up is {warm_up}; each must be at least 1")
@@ -92,15 +95,14 @@ def measure(
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds per step of every contender, round by round, and the largest relative difference of a compared loss from
-    the first contender's."""
+    """Seconds per step of every contender, round by round, and the largest relative error of the compared losses."""
 
     seconds: dict[str, tuple[float, ...]]
     steps: int
     loss_error: float
 
     def ratios(self, ours: str, other: str) -> tuple[float, ...]:
-        """Speed of `ours` over `other`'s, round by round."""
+        """Return the ratio of the speed of `ours` to that of `other`, round by round."""
         return tuple(b / a for a, b in zip(self.seconds[ours], self.seconds[other], strict=True))
 
 
@@ -111,8 +113,10 @@ def measure_rounds(
     compared: Collection[str],
     say: Callable[[int, dict[str, float]], None] = lambda *_: None,
 ) -> Rounds:
-    """As `measure` with more than two: in each of `pairs` rounds everybody takes its turn, in an order that turns round
-    from round to round. The losses of `compared` must agree with the first side's."""
+    """Measure like `measure`, with any number of sides, in `pairs` rounds whose order is reversed each time.
+
+    `loss_error` of the result compares the losses of the sides in `compared` with the first side's.
+    """
     if pairs < 1 or warm_up < 1:
         raise ValueError(f"pairs is {pairs} and warm_up is {warm_up}; each must be at least 1")
     names, error = list(sides), 0.0
@@ -136,13 +140,13 @@ def measure_rounds(
 
 
 def relative_error(got: float, want: float) -> float:
-    """|got - want| / |want|; infinite where either is not a number."""
+    """Return |got - want| / |want|, or |got - want| if `want` is 0; infinite if either is NaN."""
     error = abs(got - want) / abs(want) if want else abs(got - want)
     return math.inf if math.isnan(error) else error
 
 
 def summarise(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Summary:
-    """Median, geometric mean and its lower bound."""
+    """Return the median, the geometric mean and its lower bound of `ratios`."""
     logs = [math.log(ratio) for ratio in ratios]
     mean = statistics.fmean(logs)
     lower = -math.inf
@@ -153,7 +157,7 @@ def summarise(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Summar
 
 
 def t_two_sided(t: float, freedom: int) -> float:
-    """P(|T| <= t) of Student's t with `freedom` degrees of freedom.
+    """Return P(|T| <= t) of Student's t with `freedom` degrees of freedom.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4 (finite sums, exact for whole degrees of freedom).
     """
@@ -170,7 +174,7 @@ def t_two_sided(t: float, freedom: int) -> float:
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """x with P(T <= x) = `probability` >= 1/2, by bisection."""
+    """Return x with P(T <= x) = `probability` >= 1/2 of Student's t, by bisection; `freedom` as in `t_two_sided`."""
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"t_quantile({probability}, {freedom}): needs 0.5 <= probability < 1 and freedom >= 1")
     wanted = 2 * probability - 1

@@ -1,5 +1,6 @@
-"""The other trainers, one rank each, on the plain PyTorch GPT: DeepSpeed's ZeRO, PyTorch's fully_shard, and one rank's
-share of the work without any communication. What only one of them needs is imported in its process alone.
+"""One rank of each peer on the plain PyTorch GPT: DeepSpeed's ZeRO, PyTorch's fully_shard, and the ideal.
+
+The ideal is one rank's share of the work without communication. Imports that only one peer needs happen in its process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.reference.plain_gpt import Batch, PlainConfig, PlainGPT
 
 @dataclass(frozen=True)
 class Work:
-    """What this rank does in a step."""
+    """Work of this rank in a step."""
 
     tree: dict[str, Any]
     rank: int
@@ -34,15 +35,17 @@ class Work:
 
     @property
     def micro_batches(self) -> int:
+        """Number of micro-batches per rank and step."""
         train = self.tree["train"]
         return int(train["global_batch"] // (self.ranks * train["micro_batch"]))
 
     @property
     def clip(self) -> float:
+        """Largest gradient norm."""
         return float(self.tree["optim"]["clip"])
 
     def batches(self, ids: np.ndarray) -> Iterator[Batch]:
-        """This rank's micro-batches of (tokens, targets), each (B, T), of the global batch (samples, T + 1)."""
+        """Yield this rank's micro-batches (tokens, targets), each (B, T), of the global batch (samples, T + 1)."""
         size = self.tree["train"]["micro_batch"]
         first = self.rank * self.micro_batches * size
         for start in range(first, first + self.micro_batches * size, size):
@@ -50,30 +53,30 @@ class Work:
             yield part[:, :-1], part[:, 1:]
 
     def model(self) -> PlainGPT:
-        """With our first weights."""
+        """Return the plain GPT with our initial weights."""
         model = PlainGPT(PlainConfig.of(SimpleNamespace(**self.tree["model"])))
         copy_our_weights(self.tree, model.named_weights())
         return model
 
     def optimizer(self, matrices: list[Parameter], vectors: list[Parameter]) -> torch.optim.Optimizer:
-        """Fused AdamW; only `matrices` decay."""
+        """Return a fused AdamW in which only `matrices` decay."""
         o = self.tree["optim"]
         groups = [{"params": matrices, "weight_decay": o["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=o["lr"], betas=(o["betas"][0], o["betas"][1]), eps=o["eps"], fused=True)
 
     def optimizer_of(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Over what `model` holds now."""
+        """Return the optimizer of the parameters that `model` holds now."""
         held = list(model.parameters())
         return self.optimizer([p for p in held if p.ndim >= 2], [p for p in held if p.ndim < 2])
 
 
 def work_of(order: Order) -> Work:
-    """By what the environment says of this rank."""
+    """Return the work of the rank that the environment names."""
     return Work(order.tree, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def connect() -> None:
-    """The global process group, which both peers want: gloo as everybody gets it."""
+    """Create the global process group that both peers need, on torch's own gloo."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
 
     stand_as_ours()
@@ -83,13 +86,13 @@ def connect() -> None:
 
 
 def leave() -> None:
-    """All together: rank 0 holds the store."""
+    """Close the process group after a barrier, since rank 0 holds the store."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def count(run: Callable[[], object]) -> dict[str, float]:
-    """Bytes that leave this rank while `run` runs."""
+    """Return the bytes that leave this rank while `run` runs, by operation."""
     from benchmarks.traffic import Traffic
 
     with Traffic(dist.get_world_size()) as traffic:
@@ -101,8 +104,11 @@ def count(run: Callable[[], object]) -> dict[str, float]:
 
 
 def share() -> tuple[Build, Callable[[], None]]:
-    """One rank's micro-batches through the plain GPT, and the update of `options["part"]` of every parameter (1 / ranks
-    where the optimizer's state is sharded): no rank can do less. Nothing is communicated."""
+    """Return how to build the ideal, and how to end it.
+
+    It runs one rank's micro-batches through the plain GPT and updates the fraction `options["part"]` of every parameter
+    (1 / ranks if the optimizer's state is sharded). No rank can do less. Nothing is communicated.
+    """
     stand_as_ours()
     return _share, lambda: None
 
@@ -139,7 +145,10 @@ def _share(order: Order) -> Side:
 
 
 def fully_sharded() -> tuple[Build, Callable[[], None]]:
-    """FSDP2. Options: `layers` of one group, `kept` gathered until the update or not, `true_reduce_scatter`."""
+    """Return how to build fully_shard (FSDP2), and how to end it.
+
+    Options: `layers` per group, parameters `kept` gathered until the update or not, and `true_reduce_scatter`.
+    """
     connect()
     return _fully_sharded, leave
 
@@ -154,7 +163,7 @@ def _fully_sharded(order: Order) -> Side:
     layers, kept = list(model.layers), options["kept"]
     for first in range(0, len(layers), options["layers"]):
         fully_shard(layers[first : first + options["layers"]], reshard_after_forward=not kept)
-    fully_shard(model)  # the embedding, which the head shares, and what is left
+    fully_shard(model)  # the embedding, which the head shares, and the rest
     if options["true_reduce_scatter"]:
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -184,14 +193,19 @@ def _fully_sharded(order: Order) -> Side:
 
 
 def deepspeed() -> tuple[Build, Callable[[], None]]:
-    """DeepSpeed's engine, torch's fused AdamW inside. Options: those of `deepspeed_document`, `true_reduce_scatter`."""
+    """Return how to build DeepSpeed's engine with torch's fused AdamW, and how to end it.
+
+    Options: those of `deepspeed_document`, and `true_reduce_scatter`.
+    """
     connect()
     return _deepspeed, leave
 
 
 def deepspeed_document(work: Work, options: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Options: `stage`; elements in a `bucket`; stage 3: elements that may be `live`
-    (gathered) at a time."""
+    """Return DeepSpeed's own configuration.
+
+    Options: `stage`, elements in a `bucket`, and for stage 3 elements that may be `live` (gathered) at a time.
+    """
     bucket = options["bucket"]
     zero = {"stage": options["stage"], "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if options["stage"] == 3:
@@ -228,7 +242,7 @@ def _deepspeed(order: Order) -> Side:
         model=model, optimizer=work.optimizer_of(model), config=deepspeed_document(work, options),
         dist_init_required=False,
     )  # fmt: skip
-    share_products()  # stage 3 has put its own in the place
+    share_products()  # stage 3 has replaced the function by its own
     if options["true_reduce_scatter"] and options["stage"] in (1, 2):
         scatter_truly(engine.optimizer)
 
@@ -240,7 +254,7 @@ def _deepspeed(order: Order) -> Side:
             engine.step()
             total += loss.item() / work.micro_batches
         norm = engine.get_global_grad_norm()
-        float(norm if norm is not None else 0.0)  # stage 0 clips and does not tell
+        float(norm if norm is not None else 0.0)  # stage 0 clips without reporting the norm
         return total
 
     def close() -> None:
@@ -251,8 +265,10 @@ def _deepspeed(order: Order) -> Side:
 
 
 def scatter_truly(optimizer: Any) -> None:
-    """Stages 1 and 2 all-reduce a bucket and keep their slices of it; from now on these are exchanged all to all and
-    summed. Whatever else they do with a bucket stays."""
+    """Make ZeRO stages 1 and 2 exchange the slices of a bucket all to all and sum them, instead of an all-reduce.
+
+    The rest of their work on a bucket stays as it is.
+    """
     from benchmarks.traffic import scatter_slices
 
     def scatter(bucket: Any, *rest: Any, process_group: Any = None, **more: Any) -> None:

@@ -1,7 +1,7 @@
-"""`precision`: training on the default data in bf16 and fp16 against fp32, same seed, same batches.
+"""`precision`: compare training on the default data in bf16 and fp16 with fp32, with the same seed and batches.
 
-Three runs of the demo's model by `dist-gpt launch` on two data ranks. On a CPU without bf16 units products are made in
-float32 from rounded operands and rounded (parallel/matmul.py), so that what is compared is the rounding, not the speed.
+The demo's model is trained three times by `dist-gpt launch` on two data ranks. A CPU without bf16 units computes
+matmuls in float32 from rounded operands and rounds the result (parallel/matmul.py): this compares rounding, not speed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Final losses of 300 steps: validation, and the mean of the last 20 training losses."""
+    """Compare final losses of 300 steps: the validation loss, and the mean of the last 20 training losses."""
     found: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory(prefix="dist-gpt-precision-") as folder:
         for dtype in DTYPES:
@@ -43,7 +43,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
 
 
 def trained(run_dir: Path, dtype: str, settings: Settings) -> tuple[float, float]:
-    """(final validation loss, mean of the last training losses) of one run."""
+    """Train in `dtype` and return the final validation loss and the mean of the last training losses."""
     sets = {
         "parallel.dp": 2, "parallel.tp": 1, "parallel.pp": 1, "train.dtype": dtype, "train.steps": STEPS,
         "train.eval_every": STEPS, "run_dir": run_dir,

@@ -1,7 +1,7 @@
-"""The parent's side of worker processes: started, asked through pipes, ended by their ids. No torch.
+"""The parent's side of worker processes: start them, send requests through pipes, end them. Torch-free.
 
-A worker that has nothing to do is blocked in a read of its standard input and uses no processor. It ends when that is
-closed, and dies with this process even when it is killed (`launch.worker`).
+An idle worker is blocked in a read of its standard input and uses no CPU time. It ends when its standard input is
+closed, and dies with this process even if this one is killed (`launch.worker`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ HOST = "127.0.0.1"
 TIMEOUT_S = 900.0
 CLOSE_S = 5.0
 SETTLE_S = 0.02
-"""Between two measurements: OpenMP's threads spin for some milliseconds before they sleep."""
+"""Pause between two measurements: OpenMP's threads spin for some milliseconds before they sleep."""
 OF_PEERS = {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning"}
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", STORE_FD)
 
 
 class WorkerError(RuntimeError):
-    """A worker failed, died or did not answer."""
+    """Error of a worker that failed, died or did not answer."""
 
 
 class Worker:
@@ -52,14 +52,14 @@ class Worker:
         )  # fmt: skip
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Send a request; `hear` its answer."""
+        """Send a request. Its answer is read with `hear`."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died: `hear` says so
+        with suppress(BrokenPipeError):  # the worker died: `hear` raises
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
 
     def hear(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        """The answer to the oldest request that has none yet. Raises WorkerError."""
+        """Return the answer to the oldest open request. Raise WorkerError if none comes or it reports an error."""
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
         line = self.process.stdout.readline() if ready else ""
@@ -73,11 +73,12 @@ class Worker:
         return answer
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return its answer."""
         self.tell(message)
         return self.hear()
 
     def close(self) -> None:
-        """End of input, and the end by force for one that does not leave. Returns when it is gone."""
+        """Close the input of the worker and wait for its end; kill it after CLOSE_S."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -90,7 +91,7 @@ class Worker:
 
 
 class Team:
-    """The processes that train one model together: `python -m benchmarks.workers`, one per rank, or one plain."""
+    """Processes that train one model together: `python -m benchmarks.workers`, one per rank, or a single plain one."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class Team:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.workers: list[Worker] = []
-        self.cpu_s, self.steps = 0.0, 0  # processor time of the mean rank, all its threads, and the steps it went into
+        self.cpu_s, self.steps = 0.0, 0  # CPU seconds of the mean rank (all threads), and the steps they took
         ranks = config.world_size if side not in ("plain", "stock") else 1
         order = {
             "side": side, "threads": threads, "same_weights": same_weights, "config": config.model_dump(mode="json"),
@@ -117,7 +118,7 @@ class Team:
             raise
 
     def _start(self, side: str, ranks: int, threads: int) -> None:
-        with socket.create_server((HOST, 0)) as server:  # held until rank 0 serves the store on it
+        with socket.create_server((HOST, 0)) as server:  # rank 0 inherits it and serves the store on it
             for rank in range(ranks):
                 environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **OF_PEERS}
                 inherited = []
@@ -139,35 +140,35 @@ class Team:
         return [worker.hear() for worker in self.workers]
 
     def run(self, steps: int, mode: str = "on") -> Sample:
-        """`steps` steps, from the first rank's start to the last one's end (one clock serves the machine)."""
+        """Train `steps` steps, timed from the first rank's start to the last one's end (all share one clock)."""
         time.sleep(SETTLE_S)
         answers = self._ask_all({"do": "steps", "steps": steps, "mode": mode})
         self.cpu_s, self.steps = self.cpu_s + fmean(a["cpu_s"] for a in answers), self.steps + steps
         seconds = max(a["ended"] for a in answers) - min(a["started"] for a in answers)
-        return Sample(seconds, fmean(a["loss"] for a in answers))  # ours is the mean of all ranks already
+        return Sample(seconds, fmean(a["loss"] for a in answers))  # ours is already the mean over ranks
 
     def build(self, config: Config, options: Mapping[str, Any]) -> None:
-        """Another model in the same processes, from its first step."""
+        """Build another model in the same processes, which starts from its first step."""
         self._ask_all({"do": "build", "config": config.model_dump(mode="json"), "options": dict(options)})
 
     def step_memory(self, steps: int) -> list[int]:
-        """Per process, the largest resident size during `steps` steps less what it was after the imports."""
+        """Return per process the peak resident size in bytes during `steps` steps, less the size after the imports."""
         self._ask_all({"do": "forget"})
         self.run(steps)
         peaks = [answer["peak_bytes"] for answer in self._ask_all({"do": "memory"})]
         return [peak - before for peak, before in zip(peaks, self.memory_imported, strict=True)]
 
     def sent_bytes(self) -> list[dict[str, float]]:
-        """Per process, what left it in one step, by operation, as it counts them itself."""
+        """Return per process the bytes that it sends in one step, by operation, as it counts them itself."""
         return [answer["sent_bytes"] for answer in self._ask_all({"do": "traffic"})]
 
     def peak_bytes(self) -> list[int]:
-        """Per process, the largest resident size so far less what it was after `import torch`."""
+        """Return per process the peak resident size in bytes so far, less the size after `import torch`."""
         peaks = [answer["peak_bytes"] for answer in self._ask_all({"do": "memory"})]
         return [peak - start for peak, start in zip(peaks, self.memory_at_start, strict=True)]
 
     def close(self) -> None:
-        """End all: first every input, so that no rank waits for another that was not told yet."""
+        """End all workers. All inputs are closed first, so that no rank waits for another that still runs."""
         for worker in self.workers:
             with suppress(BrokenPipeError):
                 assert worker.process.stdin is not None

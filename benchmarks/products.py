@@ -1,5 +1,7 @@
-"""Our products for who trains with `torch.nn.functional.linear`: where `sharding` compares what is sent and kept, and
-`one-process` and `layouts` what the machinery costs, nobody shall win by a faster matmul.
+"""Our matmuls for models that use `torch.nn.functional.linear`.
+
+`sharding` compares communication and memory, `one-process` and `layouts` the overhead of our code: a faster matmul
+kernel must not decide any of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dist_gpt.parallel.matmul import affine, column_sums, onednn_is_faster, prod
 
 
 class _Linear(torch.autograd.Function):
-    """x (..., in) times weight (out, in) transposed, plus bias (out,)."""
+    """Compute x (..., in) @ weight (out, in).T + bias (out,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,19 +36,22 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `torch.nn.functional.linear`."""
+    """Return the same as `torch.nn.functional.linear`, with our matmuls."""
     result: Tensor = _Linear.apply(x, weight, bias)
     return result
 
 
 def share_products() -> None:
-    """From now on every linear layer of this process makes its products as ours does, if ours are not torch's."""
+    """Make every linear layer of this process use our matmuls from now on, if they differ from torch's."""
     if onednn_is_faster():
         torch.nn.functional.linear = linear  # type: ignore[assignment]
 
 
 def stand_as_ours() -> None:
-    """Give this process the C heap and the products that ours has: 10 to 15 % of a peer's processor time went into
-    faulting freed pages in again, and half of what is left into a slower matmul."""
+    """Give this process the same C heap and matmuls as ours.
+
+    Without them, 10 to 15 % of a peer's CPU time went into page faults on freed memory, and half of the rest into a
+    slower matmul.
+    """
     prepare_heap()
     share_products()

@@ -1,7 +1,7 @@
-"""`report-scale`: seconds and memory of `dist-gpt report` on a synthetic run of 1,024 ranks, 20 steps, 100 rows a step.
+"""`report-scale`: measure the time and memory of `dist-gpt report` on a synthetic run.
 
-The run is written by the tests' generator: rows are those of real step lists, so channels, waits and messages are as
-many as a run of that layout has. The work is done in a process of its own, whose peak is the report's.
+The run has 1,024 ranks and 20 steps with 100 rows each. The tests' generator writes it from real step lists, so it has
+as many channels, waits and messages as a run of that layout. The report runs in a separate process, whose peak counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODEL = ("model.num_layers=14", "model.num_heads=8", "train.global_batch=80", "o
 
 
 def work(folder: Path) -> dict[str, float]:
-    """What is measured: seconds of every stage, and counts. Whatever the report does more belongs here."""
+    """Do the report's work and return the seconds of every stage, and counts. New stages of the report belong here."""
     stages: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -54,7 +54,7 @@ def work(folder: Path) -> dict[str, float]:
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Write the run once, work on it `--pairs` (default 1) times."""
+    """Write the run once and report on it `--pairs` (default 1) times."""
     what = f"the report's work on 1,024 ranks x {STEPS} steps, the slowest of {settings.pairs or 1}"
     result = Result(NAME, what, settings.document())
     with tempfile.TemporaryDirectory(prefix="report_scale_") as name:
@@ -82,7 +82,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
 
 
 def _write(folder: Path) -> int:
-    """The run directory; returns its bytes."""
+    """Write the run directory and return its size in bytes."""
     from tests.unit.synthetic import Clock, small, write
 
     config = small(*LAYOUT, *MODEL, f"train.steps={STEPS}", window=(1, STEPS))
@@ -101,7 +101,7 @@ def _measured(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: str) -> None:
-    """The child: works, and prints what `work` found with its own peak."""
+    """Run `work` in the child process and print its result and the peak resident size."""
     found = work(Path(folder))
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kB on Linux
     print(json.dumps({**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}))

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows with their targets, a table of them, and the file that keeps them. No torch."""
+"""Results of a benchmark: rows with their targets, a table of them, and the file that keeps them. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One number. `target` with `at_least` says what it must reach; without a target it is only told."""
+    """One number. `target` is a lower bound (`at_least`) or an upper bound; without it the number is only reported."""
 
     what: str
     value: float
@@ -28,13 +28,13 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """None without a target. A value that is not a number meets nothing."""
+        """True if the value meets the target; None without a target. NaN meets no target."""
         if self.target is None:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
     def cells(self) -> tuple[str, ...]:
-        """As the table shows it."""
+        """Return the cells of the row in the table."""
         if self.target is None:
             return (self.what, number(self.value), self.unit, "", "")
         sign = ">=" if self.at_least else "<="
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass
 class Result:
-    """Rows of one benchmark, in one sentence what was compared, the settings, and every single measurement."""
+    """Rows of one benchmark, a sentence on what was compared (`what`), the settings, and all measurements (`raw`)."""
 
     name: str
     what: str
@@ -51,16 +51,17 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
     grid: list[tuple[str, ...]] = field(default_factory=list)
-    """What the table shows above the rows, where they are many sided: cells, the first line being the head."""
+    """Cells of a grid above the rows, for comparisons with many columns; the first line is the head."""
     notes: list[str] = field(default_factory=list)
-    """Sentences below it."""
+    """Sentences below the grid."""
 
     @property
     def met(self) -> bool:
+        """True if every row with a target meets it."""
         return all(row.met is not False for row in self.rows)
 
     def document(self, stamp: str) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the result for a JSON document, with `stamp` as its date."""
         rows = [{**asdict(row), "met": row.met} for row in self.rows]
         return {
             "name": self.name, "stamp": stamp, "what": self.what, "met": self.met, "machine": machine(),
@@ -69,14 +70,14 @@ class Result:
 
 
 def number(value: float) -> str:
-    """Four significant digits, thousands apart, whole numbers whole."""
+    """Return `value` with four significant digits and thousands separators; whole numbers in full."""
     if isinstance(value, int) or (value == int(value) if abs(value) < 1e15 else False):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def table(result: Result) -> str:
-    """The rows in aligned columns under the benchmark's sentence."""
+    """Return the rows in aligned columns under the benchmark's name and sentence."""
     rows = [("", "value", "", "target", ""), *(row.cells() for row in result.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [f"{result.name}: {result.what}", *_grid(result.grid), *(f"  {note}" for note in result.notes)]
@@ -87,7 +88,7 @@ def table(result: Result) -> str:
 
 
 def _grid(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    """Aligned columns: words left, numbers right."""
+    """Return the lines of a grid: words aligned left, numbers right."""
     if not cells:
         return []
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
@@ -102,7 +103,7 @@ def _grid(cells: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """Return a description of the machine, with its current load."""
     return {
         "cores": len(allowed()),
         "cpu": _cpu(),
@@ -122,7 +123,7 @@ def _cpu() -> str:
 
 
 def write(results: Sequence[Result], stamp: str, folder: Path = FOLDER) -> list[Path]:
-    """One file per benchmark, written aside and put in place."""
+    """Write one file per benchmark, replacing each atomically. Return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for result in results:

@@ -1,4 +1,4 @@
-"""The model that is trained on both sides, and the options of the command line. No torch."""
+"""The model that both sides train, and the options of the command line. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line may change. `pairs` and `micro_batches` None: the benchmark's own."""
+    """Options of the command line. `pairs`, `threads` or `micro_batches` None: the benchmark's own value."""
 
     pairs: int | None = None
     threads: int | None = None
@@ -37,8 +37,11 @@ class Settings:
     only: tuple[str, ...] = ()
 
     def config(self, micro_batches: int, **parallel: Any) -> Config:
-        """Training with `micro_batches` micro-batches over all data ranks: so the global batch, and with it the plain
-        side's work, is the same in every layout. Raises ConfigError."""
+        """Return the configuration of a step of `micro_batches` micro-batches over all data ranks.
+
+        The global batch, and with it the plain side's work, is then the same in every layout. Raise ConfigError if the
+        options cannot train.
+        """
         tree = {
             "model": {
                 "num_layers": self.layers, "hidden_size": self.hidden, "num_heads": self.heads,
@@ -55,9 +58,10 @@ class Settings:
             return load(str(path), self.overrides)
 
     def document(self) -> dict[str, Any]:
+        """Return the settings for a JSON document."""
         return asdict(self)
 
 
 def tokens_per_step(config: Config) -> int:
-    """Over all ranks."""
+    """Return the tokens of a step over all ranks."""
     return config.train.global_batch * config.model.seq_len

@@ -1,15 +1,15 @@
-"""`sharding`: ours against DeepSpeed at the same ZeRO stage and against PyTorch's fully_shard, all on one machine.
+"""`sharding`: compare ours with DeepSpeed at the same ZeRO stage and with PyTorch's fully_shard, on one machine.
 
 Every contender trains the same GPT from the same weights on the same micro-batches, with fused AdamW and clipping, on
-gloo in float32, one thread a rank, with the C heap, the products and the processors that ours has. Each is its own set
-of processes that stay alive and take turns, a step of one, a step of the next; who waits is blocked in a read. The
-peers come twice: as they are, and with a true reduce-scatter (`+ rs`), for gloo's own is an all-reduce inside. Ours
-reads other ranks' memory, as it does for everybody; with `--set launch.single_copy=off` it is on gloo as the peers are.
-The ideal is one rank's share of the work by the plain GPT, in as many processes at once, without communication.
+gloo in float32, with one thread per rank and the same C heap, matmul kernels and CPU pinning as ours. Each has its own
+processes, which stay alive and take turns step by step; a waiting process is blocked in a read. Peers run twice: as
+they are, and with a true reduce-scatter (`+ rs`), since gloo's own is an all-reduce inside. Ours reads other ranks'
+memory, as by default; with `--set launch.single_copy=off` it uses gloo like the peers. The ideal is one rank's share of
+the work, done by the plain GPT in as many processes at once, without communication.
 
-Memory is the resident size's peak during two steps (VmHWM, reset before) less what it was after the imports, of the
-rank that has most. What is sent is counted by the ledger for ours and at torch's dispatcher for the peers, with gloo's
-own factors; the loopback's counters stand beside in the raw figures.
+Memory is the peak of the resident size during two steps (VmHWM, reset before) less the size after the imports, for the
+rank with the most. Bytes sent are counted by the ledger for ours and at torch's dispatcher for the peers, with gloo's
+own factors; the raw figures also hold the loopback's counters.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender's figures: per rank the processor time of a step, the largest peak, and what it sent in a step, by
-    itself and by the loopback."""
+    """Figures of one contender: CPU seconds of a step (mean rank), largest memory peak of a rank, and bytes sent in a
+    step: by the rank that sends most, and per rank by the loopback's counters."""
 
     choice: str
     step_s: float
@@ -63,7 +63,7 @@ class Measured:
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """All cases, one after the other."""
+    """Measure the cases that `--only` selects, one after the other."""
     try:
         chosen = cases(settings.only)
     except ValueError as error:
@@ -83,7 +83,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
 
 
 def keep(result: Result, folder: Path = FOLDER) -> Path:
-    """A full run's figures, under their date."""
+    """Write the figures of a full run to a file named after the date. Return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y-%m-%d")
     path = folder / f"{NAME}-{stamp}.json"
@@ -92,8 +92,11 @@ def keep(result: Result, folder: Path = FOLDER) -> Path:
 
 
 def choose(case: Case, contender: Contender, settings: Settings, say: Callable[[str], None]) -> Choice:
-    """The fastest choice, by the fastest of a few steps. It is tried in processes of its own, one model after the
-    other: what they hold afterwards is no measure of memory, so those that are measured start afresh."""
+    """Return the choice with the fastest of a few steps.
+
+    The choices are tried one after the other in separate processes, whose memory is then no longer representative: the
+    measured contender starts afresh.
+    """
     if len(contender.choices) == 1:
         return contender.choices[0]
     found: dict[str, float] = {}
@@ -141,7 +144,7 @@ def _case(case: Case, settings: Settings, result: Result, say: Callable[[str], N
         "measured": {name: vars(found) for name, found in measured.items()},
     }  # fmt: skip
     lines = grid(case, rounds, measured)
-    for line in lines:  # so that what is done is not lost with a run that is cut off
+    for line in lines:  # so that an interrupted run still shows its finished cases
         say("  ".join(cell for cell in line if cell))
     result.grid += lines
     result.rows += judge(case, rounds, measured)
@@ -152,7 +155,7 @@ def _times(times: dict[str, float]) -> str:
 
 
 def _measured(team: Team, choice: str, step_s: float, ranks: int) -> Measured:
-    """After the timing: two steps for memory, one for the contender's own count, one between two looks at lo."""
+    """Measure after the timing: memory in two steps, the contender's own count in one, the loopback's in another."""
     cpu_s = team.cpu_s / team.steps
     memory = max(team.step_memory(2))
     sent = max(sum(found.values()) for found in team.sent_bytes())
@@ -162,26 +165,26 @@ def _measured(team: Team, choice: str, step_s: float, ranks: int) -> Measured:
 
 
 def loopback_bytes(path: Path = Path("/proc/net/dev")) -> int:
-    """Bytes that the loopback interface sent since it is up, whoever's."""
+    """Return the bytes that the loopback interface has sent since it came up, for all processes."""
     line = next(line for line in path.read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.partition(":")[2].split()[8])
 
 
-# --- what it says -------------------------------------------------------------------------------------------------
+# --- the results --------------------------------------------------------------------------------------------------
 
 
 def above_ideal(rounds: Rounds, name: str) -> float:
-    """Seconds a step above the ideal, the median over rounds."""
+    """Return the seconds per step of `name` above the ideal, the median over rounds."""
     return statistics.median(a - b for a, b in zip(rounds.seconds[name], rounds.seconds[SHARE], strict=True))
 
 
 def share_of(ours: float, theirs: float) -> float:
-    """ours / theirs, of what cannot be below 0 but for noise."""
+    """Return `ours` / `theirs`, where negative values are noise and count as 0; infinite if only `theirs` is 0."""
     return max(0.0, ours) / theirs if theirs > 0 else (math.inf if ours > 0 else 0.0)
 
 
 def grid(case: Case, rounds: Rounds, measured: dict[str, Measured]) -> list[tuple[str, ...]]:
-    """A line for each contender."""
+    """Return the lines of the table, one for each contender."""
     lines: list[tuple[str, ...]] = []
     for name, found in measured.items():
         ratio, lower, above = "", "", ""
@@ -198,7 +201,7 @@ def grid(case: Case, rounds: Rounds, measured: dict[str, Measured]) -> list[tupl
 
 
 def judge(case: Case, rounds: Rounds, measured: dict[str, Measured]) -> list[Row]:
-    """Against the best peer in each respect: time, time above the ideal, memory."""
+    """Return the rows that compare ours with the fastest peer in time, and with the leanest peer in memory."""
     peers = [name for name in measured if name not in (OURS, SHARE)]
     ideal_s = measured[SHARE].step_s
     fastest = min(peers, key=lambda name: measured[name].step_s)

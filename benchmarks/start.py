@@ -1,4 +1,4 @@
-"""`start`: how long the commands of a login node take from the shell, and that they leave torch alone."""
+"""`start`: measure how long commands for a login node take from the shell, and check that they do not import torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print("torch" in sys.modules, file=sys.stderr)
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
-    """Every command once to warm the file cache, then `--pairs` (default 7) times."""
+    """Run every command once to warm the file cache, then `--pairs` (default 7) times."""
     runs = settings.pairs or RUNS
     result = Result(NAME, f"wall time of a whole command, {runs} runs", settings.document())
     for command in COMMANDS:
@@ -53,7 +53,7 @@ def _timed(argv: list[str]) -> float:
 
 
 def imports_torch(command: tuple[str, ...]) -> bool:
-    """Whether torch is among the modules of the process when the command is done."""
+    """Return whether torch is among the modules of the process when the command is done."""
     argv = [sys.executable, "-c", PROBE, *command]
     done = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return done.stderr.split()[-1] == "True"

@@ -1,7 +1,7 @@
-"""Bytes that a training step of somebody else's moves, and a reduce-scatter over gloo that is none of its all-reduces.
+"""Count the bytes that a peer's training step moves, and give peers on gloo a true reduce-scatter.
 
-Gloo's `reduce_scatter_tensor` is an all-reduce inside: twice the bytes. What is here exchanges the pieces all to all
-and sums them, which moves the (n-1)/n that a reduce-scatter has to.
+Gloo's `reduce_scatter_tensor` is an all-reduce inside and moves twice the bytes. The one here exchanges the pieces all
+to all and sums them, which moves (n-1)/n of the tensor, as a reduce-scatter must.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ FACTORS = {
     "all_gather_into_tensor": HALF,
     "alltoall_base_": HALF, "alltoall_": HALF, "broadcast_": HALF, "reduce_": HALF,
 }  # fmt: skip
-"""What leaves a rank, as a multiple of (n-1)/n of the whole tensor, as gloo moves it."""
+"""Bytes that leave a rank on gloo, as a multiple of (n-1)/n of the whole tensor."""
 NOTHING = {"barrier", "monitored_barrier_", "wait_tensor"}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what leaves this rank while it is entered: every collective goes through the dispatcher, whoever issues
-    it. `sent` is by operator, in bytes."""
+    """Mode that counts the bytes that leave this rank, in `sent`, by operator.
+
+    Every collective goes through torch's dispatcher, no matter which library issues it.
+    """
 
     def __init__(self, ranks: int) -> None:
         super().__init__()
@@ -53,12 +55,12 @@ class Traffic(TorchDispatchMode):
 
 
 def _sent_in_pieces(tensor: Tensor, rows: Sequence[int]) -> float:
-    """Bytes of `tensor` less those of the piece that this rank keeps; `rows` are how long each rank's piece is."""
+    """Return the bytes of `tensor` less those of the piece that this rank keeps; `rows` are the pieces' lengths."""
     return tensor.nbytes * (1 - rows[dist.get_rank()] / sum(rows)) if sum(rows) else 0.0
 
 
 def tensors(found: object) -> Iterator[Tensor]:
-    """Tensors in (lists of) `found`."""
+    """Yield the tensors in `found`, a tensor or nested lists of tensors."""
     if isinstance(found, Tensor):
         yield found
     elif isinstance(found, (list, tuple)):
@@ -67,7 +69,7 @@ def tensors(found: object) -> Iterator[Tensor]:
 
 
 def reduce_scatter(output: Tensor, full: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-    """`output` = this rank's part of the sum (or mean) of `full` over the group. Returns when it is there."""
+    """Set `output` to this rank's part of the sum (or mean) of `full` over the group. Blocks until it is there."""
     ranks = dist.get_world_size(group)
     parts = torch.empty_like(full).view(ranks, -1)
     dist.all_to_all_single(parts.view(-1), full.reshape(-1), group=group)
@@ -79,22 +81,26 @@ def reduce_scatter(output: Tensor, full: Tensor, op: Any = dist.ReduceOp.SUM, gr
 
 
 class TrueReduceScatter(ReduceScatter):
-    """What `FSDPModule.set_custom_reduce_scatter` takes."""
+    """True reduce-scatter in the form that `FSDPModule.set_custom_reduce_scatter` takes."""
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a new tensor for the operation."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
+        """Reduce `input_tensor` into `output_tensor`; `async_op` is not supported."""
         if async_op:
             raise NotImplementedError("fully_shard was seen to wait for its reductions; this one has no handle")
         reduce_scatter(output_tensor, input_tensor, op, group)
 
 
 def patch_reduce_scatter() -> None:
-    """From now on `torch.distributed.reduce_scatter_tensor` is the true one. For DeepSpeed's stage 3, which keeps the
-    function it finds when it starts."""
+    """Replace `torch.distributed.reduce_scatter_tensor` with the true one.
+
+    DeepSpeed's stage 3 keeps the function that it finds when it starts, so call this before.
+    """
 
     def patched(output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False):  # type: ignore[no-untyped-def]
         if async_op:
@@ -105,8 +111,10 @@ def patch_reduce_scatter() -> None:
 
 
 def scatter_slices(slices: Sequence[tuple[int, Tensor]], group: Any = None) -> list[Tensor]:
-    """`slices` are (rank it belongs to, this rank's addend), the same list on every rank. Returns the sums of those
-    that belong to this rank, in order."""
+    """Return the sums over the group of the slices that belong to this rank, in order.
+
+    `slices` holds (owning rank, this rank's addend), with the same owners and sizes on every rank.
+    """
     ranks, here = dist.get_world_size(group), dist.get_rank(group)
     by_rank = [[part.reshape(-1) for owner, part in slices if owner == rank] for rank in range(ranks)]
     sizes = [sum(part.numel() for part in parts) for parts in by_rank]

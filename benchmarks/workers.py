@@ -1,4 +1,4 @@
-"""A worker process: trains one rank of ours, or of somebody else's, when a line on standard input asks for it.
+"""Worker process that trains one rank of ours, or of a peer, when a line on standard input asks for it.
 
     {"side": "ours" | "plain" | "share" | "fsdp" | "deepspeed", "threads": n, "same_weights": bool, "config": {...},
      "options": {...}}                                        -> {"rss_bytes", "imported_bytes"}
@@ -8,8 +8,8 @@
     {"do": "forget"}                                          -> {}: the peak counts from now
     {"do": "traffic"}                                         -> {"sent_bytes": {op: n}}: one step, its bytes counted
 
-`rss_bytes` is the resident size right after `import torch`, before anything of ours: whatever a side imports, counts
-as its memory; `imported_bytes` the one after the imports. Each side is imported only in its own process.
+`rss_bytes` is the resident size right after `import torch`, before any import of ours: all that a side imports counts
+as its memory. `imported_bytes` is the size after the imports. Each side is imported only in its own process.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from dist_gpt.processors import kept
 
 TIMEOUT_S = 600.0
 Step = Callable[[int, np.ndarray, str], float]
-"""(step, token ids (global_batch, seq_len + 1), what is recorded) -> loss, a number on the host."""
+"""(step, token ids (global_batch, seq_len + 1), mode of recording) -> loss, a number on the host."""
 Count = Callable[[Callable[[], object]], dict[str, float]]
-"""(something to do) -> bytes that left this rank meanwhile, by operation."""
+"""(work to do) -> bytes that left this rank meanwhile, by operation."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A model that is ready to step. `close` lets go of it, and of nothing that a next one in this process needs."""
+    """A model that is ready to step. `close` frees it, but nothing that the next model in this process needs."""
 
     step: Step
     count: Count
@@ -52,7 +52,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Order:
-    """What the parent wants: a resolved configuration, and what a side may be told besides."""
+    """Order of the parent process: a resolved configuration, and further options of a side."""
 
     tree: dict[str, Any]
     same_weights: bool
@@ -63,23 +63,27 @@ Build = Callable[[Order], Side]
 
 
 class Silent:
-    """A ledger that counts, times and compares nothing: what training costs without one."""
+    """Ledger that counts, times and compares nothing, to measure training without one."""
 
     number = tape = None
 
-    def issue(self, *call: object) -> None: ...
+    def issue(self, *call: object) -> None:
+        """Ignore a collective."""
 
-    def issued(self, *call: object, **more: object) -> None: ...
+    def issued(self, *call: object, **more: object) -> None:
+        """Ignore that the backend has a collective."""
 
     def step(self, *entry: object) -> contextlib.AbstractContextManager[None]:
+        """Return a context that records nothing."""
         return contextlib.nullcontext()
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that times nothing."""
         return contextlib.nullcontext()
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """Resident size of this process now, or its largest so far (`VmHWM`)."""
+    """Return the bytes of this process's resident size, now (`VmRSS`) or the largest so far (`VmHWM`)."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError as error:
@@ -88,14 +92,14 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def token_ids(config: dict[str, Any], step: int) -> np.ndarray:
-    """Uniform random tokens of step `step`, the same on both sides."""
+    """Return uniform random tokens (global_batch, seq_len + 1) of step `step`, the same on all sides."""
     generator = np.random.Generator(np.random.Philox(key=[config["data"]["seed"], step]))
     shape = (config["train"]["global_batch"], config["model"]["seq_len"] + 1)
     return generator.integers(0, config["model"]["vocab_size"], size=shape, dtype=np.int64)
 
 
 def ours() -> tuple[Build, Callable[[], None]]:
-    """One rank, as the trainer makes it; and how it leaves."""
+    """Return how to build one rank, as the trainer does, and how to end it."""
     from dist_gpt.comm.rendezvous import connect_store, rank_env
     from dist_gpt.heap import prepare_heap
 
@@ -105,14 +109,14 @@ def ours() -> tuple[Build, Callable[[], None]]:
 
     def leave() -> None:
         store.set(f"left/{env.rank}", "")
-        if env.rank == 0:  # it hosts the store: it leaves last
+        if env.rank == 0:  # it hosts the store, so it exits last
             store.wait([f"left/{other}" for other in range(env.world)])
 
     return partial(_our_rank, env.rank, store, iter(range(1 << 30))), leave
 
 
 def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
-    """Rank `number` of the layout that `order` asks for; every one built has its own part of the store."""
+    """Return rank `number` of the layout that `order` asks for. Each one built has its own part of the store."""
     from dist_gpt.comm.mesh import GlooBackends
     from dist_gpt.comm.tape import HostTimer, Tape
     from dist_gpt.config.schema import Config
@@ -128,7 +132,7 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
     tape = Tape(HostTimer(), events.base_ns)
 
     def step(number: int, ids: np.ndarray, mode: str) -> float:
-        """One step; "on" is how everybody trains, "window" records every call and span as well."""
+        """Train one step. Mode "on" is the default of training; "window" also records every call and span."""
         chosen: Any = silent if mode == "off" else ledger
         rank.mesh.ledger = chosen
         for group in (*rank.mesh.groups.values(), *rank.mesh.edges.values()):
@@ -158,8 +162,10 @@ def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
 
 
 def plain() -> tuple[Build, Callable[[], None]]:
-    """The independent plain-PyTorch GPT, with the C heap and the products that ours has; `same_weights` gives it our
-    first weights, so that losses can be compared."""
+    """Return how to build the independent plain-PyTorch GPT with our C heap and matmuls, and how to end it.
+
+    `same_weights` in the order gives it our initial weights, so that losses can be compared.
+    """
     from benchmarks.products import stand_as_ours
 
     stand_as_ours()
@@ -167,7 +173,7 @@ def plain() -> tuple[Build, Callable[[], None]]:
 
 
 def stock() -> tuple[Build, Callable[[], None]]:
-    """The same as torch makes it."""
+    """Return the same as `plain`, with torch's own heap and matmuls."""
     return _plain, lambda: None
 
 
@@ -196,13 +202,13 @@ def _plain(order: Order) -> Side:
 
 
 def nothing_sent(run: Callable[[], object]) -> dict[str, float]:
-    """The count of who is alone."""
+    """Do `run` and return no traffic: the count of a single process."""
     run()
     return {}
 
 
 def copy_our_weights(tree: dict[str, Any], named: dict[str, torch.Tensor]) -> None:
-    """Our initial weights into tensors of the same names."""
+    """Copy our initial weights into the tensors of the same names."""
     from dist_gpt.config.schema import Config
     from dist_gpt.model.init import initial_weight
     from dist_gpt.params import params_of_blocks
@@ -214,7 +220,7 @@ def copy_our_weights(tree: dict[str, Any], named: dict[str, torch.Tensor]) -> No
 
 
 def timed_steps(step: Step, tree: dict[str, Any], first: int, count: int, mode: str) -> dict[str, float]:
-    """Steps first .. first + count - 1; tokens are drawn before the clock starts."""
+    """Train and time steps first .. first + count - 1; tokens are drawn before the clock starts."""
     batches = [token_ids(tree, number) for number in range(first, first + count)]
     loss = 0.0
     started, cpu = time.perf_counter(), time.process_time()
@@ -231,11 +237,11 @@ SIDES = {
     "fsdp": ("torch.distributed.fsdp", "benchmarks.peers:fully_sharded"),
     "deepspeed": ("deepspeed", "benchmarks.peers:deepspeed"),
 }
-"""Name -> (what it has to import, who makes it)."""
+"""Name -> (module to import first, function that returns how to build and end it)."""
 
 
 def forget_peak() -> None:
-    """`VmHWM` counts from now, and nothing that is free does."""
+    """Reset `VmHWM` to the current size, after free memory is returned to the system."""
     from dist_gpt.heap import give_back
 
     give_back()
@@ -243,18 +249,18 @@ def forget_peak() -> None:
 
 
 class Session:
-    """Answers requests, one after the other."""
+    """The model of this process, which answers requests one after the other."""
 
     def __init__(self, build: Build, order: Order) -> None:
         self.build, self.order = build, order
         self.side, self.done = build(order), 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What `request["do"]` asks for."""
+        """Do what `request["do"]` names and return the answer."""
         do = request["do"]
         if do == "build":
             self.side.close()
-            del self.side  # before the next one, so that there is never room for two
+            del self.side  # before the next one is built, so that two never exist at once
             gc.collect()
             self.order = Order(request["config"], self.order.same_weights, request["options"])
             self.side, self.done = self.build(self.order), 0
@@ -274,7 +280,7 @@ class Session:
 
 
 def own_standard_output() -> Any:
-    """Where answers go: a stray print, or one of a compiler's, must not spoil them."""
+    """Return a stream for answers; redirect standard output to standard error, so that stray prints do not mix in."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = sys.stderr
@@ -282,7 +288,7 @@ def own_standard_output() -> Any:
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     at_start = resident_bytes()
     answers = own_standard_output()
     order = json.loads(sys.stdin.readline() or "null")
@@ -294,7 +300,7 @@ def main() -> None:
     module, _, name = maker.partition(":")
     try:
         importlib.import_module(imports)
-        with kept(rank, ranks, order["threads"]):  # as ours when it is started by the launcher
+        with kept(rank, ranks, order["threads"]):  # CPU pinning as in ranks that the launcher starts
             build, leave = getattr(importlib.import_module(module), name)()
             imported = resident_bytes()
             session = Session(build, Order(order["config"], order["same_weights"], order.get("options", {})))

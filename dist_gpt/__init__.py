@@ -1,3 +1,3 @@
-"""dist_gpt: plan, run and report distributed GPT training."""
+"""Plan, run and report distributed GPT training."""
 
 __version__ = "0.1.0"

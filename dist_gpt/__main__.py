@@ -1,4 +1,4 @@
-"""`python -m dist_gpt` and the `dist-gpt` command."""
+"""Entry point of `python -m dist_gpt` and of the `dist-gpt` command."""
 
 import gc
 
@@ -8,4 +8,4 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        gc.freeze()  # the process ends: looking through all of torch's objects for garbage would take it a second
+        gc.freeze()  # the process ends: a last garbage collection over torch's objects takes a second

@@ -5,7 +5,7 @@
     clock.last           # the last Suspension; None if there was none
 
 A process is suspended by SIGSTOP (Ctrl-Z, Slurm's `scontrol suspend`, a container that is frozen) or with its machine
-(a laptop's lid, a virtual machine). Others that then seem silent or late may not be: this process was away.
+(a closed laptop, a paused virtual machine). Other processes may then seem silent or late although they are not.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 JUMP_S = 1.0
-"""A longer gap between two readings is a suspension. The clock still advances by this much, so that it cannot stand
-still on a machine that is always late."""
+"""A longer gap between two readings counts as a suspension. The clock still advances by this much, so that it does not
+stop on a machine where every reading is late."""
 EXCUSED_S = 30.0
-"""Longest time after a suspension in which others may stay silent because they are continued later."""
+"""Longest time after a suspension for which other processes may stay silent, because they may be continued later."""
 
 
 def time_with_sleep() -> float:
-    """Return the seconds of a clock that, where possible, also counts the time in which the machine sleeps."""
+    """Return the seconds of a clock that, where the system has one, also counts the time the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 @dataclass(frozen=True)
 class Suspension:
-    """A time in which this process did not run."""
+    """Period in which this process did not run."""
 
     at: float
-    """When it ran again, on the AwakeClock."""
+    """Time at which the process ran again, on the AwakeClock."""
     seconds: float
 
     @property
     def excused_until(self) -> float:
-        """Return the time until which the silence of others means nothing: they may be continued later."""
+        """Time until which the silence of other processes is excused: they may be continued later."""
         return self.at + min(self.seconds, EXCUSED_S)
 
 
 def is_silent(now: float, heard: float, excused_until: float, allowed_s: float) -> bool:
-    """Return whether a process that was last heard at `heard`, by an AwakeClock, is silent for more than `allowed_s`.
+    """Return whether a process last heard at `heard`, on an AwakeClock, has been silent for more than `allowed_s`.
 
-    Excuses that follow each other closely end all the same, 2 x EXCUSED_S later: a machine that is often late by a
-    second or more would renew them for ever.
+    Silence is excused for at most 2 x EXCUSED_S beyond `allowed_s`: a machine that is often late by a second or more
+    would otherwise renew the excuse for ever.
     """
     return now - max(heard, excused_until) > allowed_s or now - heard > allowed_s + 2 * EXCUSED_S
 
 
 class AwakeClock:
-    """Seconds of the monotonic clock without suspensions. `read` and `with_sleep` are the clocks behind it."""
+    """Clock that leaves out suspensions, in seconds. It reads `read`, and `with_sleep`, which also counts sleep."""
 
     def __init__(
         self, read: Callable[[], float] = time.monotonic, with_sleep: Callable[[], float] = time_with_sleep
@@ -63,7 +63,7 @@ class AwakeClock:
         self.last: Suspension | None = None
 
     def now(self) -> float:
-        """Return the time, and note a suspension in `last` when the previous call was long ago."""
+        """Return the time; record a suspension in `last` if the previous call was more than JUMP_S ago."""
         with self._lock:
             read, with_sleep = self._read(), self._with_sleep()
             gap, longest = read - self._before, max(read - self._before, with_sleep - self._before_with_sleep)

@@ -1,4 +1,4 @@
-"""The `dist-gpt` command: reads options, calls the verb's own module, prints its document, sets the exit code.
+"""The `dist-gpt` command: parse options, call the module of the verb, print its document and set the exit code.
 
 Each verb imports its code inside its function, so that `--help`, `plan` and `flops` start at once and without torch.
 Exit codes: 0 done; 1 failed or verdict fail; 2 bad input (one message on stderr, no traceback); 75 preempted.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dist_gpt.config.schema import Config
     from dist_gpt.rundir import Resume
 
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for plugins reads every installed package
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the search for plugins reads every installed package
 
 app = typer.Typer(
     name="dist-gpt",
@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: fast, and the same in a pipe
+    rich_markup_mode=None,  # plain help is fast, and the same in a pipe
 )
 
 ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or a preset's name.")]
@@ -76,9 +76,9 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started; start nothing.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="With --via slurm: submit, and do not follow.")] = False,
 ) -> None:
-    """Train CONFIG: on this machine, under torchrun, in a Slurm job, or by mpirun.
+    """Train CONFIG on this machine, under torchrun, in a Slurm job or with mpirun.
 
-    Prepares the data, makes the run directory, starts every rank and follows it to its end.
+    Prepares the data, creates the run directory, starts every rank and follows the run to its end.
     """
     from dist_gpt.checkpoint.resume import AUTO, resolve
     from dist_gpt.rundir import Resume
@@ -106,7 +106,7 @@ def launch(
         document = {**run.job_document(job), **way.document(job)}
         _print(document, as_json, run.job_text(document))
         return
-    told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and sums up; its log was shown
+    told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and prints the summary; its log is shown
     with _removed_if_not_started(run_dir), contextlib.ExitStack() as held:
         with _progress(as_json):
             print(f"{loaded.name}: {_ranks(loaded)} on {way.sentence}. {device.sentence}", flush=True)
@@ -114,11 +114,11 @@ def launch(
             _make_run_dir(loaded, asked, with_data=not check, hold=hold)
         code = way.run(job)
     if check:
-        if not asked.goes_on:  # else the launcher that made the folder says it
+        if not asked.goes_on:  # else the launcher that made the folder prints it
             _print({"exit_code": code, "run_dir": str(run_dir)}, as_json, run.checked(run_dir, code))
         raise typer.Exit(code)
     document = {"run_dir": str(run_dir), "exit_code": code, **run.summary(run_dir), "verdict": run.verdict(run_dir)}
-    if as_json or code or detach or not told:  # else the job's own launcher has said it, and was shown here
+    if as_json or code or detach or not told:  # else the job's own launcher has printed it, and was shown here
         summed_up = (code == 0 or document["skipped_why"]) and not told
         _print(document, as_json, run.last_lines(document, with_summary=bool(summed_up)))
     raise typer.Exit(code)
@@ -129,7 +129,7 @@ def _ranks(config: Config) -> str:
 
 
 def _leave_if_finished(config: Config, as_json: bool) -> None:
-    """Where `--resume auto` would train nothing, say so and leave; nothing is changed. Raises ConfigError."""
+    """Exit with a message if `--resume auto` would train nothing; change nothing. Raise ConfigError like `finished`."""
     from dist_gpt.checkpoint.resume import finished
     from launch import run
 
@@ -142,7 +142,7 @@ def _leave_if_finished(config: Config, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _removed_if_not_started(run_dir: Path) -> Iterator[None]:
-    """Where nothing was started inside, a run directory that was made there goes."""
+    """Remove a run directory made inside this context if nothing was started in it (NotStartedError)."""
     from launch.starter import NotStartedError
 
     there = os.path.lexists(run_dir)
@@ -168,7 +168,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Run one rank of a training.
+    """Run one rank of a training run.
 
     Started once per rank by dist-gpt launch, torchrun, srun or mpirun, for example `torchrun --nproc-per-node 8 -m
     dist_gpt train CONFIG`. Started on its own, it trains in one process.
@@ -184,14 +184,14 @@ def train(
     with _progress(as_json):
         from dist_gpt.train import main as train_main
 
-        code = train_main(loaded, AUTO if resume else None)  # what a PATH means is in the run directory by now
+        code = train_main(loaded, AUTO if resume else None)  # the launcher has noted a PATH in the run directory
     if as_json and os.environ.get("RANK", "0") == "0":
         _print({"run_dir": loaded.run_dir, "exit_code": code}, True, "")
     raise typer.Exit(code)
 
 
 def _refuse_other_run_dir(config: Config) -> None:
-    """Raise ConfigError if DIST_GPT_RUN_DIR was set by the launcher of another run, or its folder is gone."""
+    """Raise ConfigError if DIST_GPT_RUN_DIR was set by the launcher of another run, or if its folder is gone."""
     from dist_gpt.config.errors import ConfigError
 
     made, run_dir = Path(os.environ["DIST_GPT_RUN_DIR"]), Path(str(config.run_dir))
@@ -203,7 +203,7 @@ def _refuse_other_run_dir(config: Config) -> None:
 
 
 def _train_directly(config: str, overrides: list[str], as_json: bool, resume: str | None) -> NoReturn:
-    """Train as the rank that the environment names, without a launcher, and exit with the code."""
+    """Train as the rank that the environment names, without a launcher, and exit with the exit code."""
     from dist_gpt.checkpoint.resume import AUTO, resolve
     from dist_gpt.config.load import load
     from launch import direct
@@ -218,7 +218,7 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
         resolved = partial(resolve, resume, run_dir, loaded)
         folder = direct.RunFolder(loaded, resolved, resume is not None, again, held)
         if start.place.world == 1:
-            folder.check()  # at once, before torch is imported
+            folder.check()  # early, before torch is imported
         start.enter(os.environ)
         with _progress(as_json):
             from dist_gpt.train import main as train_main
@@ -234,14 +234,14 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
 
 @dataclass
 class _Told:
-    """State of `_told_once`; `shared`: every rank finds the error that ends this one."""
+    """State of `_told_once`. `shared`: every rank finds the error that ends this one."""
 
     shared: bool = False
 
 
 @contextlib.contextmanager
 def _told_once() -> Iterator[_Told]:
-    """Let rank 0 alone print bad input that all ranks find, as far as the program that started them allows."""
+    """Let only rank 0 report bad input that all ranks find, as far as the program that started them allows."""
     from launch import direct
 
     told = _Told()
@@ -254,7 +254,7 @@ def _told_once() -> Iterator[_Told]:
 
 
 def _require_extras(config: Config) -> None:
-    """Raise ConfigError where an optional package is missing that `config` needs, before anything is started."""
+    """Raise ConfigError, before anything is started, if an optional package that `config` needs is missing."""
     from dist_gpt.config.deepspeed import require_deepspeed
     from dist_gpt.track import require_wandb
 
@@ -270,7 +270,7 @@ def plan(
     gpus: GpusOption = None,
     rank: RankOption = 0,
 ) -> None:
-    """Say beforehand what a rank sends, computes, holds."""
+    """Predict a rank's traffic, FLOPs and memory without running."""
     from dist_gpt.plan import api
 
     loaded = _load_for_rank(config, overrides, gpus, rank)
@@ -286,9 +286,9 @@ def dryrun(
     gpus: GpusOption = None,
     rank: RankOption = 0,
 ) -> None:
-    """Count one rank's real code on meta tensors.
+    """Run one rank's real code on meta tensors and count its work.
 
-    Any rank of any world size, without a GPU: what it sends, computes and holds.
+    Counts what any rank of any world size sends, computes and holds, without a GPU.
     """
     loaded = _load_for_rank(config, overrides, gpus, rank)
     with _progress(as_json):
@@ -305,9 +305,9 @@ def verify(
     as_json: JsonOption = False,
     full: Annotated[bool, typer.Option("--full", help="Do not shrink a large model or world.")] = False,
 ) -> None:
-    """The parity certificate.
+    """Certify that this layout trains as one process does.
 
-    This layout against one process, in float64. Exit code 1 when it fails.
+    The parity certificate compares both in float64. Exit code 1 if it fails.
     """
     from dist_gpt.config.load import load
 
@@ -322,7 +322,7 @@ def verify(
 
 @app.command()
 def flops(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Every matmul: shape, FLOPs, share."""
+    """List every matmul with its shape, FLOPs and share."""
     from dist_gpt.config.load import load
     from dist_gpt.plan import api
 
@@ -336,9 +336,9 @@ def report(
     compare: Annotated[str | None, typer.Option("--compare", metavar="OTHER", help="A run to hold it against.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Where every millisecond and every byte went.
+    """Report where every millisecond and every byte went.
 
-    Writes report.html, report.md, report.json, trace.json.gz and figures/ into RUN_DIR. Exit code 1 where the run
+    Writes report.html, report.md, report.json, trace.json.gz and figures/ into RUN_DIR. Exit code 1 if the run
     failed or its accounting differs.
     """
     from dist_gpt.report import write
@@ -362,8 +362,10 @@ def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, r
 def _make_run_dir(
     config: Config, asked: Resume, with_data: bool = True, hold: Callable[[Path], None] | None = None
 ) -> None:
-    """Plan, prepare the data, then make the run directory: what is wrong is found before anything is written. `hold`
-    is called with it before anything in it is changed."""
+    """Plan, prepare the data, then make the run directory, so that problems are found before it is written.
+
+    `hold` is called with the directory before anything in it is changed.
+    """
     from dist_gpt.data.tokens import describe, prepare
     from dist_gpt.plan import api
     from launch import run
@@ -383,7 +385,7 @@ def _make_run_dir(
 
 
 def _progress(as_json: bool) -> contextlib.AbstractContextManager[Any]:
-    """Inside, what is printed goes to stderr when stdout belongs to a JSON document."""
+    """Return a context in which print goes to stderr if stdout is kept for a JSON document."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
@@ -405,10 +407,10 @@ def _is_bad_input(error: Exception) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; ends with SystemExit."""
+    """Run the command line (default: sys.argv) and end with SystemExit."""
     try:
         app(args=None if argv is None else list(argv), prog_name="dist-gpt")
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:
@@ -419,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _is_bad_input(error):
             if "DIST_GPT_RUN_DIR" in os.environ or type(error).__name__ != "RendezvousError":
                 raise
-            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # it explains itself; launch.worker does the same
+            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # needs no traceback; launch.worker does the same
             sys.exit(1)
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
         if "--json" in (sys.argv[1:] if argv is None else argv) and _is_first_rank():

@@ -1,8 +1,8 @@
-"""The dry run: the real code of any rank of any world size, on meta tensors and fake groups, counted.
+"""The dry run: run and count the real code of any rank of any world size, on meta tensors and fake groups.
 
-It moves and computes nothing, needs neither GPU nor peers, and must agree with the plan's declarations to the integer:
-collectives by the ledger, FLOPs by torch's formulas, saved bytes by the storages that autograd and queued weight jobs
-keep from step to step.
+It moves and computes nothing and needs neither a GPU nor peers. Its counts must equal the plan's declarations exactly:
+collectives from the ledger, FLOPs from torch's formulas, saved bytes from the storages that autograd and queued weight
+jobs keep from step to step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dist_gpt.rank import Rank
 
 
 def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:
-    """What rank `rank` does in one training step, counted: the keys of `plan` for that rank."""
+    """Return the counts of one training step of rank `rank`, under the keys that `dist-gpt plan` uses for a rank."""
     require_native(config, "a dry run counts the steps")
     replica = Rank(config, rank, FakeBackends(needs_room(RankPlan(config, rank))), torch.device("meta"))
     ids = np.zeros((config.train.micro_batch, config.model.seq_len + 1), dtype=np.int64)
@@ -55,8 +55,10 @@ def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:
 
 
 class FlopCounter(TorchDispatchMode):
-    """Sums torch's own formulas over what runs inside. (torch's FlopCounterMode does the same in three times the time:
-    it tries to decompose every operation and keeps totals by module.)"""
+    """Sum of FLOPs, by torch's own formulas, of the operations that run inside this mode.
+
+    torch's FlopCounterMode takes three times as long: it tries to decompose every operation and keeps totals by module.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class FlopCounter(TorchDispatchMode):
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, a forward runs once more."""
+        """Count the operations inside as recomputation (`repeated`) as well."""
         before = self.total
         yield
         self.repeated += self.total - before
@@ -72,7 +74,7 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = SHAPES.call(func, args, kwargs or {})
         packet = func._overloadpacket
-        if packet is torch.ops.aten.addmm_:  # accumulating (m, k) @ (k, n): torch has no formula for the in-place form
+        if packet is torch.ops.aten.addmm_:  # accumulates (m, k) @ (k, n): torch has no formula for the in-place form
             self.total += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
@@ -80,18 +82,18 @@ class FlopCounter(TorchDispatchMode):
 
 
 class ShapeCache:
-    """Results of operations on meta tensors by what their arguments look like.
+    """Cache of the results of operations on meta tensors, keyed by operation and by the form of the arguments.
 
-    Torch finds the shape of a result in Python, in 0.1 to 1 ms an operation, and a step repeats the same operations for
-    every layer and micro-batch. An operation is remembered if it changes nothing and its results are new tensors; all
-    others are called.
+    Torch infers the shape of a result in Python, in 0.1 to 1 ms per operation, and a step repeats the same operations
+    for every layer and micro-batch. Operations that change nothing and return new tensors are cached; all others are
+    called.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return func(*args, **kwargs): if it is remembered, new tensors of the same shapes, strides and types."""
+        """Return func(*args, **kwargs), or on a cache hit new tensors of the same shapes, strides and dtypes."""
         if func._schema.is_mutable:
             return func(*args, **kwargs)
         tensors: list[Tensor] = []
@@ -114,7 +116,7 @@ def _new(look: tuple[Any, ...]) -> Tensor:
 
 
 def _described(value: Any, tensors: list[Tensor]) -> Any:
-    """Hashable form of an argument: what a result's shape can depend on. Its tensors are appended to `tensors`."""
+    """Return what a result's shape can depend on in `value`, as a hashable; append its tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return value.shape, value.stride(), value.dtype, value.device
@@ -132,7 +134,7 @@ def _is_new(result: Any, tensors: list[Tensor]) -> bool:
 
 
 SHAPES = ShapeCache()
-"""Of this process: the ranks of a layout, and similar configurations, repeat one another's operations."""
+"""Cache of this process: the ranks of a layout, and similar configurations, repeat the same operations."""
 
 
 def _parameters(replica: Rank) -> int:

@@ -1,8 +1,8 @@
-"""Records of what was communicated, and how they are counted. Torch-free: the report reads them too.
+"""Records and counts of communication. Torch-free: the report reads them too.
 
-Payload is the full tensor (all-gather and reduce-scatter: the unsharded one; all-reduce once; a send its own, a
-receive 0). Wire bytes are what one rank puts on the wire in the ring algorithm: floor(factor x payload) per call,
-with the factors of nccl-tests (doc/PERFORMANCE.md).
+Payload is the full tensor (all-gather and reduce-scatter: the unsharded one; all-reduce: counted once; send: the
+message; receive: 0). Wire bytes are those that one rank sends in the ring algorithm: floor(factor x payload) per call,
+with the factors of nccl-tests (its doc/PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ SCHEMA = 2
 TRAIN, EVAL, SAVE, CONTROL = "train", "eval", "save", "control"
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "barrier")
 CALL, SPAN = 1, 2
-"""First number of a row of the profiling window: a collective, or an entry of the step list."""
+"""First number of a row of the profiling window: CALL for a collective, SPAN for an entry of the step list."""
 CALL_COLUMNS = (
     "step", "index", "channel", "op", "payload", "issue", "issued", "done", "wait", "waited", "cpu", "flags",
 )  # fmt: skip
 SPAN_COLUMNS = ("step", "index", "start", "wall", "cpu")
 EMULATED, BOUND, ESTIMATED, DIRECT = 1, 2, 4, 8
-"""Flags of a call: the backend has no such operation and another one did its work; `done` is an upper bound; `done` is
-when this rank went on, less the time it was ready and had no processor: it can lie a little early; every member sent
-every other one its part, and none went round a ring."""
+"""Flags of a call. EMULATED: another operation replaces one that the backend lacks. BOUND: `done` is an upper bound.
+ESTIMATED: `done` is when this rank continued, less the time it was ready but had no core, so it can be slightly early.
+DIRECT: every member exchanged parts directly with every other one, without a ring."""
 
 
 def wire_bytes(op: str, payload: int, size: int) -> int:
-    """Bytes one rank of a group of `size` sends for one call of `op` on `payload` bytes."""
+    """Return the bytes that one rank of a group of `size` sends for one call of `op` on `payload` bytes."""
     if op == "all_reduce":
         return 2 * (size - 1) * payload // size
     if op in ("all_gather", "reduce_scatter", "all_to_all", "broadcast"):
@@ -47,30 +47,32 @@ DIRECT_BYTES = 1 << 22
 
 
 def scatters_directly(payload: int, size: int) -> bool:
-    """Whether members of a gloo group send each other the parts of a reduce-scatter of `payload` bytes themselves: half
-    the copies of its all-to-all, and for small messages between many more waking up."""
+    """Return whether a gloo group sends the parts of a reduce-scatter of `payload` bytes directly between its members.
+
+    This takes half the copies of gloo's all-to-all, but more wake-ups for small messages between many ranks.
+    """
     return size == 2 or payload >= DIRECT_BYTES
 
 
 NEAR_MEMBERS = 128
-"""Most members of a group on one node that read each other's memory: each holds a socket for every other one."""
+"""Largest group on one node whose members read each other's memory: each holds a socket to every other one."""
 
 
 def scatter_room(payload: int, size: int) -> int:
-    """Bytes of the receive buffer that a reduce-scatter of `payload` bytes needs on gloo; see comm.group."""
+    """Return the bytes of the receive buffer that a reduce-scatter of `payload` bytes needs on gloo; see comm.group."""
     return payload // size * (size - 1) if scatters_directly(payload, size) else payload
 
 
 def leaving_bytes(
     op: str, payload: int, ranks: Sequence[int], index: int, node_of: Sequence[int], emulated: bool = False
 ) -> int:
-    """Bytes that member `index` of the group `ranks` sends to other nodes for one call; node_of[rank] is its node.
+    """Return the bytes that member `index` of group `ranks` sends to other nodes per call; node_of[rank] is its node.
 
     all_reduce, all_gather, reduce_scatter, broadcast go round a ring in the order of `ranks`: all wire bytes of a
-    member go to the next one, so wire_bytes(op, payload, n) if that one is on another node, else 0. (Round the other
-    way other members cross, but as many in each node, so the sum over a node is the same.) all_to_all, and an
+    member go to the next one, so wire_bytes(op, payload, n) if that one is on another node, else 0. (In the other
+    direction other members cross, but as many in each node, so the sum over a node is the same.) all_to_all, and an
     `emulated` reduce_scatter, which is one: payload / n to each member, so floor(payload x members elsewhere / n).
-    send: payload, if the other of the pair is elsewhere.
+    send: payload, if the other rank of the pair is on another node.
     """
     n, here = len(ranks), node_of[ranks[index]]
     if op == "all_to_all" or (op == "reduce_scatter" and emulated):
@@ -86,11 +88,11 @@ def leaving_total(
     node_of: Sequence[int],
     emulated: bool = False,
 ) -> dict[str, int]:
-    """Bytes that `rank` sent to other nodes, {phase: bytes}.
+    """Return the bytes that `rank` sent to other nodes, {phase: bytes}.
 
-    `by_channel`: {"channel", "phase", "op", "calls", "payload_bytes"} with the payload of all its calls; `channels`:
-    {"axis"}, and "ranks" of a pair; `groups`: the ranks that `rank` meets along each other axis. Where a payload does
-    not divide evenly the sum may be larger than the calls' own by less than a byte a call.
+    `by_channel`: {"channel", "phase", "op", "calls", "payload_bytes"}, the payload being that of all its calls;
+    `channels`: {"axis"}, and "ranks" for a pair; `groups`: the ranks that `rank` meets along each other axis. Where a
+    payload does not divide evenly, the result may exceed the sum over single calls by less than a byte per call.
     """
     found: dict[str, int] = defaultdict(int)
     for row in by_channel:
@@ -103,23 +105,25 @@ def leaving_total(
 
 @dataclass(slots=True)
 class Tally:
-    """Calls and bytes of one (axis, op)."""
+    """Calls, payload bytes and wire bytes of one (axis, op)."""
 
     calls: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0
 
     def add(self, calls: int, payload: int, wire: int) -> None:
+        """Add `calls` collectives with their payload and wire bytes in total."""
         self.calls += calls
         self.payload_bytes += payload
         self.wire_bytes += wire
 
     def as_dict(self) -> dict[str, int]:
+        """Return {calls, payload_bytes, wire_bytes}."""
         return {"calls": self.calls, "payload_bytes": self.payload_bytes, "wire_bytes": self.wire_bytes}
 
 
 class Counts:
-    """Tallies by (axis, op); the common form of plan, ledger and dry run."""
+    """Tallies by (axis, op): the common form of plan, ledger and dry run."""
 
     def __init__(self) -> None:
         self.tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
@@ -129,21 +133,23 @@ class Counts:
         self.tallies[axis, op].add(calls, calls * payload_each, calls * wire_bytes(op, payload_each, size))
 
     def merge(self, other: Counts, times: int = 1) -> None:
+        """Add `times` x `other`."""
         for key, t in other.tallies.items():
             self.tallies[key].add(times * t.calls, times * t.payload_bytes, times * t.wire_bytes)
 
     def since(self, earlier: Counts) -> Counts:
-        """What was added after `earlier` was copied."""
+        """Return the counts less those of `earlier`, a copy taken before."""
         result = Counts()
         result.merge(self)
         result.merge(earlier, -1)
         return result
 
     def copy(self) -> Counts:
+        """Return an independent copy."""
         return self.since(Counts())
 
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:
-        """{axis: {op: {calls, payload_bytes, wire_bytes}}}, sorted, empty tallies left out."""
+        """Return {axis: {op: {calls, payload_bytes, wire_bytes}}}, sorted, without empty tallies."""
         result: dict[str, dict[str, dict[str, int]]] = {}
         for (axis, op), tally in sorted(self.tallies.items()):
             if tally.calls:
@@ -151,7 +157,7 @@ class Counts:
         return result
 
     def differences(self, expected: Counts) -> list[str]:
-        """Human-readable differences in calls and payload; empty when equal."""
+        """Return the differences from `expected` in calls and payload, as sentences; empty if equal."""
         lines = []
         for axis, op in sorted(set(self.tallies) | set(expected.tallies)):
             got, want = self.tallies.get((axis, op), Tally()), expected.tallies.get((axis, op), Tally())
@@ -164,7 +170,7 @@ class Counts:
 
 
 def total(parts: Iterable[Counts]) -> Counts:
-    """Sum of several counts."""
+    """Return the sum of several counts."""
     result = Counts()
     for part in parts:
         result.merge(part)
@@ -172,8 +178,10 @@ def total(parts: Iterable[Counts]) -> Counts:
 
 
 def moved_by_engine(engine: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, float]]:
-    """(axis, operation, calls, payload bytes, wire bytes) of a training step, as the fact `engine` has them: what an
-    engine that communicates by itself counted."""
+    """Yield (axis, operation, calls, payload bytes, wire bytes) of one training step from the fact `engine`.
+
+    They are the counts of an engine that issues its own communication, per step of the attempt.
+    """
     steps = max(1, engine["steps"])
     for axis, ops in (engine["traffic"].get(TRAIN) or {}).items():
         for op, row in ops.items():
@@ -181,10 +189,10 @@ def moved_by_engine(engine: Mapping[str, Any]) -> Iterator[tuple[str, str, float
 
 
 class EventFile:
-    """events.rank*.jsonl: a header, then facts (objects) and, inside the profiling window, rows (arrays of numbers).
+    """Writer of events.rank*.jsonl: a header, facts (objects), and rows (arrays of numbers) in the profiling window.
 
-    Opened for appending: a resumed run writes another header with its attempt. Times in rows are ns since `base_ns` of
-    this rank's CLOCK_MONOTONIC. What a fact holds is described in docs/events.md.
+    The file is opened for appending: a resumed run writes another header with its attempt. Times in rows are ns since
+    `base_ns` on this rank's CLOCK_MONOTONIC. docs/events.md describes the facts.
     """
 
     def __init__(self, path: Path, rank: int, coords: dict[str, int], attempt: int, **header: Any) -> None:
@@ -194,20 +202,21 @@ class EventFile:
         self._write([{"schema": SCHEMA, "rank": rank, "coords": coords, "attempt": attempt, **clock, **header}])
 
     def step(self, step: int, phase: str, step_s: float, comm: Counts, **more: Any) -> None:
-        """What was communicated in `phase` during step `step` (1-based)."""
+        """Write the duration in seconds and the communication of `phase` in step `step`, counted from 1."""
         self._write([{"step": step, "phase": phase, "step_s": round(step_s, 9), "comm": comm.as_dict(), **more}])
 
     def fact(self, name: str, content: dict[str, Any]) -> None:
-        """One line {name: content}."""
+        """Write one line {name: content}."""
         self._write([{name: content}])
 
     def rows(self, rows: Sequence[Sequence[int]]) -> None:
-        """Rows of the window, one to a line."""
+        """Write rows of the profiling window, one per line."""
         if rows:
-            text = json.dumps(rows, separators=(",", ":"))  # all at once: a third of the time of one after the other
+            text = json.dumps(rows, separators=(",", ":"))  # one call takes a third of the time of one call per row
             self._put(text[1:-1].replace("],[", "]\n[") + "\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _write(self, lines: Iterable[Any]) -> None:
@@ -215,4 +224,4 @@ class EventFile:
 
     def _put(self, text: str) -> None:
         self._file.write(text)
-        self._file.flush()  # a rank that dies leaves what it had
+        self._file.flush()  # so that the lines of a rank that dies are kept

@@ -1,8 +1,9 @@
-"""The C heap of a process on a CPU: it keeps freed memory, in huge pages, and says how much of it is in use.
+"""Tune the C heap for training on a CPU: keep freed memory, use huge pages, and report the bytes in use.
 
-A step frees all its activations and asks for them again in the next one. glibc gives them back to the system in
-between, and every page is then faulted in anew: 50,000 faults and 3 to 6 % of a step were measured at hidden size 512.
-And a page of 2 MiB is found 512 times as rarely as one of 4 kB: reading another rank's memory is 3 to 4 times as fast.
+Each step frees all its activations and the next one allocates them again. By default glibc returns them to the system
+in between, and every page is faulted in anew: 50,000 faults and 3 to 6 % of a step were measured at hidden size 512.
+A page of 2 MiB is looked up 512 times less often than one of 4 kB: reading another rank's memory is 3 to 4 times as
+fast.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ MADV_HUGEPAGE = 14
 HUGE = 2 << 20
 NEVER_OVERCOMMIT = "2"
 _reserves: list[int] = []
-"""Bytes of this process's heap that were asked for in huge pages, the last ones at the end."""
+"""Bytes of this process's heap that were requested in huge pages, the latest request last."""
 
 
 def prepare_heap() -> None:
-    """Before training on a CPU, once: it is a setting of the whole process."""
+    """Prepare the heap for training on a CPU. Call this once, before training: it changes the whole process."""
     if keep_freed_memory():
         use_huge_pages()
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to shrink the heap, and to take blocks up to 32 MiB from it. False where there is no glibc."""
+    """Tell glibc never to shrink the heap and to take blocks up to 32 MiB from it. Return False without glibc."""
     libc = _glibc()
     return libc is not None and bool(
         libc.mallopt(M_TRIM_THRESHOLD, -1) and libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
@@ -39,18 +40,19 @@ def keep_freed_memory() -> bool:
 
 
 def use_huge_pages(reserve: int | None = None) -> bool:
-    """Have the next `reserve` bytes of a heap that keeps what is freed (default: half of the machine's memory) in huge
-    pages, where the system has them for who asks. It takes addresses, no memory; but larger blocks are then taken from
-    the heap and kept, too, which costs what lies between them.
+    """Request huge pages for the next `reserve` bytes of the heap (default: half of the machine's memory).
 
-    False, and nothing changes, where addresses are counted (a limit as of ulimit -v or -d, a system that promises no
-    more than it has), or where the environment tunes glibc's heap, which may fill each block that it hands out.
+    The heap must keep freed memory, and the system must offer huge pages on request (madvise). The reserve takes
+    addresses, not memory. Blocks above 32 MiB then come from the heap and stay in it too, at the cost of gaps.
+
+    Return False and change nothing if addresses are counted (a limit such as ulimit -v or -d, or a system without
+    overcommit), or if the environment tunes glibc's heap, which may fill each block that it hands out.
     """
     libc = _glibc()
     if libc is None or _addresses_count() or _tuned(os.environ):
         return False
     size = reserve or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    libc.mallopt(M_MMAP_MAX, 0)  # one block at the end of the heap; freed, it is where the next ones come from
+    libc.mallopt(M_MMAP_MAX, 0)  # one block at the heap's end; once freed, it serves the next ones
     block = libc.malloc(size)
     libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
     if block is None:
@@ -64,7 +66,7 @@ def use_huge_pages(reserve: int | None = None) -> bool:
 
 
 def give_back() -> None:
-    """Return what is free in the heap to the system, for once; what was reserved for huge pages is so again."""
+    """Return the free memory of the heap to the system once, and renew the reserve of huge pages if there was one."""
     libc = _glibc()
     if libc is None:
         return
@@ -74,7 +76,7 @@ def give_back() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """glibc itself, also where another allocator was loaded in front of it."""
+    """Return glibc itself, even if another allocator is preloaded; None if the process has no glibc."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -86,7 +88,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _addresses_count() -> bool:
-    """Whether addresses without memory behind them are counted."""
+    """Return whether the system limits addresses that have no memory behind them, or cannot tell."""
     limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
         return True
@@ -97,14 +99,14 @@ def _addresses_count() -> bool:
 
 
 def _tuned(environ: Mapping[str, str]) -> bool:
-    """Whether somebody sets what mallopt sets (MALLOC_PERTURB_ and the like, glibc.malloc.perturb)."""
+    """Return whether the environment tunes glibc's malloc (MALLOC_PERTURB_ and the like, glibc.malloc.perturb)."""
     return "glibc.malloc" in environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") and name.endswith("_") for name in environ
     )
 
 
 class _MallInfo(ctypes.Structure):
-    """glibc's struct mallinfo2."""
+    """Layout of glibc's struct mallinfo2."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -115,8 +117,10 @@ class _MallInfo(ctypes.Structure):
 
 
 class Heap:
-    """Reads how many bytes the program holds; tensors on a CPU are among them. Only of the main thread's arena and of
-    what is mapped apart, which is where training allocates."""
+    """Reader of the bytes that the program holds, tensors on a CPU among them.
+
+    Only the main thread's arena and separately mapped blocks are counted: this is where training allocates.
+    """
 
     def __init__(self) -> None:
         self._read = getattr(ctypes.CDLL(None), "mallinfo2", None)
@@ -124,7 +128,7 @@ class Heap:
             self._read.restype = _MallInfo
 
     def bytes_in_use(self) -> int | None:
-        """None where there is no glibc that says so (before 2.33, or another libc)."""
+        """Return the bytes in use; None without glibc 2.33 or later."""
         if self._read is None:
             return None
         info = self._read()

@@ -1,9 +1,9 @@
-"""Ranks on the mesh (pp, dp, cp, tp): pure arithmetic, tp fastest.
+"""Ranks on the mesh (pp, dp, cp, tp): pure arithmetic, tp varies fastest.
 
 An *axis* is a direction of the mesh. Besides the four base axes there are named combinations: `data`
-(dp x cp, what gradients are summed over), `model` (pp x tp, everything of one replica), `world`, `embed`
-(the first and the last stage, which both hold a tied embedding), and the two that the data axis is cut into where state
-is sharded inside a node and replicated across nodes: `shard` (`Layout.shard` consecutive members) and `replica`.
+(dp x cp, over which gradients are summed), `model` (pp x tp, one whole replica), `world`, and `embed`
+(the first and the last stage, which both hold a tied embedding). Where state is sharded inside a node and replicated
+across nodes, the data axis is split into `shard` (`Layout.shard` consecutive members) and `replica`.
 
     >>> Layout(pp=2, dp=1, cp=1, tp=2).group("tp", rank=3)
     (2, 3)
@@ -28,7 +28,7 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Coords:
-    """Where a rank stands on the mesh."""
+    """Coordinates of a rank on the mesh."""
 
     pp: int
     dp: int
@@ -41,26 +41,27 @@ class Coords:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The four degrees of parallelism; their product is the world size."""
+    """The four degrees of parallelism, whose product is the world size."""
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
     shard: int = 0
-    """Members of a data group among which state is cut; 0: all."""
+    """Members of a data group among which state is sharded; 0: all."""
 
     @property
     def world(self) -> int:
+        """World size."""
         return self.pp * self.dp * self.cp * self.tp
 
     @property
     def data(self) -> int:
-        """N = dp x cp, the ranks over which gradients are summed and state is sharded."""
+        """Size N = dp x cp of a data group, over which gradients are summed and state is sharded."""
         return self.dp * self.cp
 
     def coords(self, rank: int) -> Coords:
-        """Coordinates of `rank`. Raises ValueError outside [0, world)."""
+        """Return the coordinates of `rank`. Raise ValueError if it is outside [0, world)."""
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is outside the world of {self.world} ranks ({self})")
         rest, tp = divmod(rank, self.tp)
@@ -69,16 +70,16 @@ class Layout:
         return Coords(pp, dp, cp, tp)
 
     def rank(self, pp: int, dp: int, cp: int, tp: int) -> int:
-        """The rank at these coordinates (the inverse of `coords`)."""
+        """Return the rank at these coordinates (the inverse of `coords`)."""
         return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
     def data_index(self, rank: int) -> int:
-        """Position of `rank` in its data group: which shard of the state it owns."""
+        """Return the position of `rank` in its data group, which decides the shard of the state that it owns."""
         c = self.coords(rank)
         return c.dp * self.cp + c.cp
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks, in order, that `rank` meets along `axis` (itself included)."""
+        """Return the ranks, in order, of the group of `rank` along `axis`, itself included."""
         here = self.coords(rank)
         if axis == "embed":
             ends = sorted({0, self.pp - 1})
@@ -94,7 +95,7 @@ class Layout:
         return tuple(self.rank(*at) for at in product(*ranges))
 
     def size(self, axis: str) -> int:
-        """Ranks in a group of `axis` (for `embed`: of the first stage's group)."""
+        """Return the number of ranks in the group of rank 0 along `axis`."""
         return len(self.group(axis, 0))
 
     def __str__(self) -> str:
@@ -102,7 +103,7 @@ class Layout:
 
 
 def even_split(total: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and stop of piece `index` when `total` is cut into `parts` pieces that differ by at most one."""
+    """Return start and stop of piece `index` of `total` cut into `parts` pieces whose sizes differ by at most one."""
     base, extra = divmod(total, parts)
     start = index * base + min(index, extra)
     return start, start + base + (1 if index < extra else 0)

@@ -1,4 +1,4 @@
-"""What the ranks of a run settle with words, over the store: who is here, with which data, and how it ended."""
+"""Agreements of a run's ranks over the store: on presence, configuration, data, attempt number and accounting."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from dist_gpt.data.corpus import DataError
 from dist_gpt.data.tokens import Prepared, describe, open_prepared, prepare
 from dist_gpt.track import Tracker, record_failure
 
-DATA_TIMEOUT_S = 1800.0  # reading and tokenising a large text; ranks that are missing are found before it starts
+DATA_TIMEOUT_S = 1800.0  # for a large text; missing ranks are found before the tokenising starts
 
 
 class Folder(Protocol):
-    """A run directory that no launcher has made. Its methods, except `restart`, are called on rank 0 only."""
+    """Run directory that no launcher has made. Its methods, except `restart`, are called on rank 0 only."""
 
     def restart(self) -> None:
-        """Note that the ranks have been started again, so that a run in the folder is this one."""
+        """Note that the ranks have been restarted, so that a run in the folder is this one."""
 
     def check(self) -> None:
         """Raise ConfigError if the folder cannot be made or continued; change nothing."""
 
     def make(self, about_data: str) -> None:
-        """Make or take over the folder and lock it. Raise ConfigError if another training has it."""
+        """Make or take over the folder and lock it. Raise ConfigError if another run uses it."""
 
     def discard(self) -> None:
         """Remove what `make` made."""
 
 
 def meet(config: Config, store: Store, env: RankEnv, folder: Folder | None = None) -> tuple[Prepared, RankEnv]:
-    """Return the run's data once all ranks are here with the same configuration and the same data.
+    """Return the run's data, and `env` with a fresh deadline, once all ranks have the same configuration and data.
 
-    `folder` is made last, when everything else is in place. Preparing the data has a time limit of its own; the
-    deadline of the returned environment starts after it.
+    All ranks call this together. `folder` is made last, when everything else is in place. Preparing the data has its
+    own time limit, DATA_TIMEOUT_S.
     """
     mine = identity(config_hash(config))
     if folder is None:
@@ -63,7 +63,7 @@ def _fresh(config: Config, env: RankEnv) -> RankEnv:
 
 
 def _led_by_first(store: Store, env: RankEnv, mine: dict[str, str], act: Callable[[], None]) -> None:
-    """Call the roll after rank 0 has called `act`.
+    """Call `act` on rank 0, then the roll on all ranks.
 
     If `act` fails, rank 0 raises its error, and every other rank raises a RendezvousError with the same reason.
     """
@@ -72,7 +72,7 @@ def _led_by_first(store: Store, env: RankEnv, mine: dict[str, str], act: Callabl
             act()
         except Exception as error:
             record_failure(error)
-            with suppress(Exception):  # this rank's own error says more
+            with suppress(Exception):  # this rank's own error is the better message
                 roll_call(store, env, {"error": f"cannot start: {error}"})
             raise
     roll_call(store, env, mine)
@@ -83,7 +83,7 @@ def shared_data(config: Config, store: Store, env: RankEnv, say: bool = False) -
 
     Raise DataError if ranks have different tokens, for example because nodes have different files under one path.
 
-    To be called by all ranks, when all are known to be here: one that is silent is waited for DATA_TIMEOUT_S long.
+    All ranks call this together, after a roll call: each waits up to DATA_TIMEOUT_S for a silent one.
     `say`: rank 0 prints the progress of the preparation.
     """
     scope = scoped(store, "data")
@@ -91,8 +91,8 @@ def shared_data(config: Config, store: Store, env: RankEnv, say: bool = False) -
     try:
         data = _prepared(config, scope, patient, say)
     except Exception as error:
-        record_failure(error)  # before the others know and fail too
-        with suppress(Exception):  # this rank's own error says more
+        record_failure(error)  # before the other ranks fail because of it
+        with suppress(Exception):  # this rank's own error is the better message
             roll_call(scope, patient, {"error": f"has no data: {error}"})
         raise
     try:
@@ -107,7 +107,7 @@ def shared_data(config: Config, store: Store, env: RankEnv, say: bool = False) -
 
 
 def _prepared(config: Config, scope: Store, env: RankEnv, say: bool) -> Prepared:
-    """The first rank of each node prepares the tokens, the others wait for its word."""
+    """Prepare the tokens on the first rank of each node; the other ranks wait for its result and open the same file."""
     first = env.rank - env.local_rank
     key = f"node/{first}"
     if env.local_rank == 0:
@@ -131,8 +131,10 @@ def _print_line(line: str) -> None:
 
 
 def agree_on_attempt(store: Store, env: RankEnv, before: int) -> int:
-    """The number of this attempt, the same on all ranks: the most attempts that any rank knows of (`before`). A rank
-    that died before it wrote anything has fewer than the others."""
+    """Return the number of this attempt, the same on all ranks: the largest `before` of any rank.
+
+    `before` is the number of attempts in a rank's own files: a rank that died before it wrote anything counts fewer.
+    """
     scope = scoped(store, "attempt")
     scope.set(str(env.rank), str(before))
     keys = {rank: str(rank) for rank in range(env.world)}
@@ -141,7 +143,7 @@ def agree_on_attempt(store: Store, env: RankEnv, before: int) -> int:
 
 
 def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker) -> int:
-    """Lay the ranks' accounts together; rank 0 says whether they are exact. Returns the exit code, on every rank."""
+    """Collect `differences` from all ranks and report them on rank 0. Return the exit code, 0 or 1, on every rank."""
     store.set(f"accounting/{env.rank}", json.dumps(differences))
     keys = {rank: f"accounting/{rank}" for rank in range(env.world)}
     wait_for(store, env, keys, "hand in its account")
@@ -151,6 +153,6 @@ def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker)
         for line in found[:20]:
             tracker.message(f"  {line}")
     store.set(f"left/{env.rank}", "")
-    if env.rank == 0:  # rank 0 may host the store: it leaves last
+    if env.rank == 0:  # rank 0 may host the store, so it exits last
         wait_for(store, env, {rank: f"left/{rank}" for rank in range(env.world)}, "read the accounts")
     return 1 if found else 0

@@ -1,6 +1,6 @@
-"""What to say when memory runs out: which rank, what it needs by category, and which settings would need less.
+"""Explain an out-of-memory error: which rank, what it needs by category, and which settings would need less.
 
-The categories are the plan's, which the dry run counts alike; what a kernel needs for a moment is in none of them.
+The categories are the plan's, as in the dry run; temporary memory of kernels is in none of them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dist_gpt.plan.text import size
 
 SHOWN = 4
 SPARE = 0.9
-"""Share of a device's memory that counted bytes may take: kernels and the allocator need the rest."""
+"""Fraction of a device's memory that counted bytes may take: kernels and the allocator need the rest."""
 _WORDS = ("can't allocate memory", "out of memory", "not enough memory")
 
 
 class OutOfMemoryError(RuntimeError):
-    """Memory ran out on this rank; the text says what would fit."""
+    """Error of a rank that ran out of memory; the text says what would fit."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an allocator's."""
+    """Return whether `error` is an allocator's out-of-memory error."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
@@ -36,9 +36,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain(
     config: Config, rank: int, error: BaseException, limit: int | None, held: Mapping[str, int] | None = None
 ) -> OutOfMemoryError:
-    """The error to raise instead; `limit` is the GPU's memory in bytes, None on a CPU. `held`: bytes by category when
-    it happened, None where the model was not built yet."""
-    backend = "gloo" if limit is None else "nccl"  # it needs no receive buffers
+    """Return the error to raise instead of `error`.
+
+    `limit` is the GPU's memory in bytes, None on a CPU. `held`: bytes by category at the time of the error, None if the
+    model was not built yet.
+    """
+    backend = "gloo" if limit is None else "nccl"  # NCCL needs no receive buffers
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"backend": backend})})
     plan = RankPlan(config, rank)
     counted = count_memory(plan, plan.steps)
@@ -63,7 +66,7 @@ def explain(
 
 
 def _alternatives(config: Config, rank: int, peak: int, on_gpu: bool) -> Iterator[tuple[str, int]]:
-    """Settings of the same training that need less, with the peak they would have."""
+    """Yield `--set` options for the same training in less memory, with the peak in bytes of each."""
     for sets in _sets(config, on_gpu):
         changed = config
         for key, value in sets.items():
@@ -86,7 +89,7 @@ def _sets(config: Config, on_gpu: bool) -> Iterator[dict[str, Any]]:
     for stage in ("zero1", "zero2", "zero3"):
         yield {"optim.sharding": stage}
     if on_gpu:
-        yield {"optim.offload": True}  # on a CPU host memory is the same memory
+        yield {"optim.offload": True}  # on a CPU, host memory is the same memory
     if t.micro_batch > 1:
         yield {"train.micro_batch": t.micro_batch // 2}
         best["train.micro_batch"] = 1
@@ -100,5 +103,5 @@ def _listed(sizes: Mapping[str, int]) -> str:
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU; None on a CPU, which other processes share."""
+    """Return the bytes of a GPU's memory; None on a CPU, whose memory other processes share."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

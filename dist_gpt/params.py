@@ -1,4 +1,4 @@
-"""THE table of parameters: every weight of the model with its shape, its split and the kind of its gradient.
+"""The only table of parameters: every weight of the model with its shape, its split and the kind of its gradient.
 
 Initialisation, counting, clipping, gradient buckets, optimizer shards and checkpoints all read this table, so a
 parameter that is missing here does not exist anywhere.
@@ -26,8 +26,11 @@ SHARDED, REPLICATED, PARTIAL = "sharded", "replicated", "partial"
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One parameter. `shape` is the full one; `sections` are the pieces of dim `shard_dim` that are cut apart
-    (q, k and v of a fused projection; gate and up of SwiGLU), each split evenly over tp."""
+    """One parameter of full shape `shape`.
+
+    `sections` are the sizes of the parts of dim `shard_dim` (q, k and v of a fused projection; gate and up of SwiGLU),
+    each of which is split evenly over tp.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,10 +44,11 @@ class Param:
 
     @property
     def numel(self) -> int:
+        """Number of elements of the full parameter."""
         return prod(self.shape)
 
     def pieces(self, tp: int, index: int) -> list[tuple[int, int]]:
-        """Ranges [start, stop) along `shard_dim` that rank `index` of `tp` holds, in storage order."""
+        """Return the ranges [start, stop) along `shard_dim` that rank `index` of `tp` holds, in storage order."""
         if self.shard_dim is None:
             return []
         ranges, offset = [], 0
@@ -55,7 +59,7 @@ class Param:
         return ranges
 
     def local_shape(self, tp: int, index: int) -> tuple[int, ...]:
-        """Shape of what rank `index` of `tp` stores."""
+        """Return the shape of the part that rank `index` of `tp` stores."""
         if self.shard_dim is None:
             return self.shape
         length = sum(stop - start for start, stop in self.pieces(tp, index))
@@ -63,12 +67,12 @@ class Param:
 
 
 def vocab_range(config: Config, index: int) -> tuple[int, int]:
-    """Vocabulary rows [start, stop) of tp rank `index`: any vocabulary size, pieces differ by at most one row."""
+    """Return the vocabulary rows [start, stop) of tp rank `index`. For any size, pieces differ by at most one row."""
     return even_split(int(config.model.vocab_size or 0), config.parallel.tp, index)
 
 
 def qkv_sections(config: Config) -> tuple[int, int, int]:
-    """Rows of q, k and v in the fused projection."""
+    """Return the numbers of rows of q, k and v in the fused projection."""
     m = config.model
     head = m.hidden_size // m.num_heads
     kv = int(m.num_kv_heads or m.num_heads) * head
@@ -76,18 +80,18 @@ def qkv_sections(config: Config) -> tuple[int, int, int]:
 
 
 def parameter_table(config: Config) -> tuple[Param, ...]:
-    """All parameters of the model, in the order of its forward pass. A tied embedding is listed once, in block 0."""
+    """Return all parameters in the order of the forward pass. A tied embedding is listed once, in block 0."""
     return tuple(_Builder(config).rows())
 
 
 class _Builder:
-    """Writes the rows; holds what they share."""
+    """Builder of the rows of the table; holds the values that they share."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         m, p = config.model, config.parallel
         self.whole = PARTIAL if p.sequence_parallel and p.tp > 1 else REPLICATED
-        self.residual_std = m.init_std / (2 * m.num_layers) ** 0.5  # GPT-2: projections into the residual stream
+        self.residual_std = m.init_std / (2 * m.num_layers) ** 0.5  # GPT-2's, for projections into the residual
 
     def rows(self) -> Iterator[Param]:
         m = self.config.model
@@ -123,7 +127,7 @@ class _Builder:
     def _linear(
         self, name: str, block: int, rows: int, columns: int, shard_dim: int, sections: tuple[int, ...], std: float
     ) -> Iterator[Param]:
-        """Column-parallel (shard_dim 0: output rows split) or row-parallel (shard_dim 1: inputs split)."""
+        """Yield a column-parallel (shard_dim 0: output rows split) or row-parallel (shard_dim 1: input split) layer."""
         yield self._matrix(f"{name}.weight", block, (rows, columns), shard_dim, sections, std)
         if self.config.model.bias:
             if shard_dim == 0:
@@ -138,7 +142,7 @@ class _Builder:
 
 
 def params_of_blocks(config: Config, blocks: tuple[int, ...]) -> tuple[Param, ...]:
-    """What a chunk made of `blocks` stores: its own rows, and the tied embedding where the head is without block 0."""
+    """Return the parameters that a chunk of `blocks` stores; a tied head without block 0 stores the embedding too."""
     table = parameter_table(config)
     rows = [p for p in table if p.block in blocks]
     if config.model.tie_embeddings and config.model.num_layers + 1 in blocks and 0 not in blocks:

@@ -1,14 +1,14 @@
-"""Heartbeats to the launcher's watch: where this rank is, twice a second, over the socket that said hello. Torch-free.
+"""Send heartbeats with this rank's position to the launcher's watch, twice a second. Torch-free.
 
-    pulse = Pulse.from_environ(stop)   # nothing happens where DIST_GPT_WATCH_FD is not set
-    pulse.follow(ledger)               # as soon as there is one: a beat says where the rank is
+    pulse = Pulse.from_environ(stop)   # does nothing if DIST_GPT_WATCH_FD is not set
+    pulse.follow(ledger)               # as soon as there is a ledger: beats then give the rank's position
     pulse.failed(error); pulse.bye(code); pulse.close()
 
-A thread of its own beats and obeys the launcher (launch/watch.py): stop (at the next step boundary), leave (at once),
-probe (can this host reach others?). A rank that loses its launcher must not hold its node: it exits at once, or, while
-it trains and can save (`can_save`), asks for a stop, so that all ranks save at the next step boundary and exit. Time in
-which this process was suspended does not count.
-One JSON object a line, at most MAX_LINE bytes.
+A separate thread sends beats on the socket that said hello and obeys the launcher (launch/watch.py): stop (at the next
+step boundary), leave (exit at once), probe (try to reach other hosts). A rank that loses its launcher must not hold its
+node: it exits at once or, while it trains and can save (`can_save`), requests a stop, so that all ranks save at the
+next step boundary and exit. Time in which this process was suspended does not count. Messages are one JSON object per
+line of at most MAX_LINE bytes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SILENCE_S = 30.0
 BEAT_S = 0.5
 PROBE_S = 3.0
 SEND_S = 0.8
-"""Longest that a message may take; the socket's buffer takes hundreds at once."""
+"""Longest time that sending a message may take; the socket's buffer holds hundreds of messages."""
 MAX_LINE = 65536
 MAX_ERROR = 2000
 BAD_INPUT = 2
 ABOUT_OTHERS = ("RendezvousError", "DistError")
-"""Errors that say that others did not come (by name: this room is torch-free); DistError is torch.distributed's."""
+"""Errors caused by other ranks, by name since this module is torch-free; DistError is torch.distributed's."""
 _ANSWERS = (0, errno.ECONNREFUSED)
 STARTING: dict[str, Any] = {
     "step": None,
@@ -51,28 +51,29 @@ STARTING: dict[str, Any] = {
     "counts": [],
     "calls": 0,
 }
-"""Where a rank is that has no ledger yet."""
+"""Position of a rank that has no ledger yet."""
 
 
 class Wish(Protocol):
-    """dist_gpt.stop.Stop."""
+    """Receiver of a request to stop, such as dist_gpt.stop.Stop."""
 
-    def request(self, why: str) -> None: ...
+    def request(self, why: str) -> None:
+        """Request a stop for the reason `why`."""
 
 
 class Pulse:
-    """The heartbeat of one rank. No method raises or blocks longer than a second."""
+    """Heartbeat of one rank. No method raises, or blocks longer than a second."""
 
     def __init__(self, stop: Wish, line: socket.socket | None, silence_s: float = SILENCE_S) -> None:
         self.stop, self.line, self.silence_s = stop, line, silence_s
         self.ledger: Ledger | None = None
-        self.record: Callable[[BaseException], None] = lambda error: None  # records why this rank gives up
+        self.record: Callable[[BaseException], None] = lambda error: None  # stores why this rank gives up
         self.clock = AwakeClock()
         self.heard = self.clock.now()
-        self._grace_s: float | None = None  # for a save without the launcher; None: it cannot save
+        self._grace_s: float | None = None  # for a save without the launcher; None: this rank cannot save
         self._lost_at: float | None = None
         self._writing = Lock()
-        self._leaving = False  # it has said failed or bye: a launcher that hangs up is no news
+        self._leaving = False  # after failed or bye: a launcher that hangs up is then expected
         self._over = Event()
         self._text = b""
         self._thread: Thread | None = None
@@ -87,8 +88,7 @@ class Pulse:
 
     @classmethod
     def from_environ(cls, stop: Wish, environ: MutableMapping[str, str] = os.environ) -> Pulse:
-        """The pulse over the socket named in the environment, which it takes over; one that does nothing where none
-        is named."""
+        """Return a pulse that takes over the socket named in `environ`; if none is named, one that does nothing."""
         number = environ.pop(WATCH_FD, None)
         try:
             line = socket.socket(fileno=int(number)) if number is not None else None
@@ -97,23 +97,23 @@ class Pulse:
             print(f"no heartbeat: {WATCH_FD}={number}: {error}", file=sys.stderr, flush=True)
             return cls(stop, None)
 
-    # --- what the rank says -------------------------------------------------------------------------------------
+    # --- messages of the rank -----------------------------------------------------------------------------------
 
     def follow(self, ledger: Ledger) -> None:
-        """The groups are there: from now on a beat says where in `ledger` this rank is."""
+        """Send the groups of `ledger`, and from now on its position with each beat."""
         self.ledger = ledger
         port = self._door.getsockname()[1] if self._door is not None else 0
         self._send({"channels": [[axis, short(ranks), way] for axis, ranks, way in ledger.groups], "port": port})
 
     def can_save(self, grace_s: float) -> None:
-        """Note that a request to stop now ends in a checkpoint, which may take `grace_s` if the launcher is lost."""
+        """Note that a stop now ends in a checkpoint, for which a rank that lost its launcher has `grace_s` seconds."""
         self._grace_s = grace_s
 
     def _position(self) -> dict[str, Any]:
         return self.ledger.position() if self.ledger is not None else STARTING
 
     def failed(self, error: BaseException) -> None:
-        """This rank fails with `error`; inside a collective it is, most likely, a consequence."""
+        """Report that this rank fails with `error`; inside a collective another rank is the likely cause."""
         text = f"{type(error).__name__}: {error}"[:MAX_ERROR]
         self._leaving = True
         waited = self.ledger is not None and self.ledger.in_collective
@@ -122,12 +122,12 @@ class Pulse:
         self._send({"failed": {"error": text, "inside": inside, "position": self._position(), "code": code}})
 
     def bye(self, code: int) -> None:
-        """This rank leaves with exit code `code`."""
+        """Report that this rank exits with exit code `code`."""
         self._leaving = True
         self._send({"bye": {"code": code}})
 
     def close(self) -> None:
-        """Hang up. Without `failed` or `bye` before, the launcher takes it for a death."""
+        """Close the connection. Without `failed` or `bye` before, the launcher considers this rank dead."""
         self._leaving = True
         self._over.set()
         if self._thread is not None:
@@ -164,7 +164,7 @@ class Pulse:
                         ready.unregister(self.line)
 
     def _is_silent(self, now: float) -> bool:
-        """Return whether the launcher has been silent for too long; after a suspension it may come back later."""
+        """Return whether the launcher has been silent for too long, allowing for a recent suspension."""
         excused = self.clock.last.excused_until if self.clock.last is not None else 0.0
         return not self._leaving and self._lost_at is None and is_silent(now, self.heard, excused, self.silence_s)
 
@@ -174,7 +174,7 @@ class Pulse:
         return waits and now - (self._lost_at or now) > (self._grace_s or 0.0)
 
     def _read(self) -> bool:
-        """Take what the launcher says; False when it has hung up."""
+        """Receive and obey messages of the launcher. Return False if the connection is closed."""
         assert self.line is not None
         try:
             data = self.line.recv(MAX_LINE)
@@ -185,7 +185,7 @@ class Pulse:
         if not data:
             return False
         self.heard = self.clock.now()
-        self._lost_at = None  # it is back, and sees to the save itself
+        self._lost_at = None  # the launcher is back and supervises the save itself
         *lines, self._text = (self._text + data).split(b"\n")
         for line in lines:
             with suppress(ValueError, AttributeError, KeyError, TypeError):
@@ -204,7 +204,7 @@ class Pulse:
         self._send({"probe": reach(targets)})
 
     def _knock(self) -> None:
-        """Another host tries the way to this one."""
+        """Accept and close a connection with which another host tests whether it can reach this one."""
         if self._door is not None:
             with suppress(OSError):
                 self._door.accept()[0].close()
@@ -224,14 +224,14 @@ class Pulse:
             sys.stderr.flush()
 
     def _give_up(self, why: str) -> None:
-        """Exit without the launcher; it may only be suspended, and then reads the reason later."""
+        """Exit because the launcher is lost; if it is only suspended, it reads the reason later."""
         with suppress(Exception):
             self.record(RuntimeError(why))
         self._send({"failed": {"error": why, "inside": False, "position": self._position(), "code": 1}})
         self._leave(why)
 
     def _leave(self, why: str) -> None:
-        """End this process, whatever it is doing."""
+        """Print `why` and end this process at once with exit code 1."""
         with suppress(Exception):
             sys.stderr.write(f"{why}\n")
             sys.stderr.flush()
@@ -239,20 +239,20 @@ class Pulse:
         os._exit(1)
 
     def _send(self, message: dict[str, Any]) -> None:
-        """One line; what cannot be sent is dropped, and its line with it."""
+        """Send a message as one line. If that fails, drop it and shut down the sending side of the socket."""
         if self.line is None or not self._writing.acquire(timeout=SEND_S):
             return
         try:
             self.line.sendall(json.dumps(message, default=str).encode() + b"\n")
-        except (OSError, ValueError):  # reading tells whether the launcher is gone
-            with suppress(OSError):  # half a line may be out: nothing behind it would be understood
+        except (OSError, ValueError):  # `_read` notices if the launcher is gone
+            with suppress(OSError):  # half a line may be sent: what follows could not be parsed
                 self.line.shutdown(socket.SHUT_WR)
         finally:
             self._writing.release()
 
 
 def _door(host: str) -> socket.socket | None:
-    """A socket that others may connect to, to see whether they can; nothing is ever read from it."""
+    """Return a listening socket to which other hosts connect to test the link; None if it cannot be opened."""
     try:
         door = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         door.setblocking(False)
@@ -262,7 +262,7 @@ def _door(host: str) -> socket.socket | None:
 
 
 def reach(targets: dict[str, Sequence[Any]], timeout_s: float = PROBE_S) -> dict[str, bool]:
-    """Which (address, port) of each host answers a TCP connect within `timeout_s`; a refusal is an answer."""
+    """Return for each host whether its (address, port) answers a TCP connect in `timeout_s`; a refusal is an answer."""
     found = dict.fromkeys(targets, False)
     with selectors.DefaultSelector() as ready:
         for host, (address, port) in targets.items():
@@ -270,7 +270,7 @@ def reach(targets: dict[str, Sequence[Any]], timeout_s: float = PROBE_S) -> dict
             probe.setblocking(False)
             try:
                 code = probe.connect_ex((str(address), int(port)))
-            except OSError:  # no address
+            except OSError:  # the address cannot be resolved
                 code = errno.EHOSTUNREACH
             if code == errno.EINPROGRESS:
                 ready.register(probe, selectors.EVENT_WRITE, host)
@@ -292,7 +292,7 @@ def reach(targets: dict[str, Sequence[Any]], timeout_s: float = PROBE_S) -> dict
 
 
 def short(ranks: Sequence[int]) -> Sequence[int] | str:
-    """`ranks` as they are; long regular ones as start:stop:step, since a line is at most MAX_LINE bytes."""
+    """Return `ranks`, or start:stop:step if they are many and regular, since a line is at most MAX_LINE bytes."""
     if len(ranks) < 64:
         return ranks
     regular = range(ranks[0], ranks[-1] + 1, max(1, ranks[1] - ranks[0]))

@@ -1,4 +1,4 @@
-"""One rank's part of the model, ready to step: what the trainer, the certificate and the dry run stand on."""
+"""One rank's part of the model, ready to step: the base of the trainer, the certificate and the dry run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dist_gpt.params import Param
 from dist_gpt.plan.steps import RankPlan, calls_by_key, layout_of
 
 Samples = Callable[[int, int], np.ndarray]
-"""(first sample, how many) of one global batch -> token ids, (samples, seq_len + 1) int64."""
+"""(first sample, number of samples) of one global batch -> token ids, (samples, seq_len + 1) int64."""
 
 
 class Rank:
@@ -40,7 +40,7 @@ class Rank:
         self.device = device
         self.mesh: Mesh = build_mesh(layout_of(config), rank, self.plan.holders, backends)
         self.sink = GradSink()
-        with ExitStack() as undo:  # memory may end here
+        with ExitStack() as undo:  # memory may run out here
             undo.callback(self.mesh.close)
             self.buffers = FlatBuffers(self.plan, self.sink, device)
             blocks = tuple(b for _, chunk in self.plan.chunks for b in chunk)
@@ -53,16 +53,16 @@ class Rank:
 
     @property
     def params(self) -> list[Param]:
-        """Table rows of what this rank stores."""
+        """Table rows of the parameters that this rank stores."""
         return [slot.param for bucket in self.plan.buckets for slot in bucket.slots]
 
     def initialise(self) -> None:
-        """First weights, from (train.seed, name)."""
+        """Set the initial weights, which depend on (train.seed, parameter name)."""
         for param in self.params:
             self.set_parameter(param, initial_weight(param, self.config.train.seed))
 
     def set_parameter(self, param: Param, whole: Tensor) -> None:
-        """This rank's part of `whole` becomes the value."""
+        """Set this rank's part of the parameter to that of its full value `whole`."""
         with torch.no_grad():
             part = local_part(param, whole, self.mesh.tp.size, self.mesh.tp.index)
             flat, slot = self.buffers.place(param)
@@ -70,7 +70,10 @@ class Rank:
             self.optimizer.load(flat, slot, part)
 
     def train_step(self, step: int, samples: Samples) -> None:
-        """One optimizer step on the global batch `samples` reads; the result is in `optimizer.statistics`."""
+        """Train step `step`, counted from 0, on the global batch that `samples` reads.
+
+        The loss and the gradient norm are then in `optimizer.statistics`. All ranks call this together.
+        """
         rate = learning_rate(self.config, step)
         self.executor.train(
             lambda m: self.micro_batch(samples, step, m, True),
@@ -78,15 +81,17 @@ class Rank:
         )
 
     def whole_gradients(self) -> dict[str, Tensor]:
-        """Final gradients of what this rank stores, by name, the shards of the data axis put together again.
+        """Return the final gradients of the parameters that this rank stores, by name, gathered over the data axis.
 
-        To be called by all ranks, between reduction and clipping.
+        All ranks call this together, between reduction and clipping.
         """
         return self._whole([flat.gradient_shard for flat in self.buffers.buckets])
 
     def whole_parameters(self) -> dict[str, Tensor]:
-        """Copies of what this rank stores or has a shard of, by name, likewise. To be called by all ranks, between
-        steps."""
+        """Return copies of the parameters that this rank stores or has a shard of, by name, gathered likewise.
+
+        All ranks call this together, between steps.
+        """
         return self._whole([flat.parameter_shard for flat in self.buffers.buckets])
 
     def _whole(self, shards: list[Tensor]) -> dict[str, Tensor]:
@@ -103,7 +108,7 @@ class Rank:
         return found
 
     def evaluate(self, batches: Iterable[Samples]) -> Tensor:
-        """Mean token loss over `batches`, a float64 scalar, equal on all ranks."""
+        """Return the mean token loss over `batches`, a float64 scalar equal on all ranks, which call this together."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         self.executor.refresh()
@@ -120,11 +125,11 @@ class Rank:
         return self.micro_batch(samples, 0, m, False)
 
     def _once(self, loss: Tensor) -> Tensor:
-        """The loss part that the sum over the world counts: all tp ranks computed the same."""
+        """Return `loss` on the first tp rank and 0 on the others, so that a sum over the world counts it once."""
         return loss if self.mesh.tp.index == 0 else torch.zeros_like(loss)
 
     def micro_batch(self, samples: Samples, step: int, m: int, training: bool) -> MicroBatch:
-        """Micro-batch `m` of this rank's share of the global batch; only the ends of the pipeline read tokens."""
+        """Return micro-batch `m` of this rank's share of the global batch. Only the ends of a pipeline read tokens."""
         t, model = self.config.train, self.config.model
         per_rank = t.global_batch // self.plan.layout.dp
         first = self.mesh.coords.dp * per_rank + m * t.micro_batch
@@ -132,25 +137,27 @@ class Rank:
         blocks = {b for _, chunk in self.plan.chunks for b in chunk}
         if 0 in blocks or model.num_layers + 1 in blocks:
             ids = torch.from_numpy(samples(first, t.micro_batch)).to(self.device)
-            # copies, not views: a view would keep the one token more alive until the backward
+            # copies: a view would keep the additional token alive until the backward
             tokens = ids[:, :-1].clone().view(-1) if 0 in blocks else None
             targets = ids[:, 1:].clone().view(-1) if model.num_layers + 1 in blocks else None
         return MicroBatch(tokens, targets, step, first, 1.0 / (t.global_batch * model.seq_len), training)
 
     def engine_facts(self) -> dict[str, Any] | None:
-        """What an engine that communicates by itself tells: its name, version and traffic; None where all is ours."""
+        """Return name, version and traffic of an engine that communicates by itself; None for the native engine."""
         return None
 
     def close(self) -> None:
-        """Give back what was opened, each also when another fails to go."""
+        """Close all that this rank opened, even if closing one part fails."""
         self._closing.close()
 
 
 class DeepSpeedRank(Rank):
-    """The same, trained by DeepSpeed (optim.engine: deepspeed). It has no buffers and no shards of ours: certificate,
-    dry run and checkpoints are the native engine's."""
+    """Rank trained by DeepSpeed (optim.engine: deepspeed).
 
-    executor: DeepSpeedExecutor  # type: ignore[assignment]  # both are called alike
+    It has none of the native engine's buffers and shards, and so no certificate, dry run or checkpoints.
+    """
+
+    executor: DeepSpeedExecutor  # type: ignore[assignment]  # same interface
     optimizer: DeepSpeedOptimizer  # type: ignore[assignment]
 
     def __init__(self, config: Config, env: RankEnv, store: Store, device: torch.device) -> None:
@@ -170,26 +177,26 @@ class DeepSpeedRank(Rank):
         self.executor, self.optimizer = DeepSpeedExecutor(self.engine), DeepSpeedOptimizer(self.engine)
 
     def initialise(self) -> None:
-        """First weights, as ours; then the model is DeepSpeed's."""
+        """Set the same initial weights as the native engine, then hand the model over to DeepSpeed."""
         super().initialise()
         self.engine.start()
 
     def set_parameter(self, param: Param, whole: Tensor) -> None:
-        """This rank's part of `whole` becomes the value; only before the model is DeepSpeed's."""
+        """Set this rank's part of the parameter to that of `whole`, before the model is handed over to DeepSpeed."""
         self.engine.load(param, local_part(param, whole, self.mesh.tp.size, self.mesh.tp.index))
 
     def engine_facts(self) -> dict[str, Any] | None:
-        """{name, version, steps, traffic: {phase: {axis: {op: {calls, payload_bytes, wire_bytes}}}}}."""
+        """Return {name, version, steps, traffic: {phase: {axis: {op: {calls, payload_bytes, wire_bytes}}}}}."""
         return self.engine.facts()
 
 
 def make_rank(config: Config, env: RankEnv, store: Store, device: torch.device) -> Rank:
-    """The rank of `env`, by the engine of the configuration."""
+    """Return the rank of `env`, for the engine that optim.engine names."""
     if config.optim.engine == "deepspeed":
         return DeepSpeedRank(config, env, store, device)
     return Rank(config, env.rank, backends_of(config, env, store, device), device)
 
 
 def backends_of(config: Config, env: RankEnv, store: Store, device: torch.device) -> Backends:
-    """What makes the groups, as `launch` says."""
+    """Return the factory of process groups, as the section `launch` of the configuration asks."""
     return make_backends(store, env, device, config.launch.timeout_s, config.launch.reads_memory)

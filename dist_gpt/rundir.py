@@ -1,8 +1,8 @@
-"""The run directory: names in it that several parts read or write, and how that is done. Standard library alone.
+"""Read and write the files of a run directory that several modules share. Standard library only.
 
-RUN_DIR/checkpoints/step_00000010/     there only when all of it was written
-RUN_DIR/resume_from                    one line: the checkpoint or run directory that this run goes on from
-RUN_DIR/exit.json                      how the last attempt ended; none while ranks run
+RUN_DIR/checkpoints/step_00000010/     exists only once it is complete
+RUN_DIR/resume_from                    one line: the checkpoint or run directory from which this run continues
+RUN_DIR/exit.json                      how the last attempt ended; absent while ranks run
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ _STEP = re.compile(r"step_(\d{8,12})")
 
 @dataclass(frozen=True)
 class Resume:
-    """What `--resume` asks to be done to the run directory before ranks start (checkpoint.resume.resolve)."""
+    """Changes to the run directory that `--resume` asks for before ranks start (see checkpoint.resume.resolve)."""
 
     goes_on: bool
-    """It may be there already."""
+    """True if the run directory may exist already."""
     branch: Path | None = None
-    """To be noted in resume_from."""
+    """Path to write to resume_from."""
     newer: tuple[Path, ...] = ()
-    """Its checkpoints that are not of the past of what it goes on from: to be set aside."""
+    """Checkpoints of the run directory to set aside: those outside the history of the one from which it continues."""
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a file in one piece: a reader sees the old one or the new one."""
+    """Replace a file atomically: a reader sees the old or the new content."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint folder's name says; -1 where it is none."""
+    """Return the step in a checkpoint folder's name; -1 if it is not a checkpoint's name."""
     match = _STEP.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
 def committed(folder: Path) -> list[Path]:
-    """Checkpoint folders below `folder`, the newest first; none where there is no such folder."""
+    """Return the checkpoint folders in `folder`, the newest first; none if `folder` does not exist."""
     if not folder.is_dir():
         return []
     found = [(step, path) for path in folder.iterdir() if (step := step_of(path)) >= 0]
@@ -57,19 +57,19 @@ def committed(folder: Path) -> list[Path]:
 
 
 def later(folder: Path, step: int, own: Path) -> list[Path]:
-    """Checkpoints below `folder` that are not of the past of a run that goes on from `own`, which is of `step`."""
+    """Return the checkpoints in `folder` of `step` or later except `own`, the one of `step` that a run continues."""
     return [path for path in committed(folder) if step_of(path) >= step and path.resolve() != own.resolve()]
 
 
 def set_aside(path: Path) -> Path:
-    """Give a checkpoint folder a name that `auto` never means and that is never removed."""
+    """Rename a checkpoint folder so that `--resume auto` ignores it and it is never removed. Return the new path."""
     aside = path.with_name(f"aside-{path.name}-{secrets.token_hex(4)}")
     os.rename(path, aside)
     return aside
 
 
 def branch_of(run_dir: Path) -> Path | None:
-    """What RUN_DIR/resume_from names; None where there is no such file."""
+    """Return the path in RUN_DIR/resume_from; None if the file is missing or empty."""
     try:
         text = (run_dir / RESUME_FROM).read_text().strip()
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def branch_of(run_dir: Path) -> Path | None:
 
 
 def ended(run_dir: Path) -> dict[str, Any]:
-    """What RUN_DIR/exit.json says; empty where there is none, or none that can be read."""
+    """Return the content of RUN_DIR/exit.json; empty if it is missing or unreadable."""
     path = run_dir / EXIT
     with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(path.read_text())) if path.is_file() else {}
@@ -102,7 +102,7 @@ def note_end(run_dir: Path, code: int, why: str | None, step: int | None, change
 
 
 def has_trained(run_dir: Path) -> bool:
-    """Whether a step of training is written down in metrics.jsonl."""
+    """Return whether metrics.jsonl of the run holds a training step."""
     with suppress(OSError), open(run_dir / "metrics.jsonl", "rb") as lines:
         return any(b'"loss"' in line for line in lines)
     return False

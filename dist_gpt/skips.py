@@ -1,7 +1,7 @@
 """Count steps that changed no weight because the loss or the gradients were not finite. Standard library only.
 
-`Skips` counts them while a run trains and says what follows; `Skipped.of(rows)` finds the same in the lines of
-metrics.jsonl. Loss, gradient norm and loss scale are equal on all ranks, so all ranks decide alike.
+`Skips` counts them while a run trains and decides whether it has failed; `Skipped.of(rows)` finds the same in the lines
+of metrics.jsonl. Loss, gradient norm and loss scale are equal on all ranks, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 LOSS, GRADIENTS, SCALE = "loss not finite", "gradients not finite", "fp16 overflow while the loss scale comes down"
 KEYS = {"skipped_loss": LOSS, "skipped_gradients": GRADIENTS, "skipped_scale": SCALE}
-"""Keys of a checkpoint's trainer state, and the causes that they count."""
+"""Keys of a checkpoint's trainer state -> the causes that they count."""
 CHANGE = "Lower optim.lr, lengthen optim.warmup or lower optim.clip"
 CHANGE_SCALE = "Raise train.steps or train.max_skipped, or lower train.loss_scale"
 
 
 class DivergedError(RuntimeError):
-    """Error of a run that cannot train as configured; `change` says what to change before it is started again."""
+    """Error of a run that cannot train as configured; `change` says what to change before a restart."""
 
     def __init__(self, text: str, change: str) -> None:
         super().__init__(text)
@@ -30,7 +30,7 @@ class DivergedError(RuntimeError):
 def cause_of(loss: float | None, norm: float | None, scale: float | None) -> str:
     """Return why a step with these numbers is skipped; empty if it is not.
 
-    `scale` is the loss scale after it; at the smallest scale, 1, the gradients themselves overflow.
+    `scale` is the loss scale after the step; at the smallest scale, 1, the gradients themselves overflow.
     """
     if loss is None or not math.isfinite(loss):
         return LOSS
@@ -41,7 +41,7 @@ def cause_of(loss: float | None, norm: float | None, scale: float | None) -> str
 
 @dataclass(frozen=True)
 class Skipped:
-    """Steps of a run, and those that were skipped, by cause."""
+    """Number of steps of a run, and of skipped ones by cause."""
 
     steps: int
     causes: Mapping[str, int]
@@ -66,21 +66,22 @@ class Skipped:
 
     @property
     def count(self) -> int:
+        """Number of skipped steps."""
         return sum(self.causes.values())
 
     @property
     def failed(self) -> bool:
-        """Return whether the run trained nothing, or ends while a loss or its gradients are not finite."""
+        """True if the run trained nothing, or ended while a loss or its gradients were not finite."""
         diverged = self.last in (LOSS, GRADIENTS) or self.validation is not None
         return self.steps > 0 and (self.count == self.steps or diverged)
 
     @property
     def change(self) -> str:
-        """Return what to change if the run failed."""
+        """Advice on what to change if the run failed."""
         return CHANGE_SCALE if self.last == SCALE else CHANGE
 
     def text(self) -> str:
-        """Return text such as `5 of 6 steps skipped (loss not finite)`; empty if all is well."""
+        """Return text such as `5 of 6 steps skipped (loss not finite)`; empty if there is nothing to report."""
         parts = []
         if self.count:
             one = len(self.causes) == 1
@@ -93,7 +94,7 @@ class Skipped:
 
 @dataclass
 class Skips:
-    """Count of skipped steps while a run trains, with those of earlier attempts (`state`, in the checkpoint)."""
+    """Count of skipped steps while a run trains, including those of earlier attempts (`state`, in the checkpoint)."""
 
     causes: Counter[str] = field(default_factory=Counter)
     step: int = 0
@@ -104,36 +105,37 @@ class Skips:
     """The step after which the validation loss was not finite, with no good step since."""
 
     def resume(self, step: int, trainer: Mapping[str, int]) -> None:
-        """Continue after `step` with what its checkpoint says of skipped steps."""
+        """Continue after `step` with the counts in its checkpoint."""
         self.step, self.in_a_row = step, trainer.get("skipped", 0)
         self.causes = Counter({cause: trainer[key] for key, cause in KEYS.items() if trainer.get(key)})
 
     def state(self) -> dict[str, int]:
-        """Return what a checkpoint keeps: how many steps in a row were skipped, and how many of each cause."""
+        """Return the counts for a checkpoint: the steps skipped in a row, and those skipped by cause."""
         by_cause = {key: self.causes[cause] for key, cause in KEYS.items() if self.causes[cause]}
         return {"skipped": self.in_a_row, **by_cause}
 
     def count(self, step: int, loss: float, norm: float, scale: float | None) -> bool:
-        """Count a step; return whether it was skipped."""
+        """Count a step. Return whether it was skipped."""
         self.step, self.cause, self.validation = step, cause_of(loss, norm, scale), None
         self.in_a_row = self.in_a_row + 1 if self.cause else 0
         self.causes.update([self.cause] if self.cause else [])
         return bool(self.cause)
 
     def validated(self, step: int, loss: float) -> None:
-        """Note the validation loss after `step`."""
+        """Record the validation loss after `step`."""
         self.validation = None if math.isfinite(loss) else step
 
     @property
     def sound(self) -> bool:
-        """Return whether the weights are worth a checkpoint. An fp16 overflow is ordinary and leaves them good."""
+        """True if the weights are worth a checkpoint. An fp16 overflow is ordinary and leaves them good."""
         return self.cause in ("", SCALE) and self.validation is None
 
     @property
     def so_far(self) -> Skipped:
+        """Counts up to the current step, earlier attempts included."""
         return Skipped(self.step, self.causes, self.cause, self.validation)
 
     def failure(self) -> DivergedError | None:
-        """Return why a run that ends here has failed; None if it has not."""
+        """Return the error of a run that fails if it ends now; None if it succeeds."""
         found = self.so_far
         return DivergedError(f"{found.text()}. {found.change}", found.change) if found.failed else None

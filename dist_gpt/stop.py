@@ -1,7 +1,7 @@
-"""The wish that a run stops: from a signal or from the launcher. All ranks act on it at the same step boundary.
+"""Requests to stop a run, from a signal or from the launcher. All ranks act on one at the same step boundary.
 
-A wish is only noted here. Ranks put it into the sum that every step makes anyway (`Optimizer.wants_stop`), so all of
-them learn of it after the same step, without a collective of its own. Torch-free.
+A request is only recorded here. Ranks add it to the all-reduce that every step makes anyway (`Optimizer.wants_stop`),
+so all of them learn of it after the same step, without an additional collective. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PREEMPTED = 75
-"""Exit code of a run that was asked to stop, saved and left."""
+"""Exit code of a run that was asked to stop, saved and exited."""
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Stop:
-    """Whether somebody wants this run to save and leave. May be asked from any thread, and as often as one likes."""
+    """Stop request of a run, which then saves and exits. Any thread may set and read it, any number of times."""
 
     def __init__(self) -> None:
         self._why: str | None = None
 
     @property
     def requested(self) -> str | None:
-        """Why, in words; None as long as nobody asked."""
+        """Reason of the first request, in words; None if there is none."""
         return self._why
 
     def request(self, why: str) -> None:
-        """Ask; the first reason is kept."""
+        """Request a stop; the reason of the first request is kept."""
         if self._why is None:
             self._why = why
 
     @contextmanager
     def listen(self) -> Iterator[Stop]:
-        """Inside, SIGUSR1 and SIGTERM ask, and do nothing else. In another thread than the main one nothing happens.
+        """Let SIGUSR1 and SIGTERM only request a stop while the context is open. Do nothing outside the main thread.
 
-        Afterwards a process that was asked ignores them: it is leaving, and a second signal must not change its code.
+        After a request the signals are ignored once the context closes: the process is exiting, and a second signal
+        must not change its exit code.
         """
         if threading.current_thread() is not threading.main_thread():
             yield self

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, the console, Weights & Biases. Torch-free.
+"""Write the metrics of a run to metrics.jsonl, the console and Weights & Biases. Torch-free.
 
     tracker = Tracker(config, run_dir, rank)
     tracker.validation(0, 5.55)
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 ERROR_FILE = "DIST_GPT_ERROR_FILE"
 TERMINAL = "DIST_GPT_TERMINAL"
-SMOOTH = 0.9  # share of the past in the average step time behind the ETA
+SMOOTH = 0.9  # weight of past steps in the average step time behind the ETA
 
 
 def record_failure(error: BaseException) -> None:
-    """Tell the launcher when this rank failed, and of what; call it before connections are closed.
+    """Write the time and cause of this rank's failure for the launcher. Call this before connections are closed.
 
-    Closing them makes the other ranks fail too: the earliest time names the culprit. Only the first call counts;
-    without a launcher nothing happens.
+    Closing them makes the other ranks fail too, so the earliest time identifies the rank that failed first. Only the
+    first call counts; without a launcher nothing happens.
     """
     path = os.environ.get(ERROR_FILE)
     if not path:
@@ -48,9 +48,9 @@ def record_failure(error: BaseException) -> None:
 
 
 class ExitRecord:
-    """RUN_DIR/exit.json: how this attempt ended (rundir.note_end), for whoever looks into the folder.
+    """Writer of RUN_DIR/exit.json, the record of how this attempt ended (rundir.note_end).
 
-    Rank 0 writes it. While ranks run there is none.
+    Only rank 0 writes it. The file does not exist while ranks run.
     """
 
     def __init__(self, run_dir: str | Path, rank: int) -> None:
@@ -61,14 +61,14 @@ class ExitRecord:
     def write(self, code: int, why: str | None, step: int, change: str | None = None) -> None:
         """Note that the process will exit with `code` after `step` steps.
 
-        `change` says what to change if the run would end the same way again. A failure here must not hide the end.
+        `change` says what to change if the run would end the same way again. Errors in writing are ignored.
         """
         if self._run_dir is not None:
             note_end(self._run_dir, code, why, step, change)
 
 
 def require_wandb(mode: str) -> None:
-    """Raise ConfigError when `mode` needs the package wandb and it is not installed."""
+    """Raise ConfigError if `mode` needs the package wandb and it is not installed."""
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError([
             f"log.wandb.mode: got {mode}, which needs the package wandb, and it is not installed; "
@@ -77,9 +77,9 @@ def require_wandb(mode: str) -> None:
 
 
 def step_line(record: dict[str, Any], steps: int, eta_s: float | None) -> str:
-    """Return `step   12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  epoch 0.36  eta 0:35`.
+    """Return a line like `step  12/200  loss 3.1234  norm 1.23  lr 3.0e-04  12345 tokens/s  epoch 0.36  eta 0:35`.
 
-    Values that are missing are left out.
+    Missing values are left out.
     """
     width = len(str(steps))
     parts = [f"step {record['step']:>{width}}/{steps}"]
@@ -97,14 +97,14 @@ def step_line(record: dict[str, Any], steps: int, eta_s: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """0:35, 12:05, 1:02:03."""
+    """Return a duration in the form 0:35, 12:05 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Leave the lines of steps up to `step`, in one piece; a run goes on from there."""
+    """Cut the file atomically after the lines of steps up to `step`, from which a run continues."""
     if not path.is_file():
         return
     kept = [line for line in path.read_bytes().split(b"\n")[:-1] if _step_of(line) <= step]
@@ -112,7 +112,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinite where there is none to be read."""
+    """Return the step of a line; infinite if it cannot be read."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -120,9 +120,9 @@ def _step_of(line: bytes) -> float:
 
 
 class Metrics:
-    """metrics.jsonl: one line per step, flushed, steps in order. Numbers that are not finite are written as null.
+    """Writer of metrics.jsonl: one line per step, unbuffered, in order. Non-finite numbers are written as null.
 
-    `after`: the run goes on after that step; lines of later ones, which an earlier attempt left, are cut off.
+    `after`: the run continues after that step; lines of later steps, left by an earlier attempt, are cut off.
     """
 
     def __init__(self, path: Path, after: int | None = None) -> None:
@@ -135,7 +135,7 @@ class Metrics:
         self._last: dict[str, Any] = {}
 
     def add(self, step: int, fields: dict[str, Any]) -> None:
-        """Append the step's line; a second call for the same step adds its fields to that line."""
+        """Append the line of a step. A second call in a row for the same step adds its fields to that line."""
         if self._last.get("step") != step:
             self._start = self._file.seek(0, os.SEEK_END)
             self._last = {"step": step}
@@ -145,10 +145,11 @@ class Metrics:
         self._file.truncate()
 
     def sync(self) -> None:
-        """On the disk: a checkpoint must not know of steps that are missing here."""
+        """Flush the file to the disk, so that no checkpoint is ahead of it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -157,7 +158,7 @@ def _finite(value: Any) -> Any:
 
 
 class Console:
-    """Progress on standard output: plain lines, and below them a bar where somebody watches a terminal."""
+    """Progress on standard output: plain lines, and on a terminal a bar below them."""
 
     def __init__(self, steps: int, every: int) -> None:
         self.steps = steps
@@ -165,11 +166,12 @@ class Console:
         self._step_s: float | None = None
         self._before = time.monotonic()
         self._bar: Progress | None = None
-        columns = os.environ.get(TERMINAL)  # of the terminal behind a launcher's pipe; empty: no terminal
+        columns = os.environ.get(TERMINAL)  # width of the terminal behind a launcher's pipe; empty: no terminal
         if columns or (columns is None and sys.stdout.isatty()):
             self._bar = _bar(steps, int(columns) if columns else None)
 
     def step(self, record: dict[str, Any]) -> None:
+        """Update the bar, and print the line of every `every`-th step, the first and the last."""
         now = time.monotonic()
         took = record.get("step_s") or now - self._before
         self._before = now
@@ -182,13 +184,14 @@ class Console:
             self._bar.update(self._bar.task_ids[0], completed=step, eta=clock(eta))
 
     def line(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Print one line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -208,10 +211,10 @@ def _bar(steps: int, columns: int | None) -> Progress:
 
 
 class Tracker:
-    """Everything a run tells about its progress. Also a context manager: it closes itself.
+    """Progress reports of a run to metrics.jsonl, the console and wandb. As a context manager it closes itself.
 
-    `after` is the step that a resumed run goes on after (-1: from the start, whatever there is already). wandb, where
-    log.wandb.mode asks for it, writes into the run directory. Raises ConfigError when it is missing.
+    `after` is the step after which a resumed run continues (-1: from the start, dropping existing lines). wandb, if
+    log.wandb.mode asks for it, writes into the run directory; ConfigError is raised if it is not installed.
     """
 
     def __init__(self, config: Config, run_dir: str | Path, rank: int = 0, after: int | None = None) -> None:
@@ -225,8 +228,11 @@ class Tracker:
         self._console = Console(config.train.steps, config.log.every)
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step. `record` holds step (counted from 1) and any of loss, grad_norm, lr, tokens_per_s,
-        step_s (seconds), val_loss, ...; values are plain numbers."""
+        """Report one optimizer step.
+
+        `record` holds step (counted from 1) and any of loss, grad_norm, lr, tokens_per_s, step_s (seconds), val_loss
+        and others, as plain numbers.
+        """
         if self._metrics is None or self._console is None:
             return
         self._metrics.add(record["step"], {key: value for key, value in record.items() if key != "step"})
@@ -236,7 +242,7 @@ class Tracker:
         self._to_wandb(record)
 
     def validation(self, step: int, val_loss: float) -> None:
-        """Validation loss after `step` steps (0: before the first); joins that step's line in metrics.jsonl."""
+        """Report the validation loss after `step` steps (0: before the first), on that step's line in metrics.jsonl."""
         if self._metrics is None or self._console is None:
             return
         self._metrics.add(step, {"val_loss": val_loss})
@@ -244,19 +250,19 @@ class Tracker:
         self._to_wandb({"step": step, "val_loss": val_loss})
 
     def sync(self) -> None:
-        """What was written so far, on the disk."""
+        """Flush the metrics to the disk."""
         if self._metrics is not None:
             self._metrics.sync()
 
     def message(self, text: str) -> None:
-        """A line for people, on every rank's own output."""
+        """Print a line for users on this rank's own output."""
         if self._console is not None:
             self._console.line(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Flush and close everything; may be called twice."""
+        """Flush and close everything. May be called twice."""
         console, metrics, wandb = self._console, self._metrics, self._wandb
         self._console = self._metrics = self._wandb = None
         if console is not None:
@@ -267,7 +273,7 @@ class Tracker:
             wandb.finish()
 
     def _to_wandb(self, record: dict[str, Any]) -> None:
-        """wandb accepts no step below one it has seen, and joins calls for the same one."""
+        """Log to wandb, which rejects steps below the last one and merges calls for the same step."""
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
 
@@ -281,7 +287,7 @@ class Tracker:
 
 
 def _start_wandb(config: Config, run_dir: Path) -> Any:
-    """The wandb run, or None when log.wandb.mode is disabled."""
+    """Return a new wandb run, or None if log.wandb.mode is disabled."""
     settings = config.log.wandb
     require_wandb(settings.mode)
     if settings.mode == "disabled":

@@ -1,4 +1,4 @@
-"""The training loop of one rank, and what surrounds it: meeting the others, the run directory, the accounting."""
+"""The training loop of one rank, with rendezvous, run directory and accounting around it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from dist_gpt.track import ExitRecord, Tracker, record_failure
 
 
 class Trainer:
-    """Trains `rank`'s part of the model up to step `train.steps`, and saves where there are `checkpoints`."""
+    """Training loop of `rank`'s part of the model, up to step `train.steps`. It saves if `checkpoints` is given."""
 
     def __init__(
         self,
@@ -64,20 +64,20 @@ class Trainer:
         self.config, self.rank, self.batches = config, rank, batches
         self.tracker, self.recorder, self.checkpoints = tracker, recorder, checkpoints
         self.evaluations = self.trained = 0  # in this attempt
-        self.step = 0  # done, by earlier attempts too
+        self.step = 0  # steps done, earlier attempts included
         self.skips = Skips()
-        self.owed = False  # a save that fell due while the weights were not worth one
+        self.owed = False  # a save was due while the weights were not worth one
 
     def resume(self, start: Start) -> None:
-        """Continue after `start`."""
+        """Set step and skip counts to those of `start`."""
         self.step = start.step
         self.skips.resume(start.step, start.trainer)
 
     def run(self) -> bool:
-        """The loop, from after `step`. Steps are counted from 1 in everything that is shown; step 0 is before training.
+        """Train the steps after `self.step`. Reports count steps from 1; step 0 is before training.
 
         Return whether all steps were done. If not, a rank was asked to stop, and all ranks stop, after a save if the
-        weights are good. A stop that falls on the first skipped step waits for the next step, which may be good.
+        weights are good. A stop request on the first skipped step in a row waits one step, which may be good.
         """
         t = self.config.train
         if self.step == 0:
@@ -102,12 +102,12 @@ class Trainer:
         return True
 
     def save_is_due(self, step: int) -> bool:
-        """Every `checkpoint.every` steps, and at the end."""
+        """Return whether a checkpoint is due: every `checkpoint.every` steps, and after the last."""
         every = self.config.checkpoint.every
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def save(self, step: int) -> None:
-        """A checkpoint, all ranks together."""
+        """Save a checkpoint. All ranks call this together."""
         if self.checkpoints is None:
             return
         if self.config.optim.engine == "deepspeed":
@@ -125,7 +125,7 @@ class Trainer:
             self.tracker.message(f"saved {saved.path} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s)")
 
     def record(self, step: int, loss: float, norm: float, elapsed: float) -> None:
-        """Log one step. Raise DivergedError after train.max_skipped skipped steps in a row."""
+        """Report one step that took `elapsed` seconds. Raise DivergedError after train.max_skipped skips in a row."""
         tokens = self.config.train.global_batch * self.config.model.seq_len
         scale = self.rank.optimizer.scale.value.item() if self.rank.optimizer.scale is not None else None
         more: dict[str, Any] = {"skipped": True} if self.skips.count(step, loss, norm, scale) else {}
@@ -147,7 +147,7 @@ class Trainer:
             raise gave_up(self.skips, loss, norm, scale)
 
     def validate(self, step: int) -> None:
-        """Mean loss over the validation batches, the same ones every time."""
+        """Report the mean loss over the validation batches, the same ones every time. All ranks call this together."""
         count = self.config.train.eval_batches
         if not count:
             return
@@ -160,7 +160,7 @@ class Trainer:
         self.recorder.evaluation(step, EVAL, elapsed, self.rank.mesh.ledger.counts(EVAL).since(before))
 
     def accounting(self) -> list[str]:
-        """What this rank issued in this attempt against steps x train + evaluations x eval; empty when exact."""
+        """Return the deviations of this attempt's traffic and gradients from the plan, as sentences; empty if none."""
         plan, ledger, config = self.rank.plan, self.rank.mesh.ledger, self.config
         train, evaluation = Counts(), Counts()
         train.merge(count_comm(plan, plan.steps), self.trained)
@@ -204,7 +204,7 @@ def last_good(run_dir: Path) -> str:
 
 
 def how_it_ended(finished: bool, skips: Skips, stop: str | None) -> DivergedError | None:
-    """Return why a run that left its loop has failed; None if it finished, or was asked to stop and has saved."""
+    """Return the error of a run whose loop ended; None if it succeeded, or was asked to stop and has saved."""
     if finished or not skips.sound:
         failed = skips.failure()
         if failed is None or finished:
@@ -222,7 +222,7 @@ def _count_calls(calls: tuple[Call, ...], size: int) -> Counts:
 
 
 class Attempt:
-    """What others are told of how this process fares: exit.json in the run directory, and the launcher."""
+    """Reports of this process's state to exit.json in the run directory and to the launcher."""
 
     def __init__(self) -> None:
         self.stop = Stop()
@@ -233,23 +233,23 @@ class Attempt:
         self._record: ExitRecord | None = None
 
     def has_run_dir(self, run_dir: Path, env: RankEnv) -> None:
-        """Write exit.json from now on: the run directory is known to belong to this run."""
+        """Write exit.json from now on, since the run directory is known to belong to this run."""
         self._record = ExitRecord(run_dir, env.rank)
 
     def begins(self, rank: Rank) -> None:
-        """The groups are there."""
+        """Report positions and accept stop requests from now on: the groups of `rank` exist."""
         self.rank = rank
         rank.optimizer.wants_stop = lambda: self.stop.requested
         self.pulse.follow(rank.mesh.ledger)
 
     def trains(self, trainer: Trainer) -> None:
-        """Note that the loop begins: from now on the ranks can save if they lose the launcher."""
+        """Note that the loop begins, so that the ranks can save from now on if they lose the launcher."""
         self.trainer = trainer
         if trainer.config.optim.engine != "deepspeed":
             self.pulse.can_save(trainer.config.launch.grace_s)
 
     def ends(self, code: int, failed: DivergedError | None = None) -> int:
-        """Report that it has trained and exits with `code`; `failed`: why, if the run failed with exact accounting."""
+        """Report exit `code` and return it. `failed`: the error of a run that failed with traffic as planned."""
         if failed is not None:
             self._write(code, str(failed), failed.change)
         else:
@@ -259,17 +259,17 @@ class Attempt:
         return code
 
     def fails(self, error: BaseException) -> None:
-        """It cannot go on; to be called before connections are closed, which makes other ranks fail."""
+        """Report that this rank fails. Call this before connections are closed, which makes other ranks fail."""
         record_failure(error)
         change = error.change if isinstance(error, DivergedError) else None
-        if change is not None:  # before the launcher hears of it, and looks there
+        if change is not None:  # before the launcher hears of the failure and reads it
             self._write(1, str(error), change)
         self.pulse.failed(error)
         if change is None:
             self._write(2 if isinstance(error, ConfigError) else 1, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Everything else is closed."""
+        """Close the heartbeat, after everything else is closed."""
         self.pulse.close()
 
     def _write(self, code: int, why: str | None, change: str | None = None) -> None:
@@ -279,7 +279,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins. `after`: the last step that metrics.jsonl keeps; None: there are none."""
+    """Point from which training starts. `after`: the last step that metrics.jsonl keeps; None: a new file."""
 
     step: int = 0
     trainer: dict[str, int] = field(default_factory=dict)
@@ -288,7 +288,7 @@ class Start:
 
 
 def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
-    """First weights, or those of a checkpoint with the optimizer's state; all ranks together."""
+    """Set initial weights, or load weights and optimizer state from a checkpoint. All ranks call this together."""
     loaded = checkpoints.load(resume) if resume is not None else None
     if loaded is None:
         rank.initialise()
@@ -303,11 +303,11 @@ def main(config: Config, resume: str | None = None, folder: Folder | None = None
     """Train as the rank that torchrun's variables name.
 
     The run directory exists, or `folder` makes it when all ranks have met.
-    `resume`: auto (from the newest checkpoint there, if any, else from what the run directory branches from), or the
-    path of a checkpoint or of a run directory. Where the ranks have been started again it is auto.
-    Return the exit code: 0; 1 if the accounting differs, or if the run trained nothing or ended while its loss was not
-    finite (skips.Skips.failure); 75 if the run was asked to stop, saved and exited.
-    Raise ConfigError if the ranks that are to make `folder` do not meet: nothing has been made or changed then.
+    `resume`: auto (from the newest checkpoint there, if any, else from the one that the run directory branches from),
+    or the path of a checkpoint or run directory. For restarted ranks it is always auto.
+    Return the exit code: 0; 1 if traffic differs from the plan, or if the run trained nothing or ended while its loss
+    was not finite (skips.Skips.failure); 75 if the run was asked to stop, saved and exited.
+    Raise ConfigError if the ranks that are to make `folder` do not meet; nothing has been made or changed then.
     """
     with _bad_input_until_met(folder):
         env = expected_env(config)
@@ -316,11 +316,11 @@ def main(config: Config, resume: str | None = None, folder: Folder | None = None
     env = replace(env, watched=attempt.pulse.line is not None)
     if folder is None:
         attempt.has_run_dir(Path(str(config.run_dir)), env)
-    with ExitStack() as parts:  # each is closed, the last one first, also when closing another fails
+    with ExitStack() as parts:  # closed in reverse order, even if closing one fails
         parts.callback(attempt.close)
         try:
             with _bad_input_until_met(folder):
-                store = connect_store(env)  # it goes after all parts, with this function's frame
+                store = connect_store(env)  # freed after all parts, with this function's frame
             env = replace(env, attempt=restarts(store, env))
             if env.attempt and folder is not None:
                 folder.restart()
@@ -338,7 +338,7 @@ def main(config: Config, resume: str | None = None, folder: Folder | None = None
 
 
 def expected_env(config: Config) -> RankEnv:
-    """Read torchrun's variables. Raise RendezvousError or ConfigError if they do not fit the layout."""
+    """Return torchrun's variables. Raise RendezvousError or ConfigError if they do not fit the layout."""
     env = rank_env(config.launch.timeout_s)
     if env.world != config.world_size:
         raise RendezvousError(
@@ -346,7 +346,7 @@ def expected_env(config: Config) -> RankEnv:
             f"cp {config.parallel.cp} x tp {config.parallel.tp} has {config.world_size}"
         )
     nodes, per_node = config.launch.nodes, env.local_world
-    if config.optim.shard_group == "node" and per_node * nodes != env.world:  # the plan would take other nodes
+    if config.optim.shard_group == "node" and per_node * nodes != env.world:  # the plan would assume other nodes
         raise ConfigError([
             f"launch.nodes {nodes} with optim.shard_group node, but {per_node} of the {env.world} ranks were started "
             f"on this node; set launch.nodes: {env.world // per_node}, or shard_group: data"
@@ -369,9 +369,9 @@ def _train(
     config: Config, resume: str | None, store: Store, env: RankEnv, attempt: Attempt, folder: Folder | None,
     parts: ExitStack,
 ) -> tuple[int, DivergedError | None]:  # fmt: skip
-    """Train, from the first meeting of the ranks to the last; what must be closed goes to `parts`.
+    """Train, from the first meeting of the ranks to the last. Resources to close are added to `parts`.
 
-    Return the exit code, and why the run has failed unless that is the accounting.
+    Return the exit code, and the error of a run that failed for another reason than its accounting.
     """
     with _bad_input_until_met(folder):
         device = choose_device(env, config.launch.backend)
@@ -385,7 +385,7 @@ def _train(
         data, env = meet(config, store, env, folder)
     if folder is not None:
         attempt.has_run_dir(run_dir, env)
-    parts.enter_context(attempt.stop.listen())  # before, there is nothing to save: signals end the process
+    parts.enter_context(attempt.stop.listen())  # earlier there is nothing to save, and signals end the process
     baseline = Heap().bytes_in_use()
     rank = make_rank(config, env, store, device)
     parts.callback(rank.close)
@@ -426,8 +426,10 @@ def _train(
 
 
 def look_at_network(config: Config, rank: Rank, store: Store, env: RankEnv) -> Network | None:
-    """A small collective along every axis, before a run on several nodes, and what it found on rank 0's output; None on
-    one node, and where nobody wants it (launch.preflight: off). To be called by all ranks together."""
+    """Probe the network of a run on several nodes with small collectives, and print the result on rank 0.
+
+    Return None on one node, or with launch.preflight: off. All ranks call this together.
+    """
     if env.one_node or config.launch.preflight == "off":
         return None
     found = network(config, rank.mesh, rank.device, store, env)
@@ -437,7 +439,7 @@ def look_at_network(config: Config, rank: Rank, store: Store, env: RankEnv) -> N
 
 
 def engine_lines(rank: Rank) -> list[str]:
-    """What an engine that communicates by itself moved, for people; rank 0's, of a training step."""
+    """Return lines on the traffic per training step of an engine that communicates by itself, as this rank counts."""
     facts = rank.engine_facts()
     if facts is None:
         return []
@@ -451,7 +453,7 @@ def engine_lines(rank: Rank) -> list[str]:
 
 
 def greeting(env: RankEnv, rank: Rank, bound: Sequence[int]) -> str:
-    """Which rank this is and where it computes."""
+    """Return a line that says which rank this is, where it computes and how it communicates."""
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
     if bound:

@@ -1,10 +1,10 @@
-"""The parity certificate: a layout against one process, in float64, over loss (of training and of a validation
-batch), gradients, norm and stepped weights.
+"""The parity certificate: compare a layout with one process, in float64.
 
-Rank 0 trains the model alone, with every degree of parallelism at 1 and nothing sharded, and writes what it found;
-then all ranks train it in the layout under test, and each compares its own part, gradients whole, with the reference.
-Error (DESIGN, "Certificate error"): gradients max|d| / max(max|ref|, 1e-4 x the model's largest gradient), weights
-max|d| absolute, loss and norm relative.
+It compares losses (of training and of a validation batch), gradients, gradient norm and updated weights. Rank 0 trains
+the model alone, with every degree of parallelism at 1 and nothing sharded, and writes the reference; then all ranks
+train it in the layout under test, and each compares its own part, with gradients gathered, with the reference.
+Errors: gradients max|d| / max(max|ref|, 1e-4 x the model's largest gradient); weights max|d|, absolute; loss and norm
+relative.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MEASURES = ("loss", "gradient", "gradient_norm", "weight")
 
 
 def verify_samples(config: Config, step: int) -> Samples:
-    """Uniform random tokens of step `step`, the same for every layout."""
+    """Return a reader of uniform random tokens for step `step`, the same for every layout."""
     t, m = config.train, config.model
     generator = np.random.Generator(np.random.Philox(key=[config.data.seed, step]))
     ids = generator.integers(0, m.vocab_size, size=(t.global_batch, m.seq_len + 1), dtype=np.int64)
@@ -49,16 +49,16 @@ def verify_samples(config: Config, step: int) -> Samples:
 
 @dataclass
 class Trace:
-    """What a certificate compares: per step loss and norm, per parameter gradients of each step, final weights."""
+    """Values that a certificate compares: losses, gradient norms, gradients by step and parameter, final weights."""
 
-    losses: list[float] = field(default_factory=list)  # of each step, and last of a validation batch
+    losses: list[float] = field(default_factory=list)  # of each step; the last one is of a validation batch
     norms: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def run_steps(replica: Rank, config: Config) -> Trace:
-    """Train STEPS steps and keep everything; gradients are taken before clipping, summed over all axes."""
+    """Train STEPS steps and return their trace; gradients are taken before clipping, summed over all axes."""
     trace = Trace()
     replica.initialise()
     step_now = 0
@@ -80,7 +80,7 @@ def run_steps(replica: Rank, config: Config) -> Trace:
 
 
 def reference_config(config: Config) -> Config:
-    """The same training on one process: every degree 1, nothing sharded."""
+    """Return the configuration of the same training on one process: every degree 1, nothing sharded."""
     alone = {"dp": 1, "tp": 1, "pp": 1, "cp": 1, "virtual_stages": 1, "schedule": "1f1b"}
     parallel = config.parallel.model_copy(update={**alone, "sequence_parallel": False, "layers": "balanced"})
     return config.model_copy(
@@ -93,7 +93,7 @@ def reference_config(config: Config) -> Config:
 
 
 def write_reference(config: Config, path: Path) -> None:
-    """Train on one process and write the trace to `path` (safetensors)."""
+    """Train on one process, on the CPU, and write the trace to `path` (safetensors)."""
     alone = reference_config(config)
     replica = Rank(alone, 0, FakeBackends(), torch.device("cpu"))
     trace = run_steps(replica, alone)
@@ -105,7 +105,7 @@ def write_reference(config: Config, path: Path) -> None:
 
 @dataclass
 class Verdict:
-    """Largest error of each measure on one rank, where it is, and how the accounting went."""
+    """Largest error of each measure on one rank and its place, and the differences in the accounting."""
 
     rank: int
     worst: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURES, 0.0))
@@ -113,7 +113,7 @@ class Verdict:
     accounting: list[str] = field(default_factory=list)
 
     def see(self, measure: str, error: float, where: str) -> None:
-        """Keep the larger; NaN counts as infinite."""
+        """Record `error` if it is the largest of its measure so far; NaN counts as infinite."""
         error = math.inf if math.isnan(error) else error
         if error > self.worst[measure] or measure not in self.where:
             self.worst[measure] = max(error, self.worst[measure])
@@ -128,7 +128,7 @@ def certify_rank(
     device: torch.device | None = None,
     with_dry_run: bool = True,
 ) -> Verdict:
-    """Train in the layout of `config` as rank `rank` on `device` (default CPU); compare with the reference on disk.
+    """Train in the layout of `config` as rank `rank` on `device` (default CPU); compare with the file `reference`.
 
     Compare the plan with a dry run too, unless `with_dry_run` is false.
     """
@@ -165,7 +165,7 @@ def _compare(verdict: Verdict, replica: Rank, trace: Trace, ref: dict[str, Tenso
 
 
 def _account(verdict: Verdict, replica: Rank) -> None:
-    """Compare the ledger with the declared steps, as integers, and check that every parameter got a gradient."""
+    """Compare the ledger with the declared steps exactly, and check that every parameter got a gradient."""
     plan = replica.plan
     declared = Counts()
     declared.merge(count_comm(plan, plan.steps), STEPS)
@@ -175,7 +175,7 @@ def _account(verdict: Verdict, replica: Rank) -> None:
 
 
 def _compare_dry_run(verdict: Verdict, replica: Rank) -> None:
-    """Compare what a dry run of this rank counts with the plan, as integers."""
+    """Compare the counts of a dry run of this rank with the plan exactly."""
     plan = replica.plan
     dry = dryrun_document(replica.config, verdict.rank)
     planned = {
@@ -190,7 +190,7 @@ def _compare_dry_run(verdict: Verdict, replica: Rank) -> None:
 
 
 def merge_verdicts(config: Config, verdicts: list[Verdict]) -> dict[str, Any]:
-    """The certificate: worst of all ranks. Keys as in the contract, with the tolerance and the layout added."""
+    """Return the certificate: the largest errors over all ranks, with the tolerance and the configuration."""
     worst, where = {}, {}
     for measure in MEASURES:
         top = max(verdicts, key=lambda v, m=measure: v.worst[m])  # type: ignore[misc]
@@ -216,7 +216,7 @@ def certify(
     folder: Path,
     with_dry_run: bool = True,
 ) -> dict[str, Any] | None:
-    """Return the certificate of `config` (float64, world ranks) on rank 0; all ranks call it together.
+    """Return the certificate of `config` (in float64) on rank 0, None on others. All ranks call this together.
 
     `store` must be fresh for every call: it carries the ranks' verdicts. `folder` is shared by the ranks. A rank whose
     `with_dry_run` is false leaves out its own dry run.
@@ -236,7 +236,7 @@ def certify(
 
 
 def main(folder: str) -> None:
-    """What each rank of `dist-gpt verify` runs: certify FOLDER/config.yaml, rank 0 writes FOLDER/certificate.json."""
+    """Certify FOLDER/config.yaml as one rank of `dist-gpt verify`; rank 0 writes FOLDER/certificate.json."""
     torch.set_num_threads(1)
     path = Path(folder)
     env = rank_env(VERIFY_TIMEOUT_S)
@@ -250,7 +250,7 @@ def main(folder: str) -> None:
     if document is not None:
         (path / "certificate.json").write_text(json.dumps(document))
     store.set(f"left/{env.rank}", "")
-    if env.rank == 0:  # it hosts the store: leave last
+    if env.rank == 0:  # it hosts the store, so it exits last
         store.wait([f"left/{rank}" for rank in range(env.world)])
 
 

@@ -1,6 +1,6 @@
 """`python3 -m benchmarks.gpu_check`: check dist_gpt on one GPU, in one run of at most ten minutes.
 
-It needs Python and torch, names other packages that are missing, and needs neither a network nor an installation. Every
+It needs Python and torch but neither a network nor an installation, and names other packages that are missing. Every
 section runs in its own process with a time limit. Exit codes: 0 all sections ran and passed (without a GPU: those that
 need none), 1 a check failed or a section did not run, 2 bad options.
 """
@@ -37,7 +37,7 @@ NEEDS_TORCH_ALONE = ("environment", "ceiling")
 
 @dataclass(frozen=True)
 class Plan:
-    """The sections to run and their device: cuda, or cpu for a stand-in (with `small` sizes)."""
+    """Sections to run and their device: cuda, or cpu for a stand-in (with `small` sizes)."""
 
     sections: list[Section]
     device: str
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def bad_options(given: argparse.Namespace) -> list[str]:
-    """Return a sentence for each thing that is wrong with the options."""
+    """Return a sentence for each invalid option."""
     wrong = []
     if unknown := [name for name in given.only if name not in BY_NAME]:
         wrong.append(f"--only {', '.join(unknown)}: there is no such section; choose from {', '.join(BY_NAME)}")
@@ -77,7 +77,7 @@ def bad_options(given: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the sections and write their results."""
+    """Run the sections, write their results and return the exit code."""
     given = parser().parse_args(argv)
     wrong = bad_options(given)
     try:
@@ -135,7 +135,7 @@ def constraints() -> str:
 def with_wheels(folder: Path | None, unpacked: Path, log: Any) -> dict[str, str]:
     """Unpack the wheels and return the environment for the sections; this process can import the packages as well.
 
-    Packages of the folder come before installed ones: they were chosen to fit each other.
+    Packages of the folder take precedence over installed ones, since they were chosen to fit each other.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     brought: list[str] = []
@@ -151,7 +151,7 @@ def with_wheels(folder: Path | None, unpacked: Path, log: Any) -> dict[str, str]
 
 
 def ask_for_gpu(environment: dict[str, str]) -> tuple[bool, str]:
-    """Return whether torch sees a GPU, and its versions in words. Ask in another process, since CUDA stays open."""
+    """Return whether torch sees a GPU, and its versions in words. Use another process, since CUDA stays open."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", GPU_QUESTION], env=environment, capture_output=True, text=True, timeout=120,
@@ -242,13 +242,13 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def outcome_of(name: str, code: int | None, seconds: float, out: Path, budget_s: float) -> Outcome:
-    """Return the outcome of a section from its exit code (None: its time was up) and what it wrote."""
+    """Return the outcome of a section from its exit code (None: time limit reached) and the results that it wrote."""
     try:
         found = json.loads((out / f"{name}.json").read_text())
     except (OSError, ValueError):
         found = {"figures": {}, "failed": []}
     status = {0: PASSED, 1: FAILED, None: TIMEOUT}.get(code, ERROR)
-    if status in (PASSED, FAILED) and not found.get("ended"):  # Python's own exit code 1, for example
+    if status in (PASSED, FAILED) and not found.get("ended"):  # for example Python's own exit code 1
         status = ERROR
     error = found.get("error", "")
     if status == TIMEOUT:

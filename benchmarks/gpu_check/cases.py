@@ -1,4 +1,4 @@
-"""Make the configurations that the check trains: tiny ones for correctness, whole models for speed. No torch."""
+"""Make the configurations that the check trains: tiny ones for correctness, whole models for speed. Torch-free."""
 
 from __future__ import annotations
 

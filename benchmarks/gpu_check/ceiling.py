@@ -1,4 +1,4 @@
-"""Measure the most that the device can do: matmuls of several sizes and dtypes, and a large copy."""
+"""Measure the peak performance of the device: matmuls of several sizes and dtypes, and a large copy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SIZES, SMALL_SIZES = (1024, 2048, 4096, 8192, 16384), (64, 128)
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 COPIED, SMALL_COPIED = 1 << 30, 1 << 20
 RUN_S = 0.25
-"""Length of one measurement; the fastest of three counts."""
+"""Seconds of one measurement; the fastest of three counts."""
 
 
 def run(context: Context) -> None:
-    """Measure, small sizes first."""
+    """Measure matmuls, small sizes first, and then the copy."""
     found: dict[str, dict[str, float]] = {name: {} for name in DTYPES}
     for size in SMALL_SIZES if context.small else SIZES:
         for name in DTYPES:

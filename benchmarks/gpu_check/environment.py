@@ -1,4 +1,4 @@
-"""Describe the machine."""
+"""Describe the machine: versions, GPUs and missing packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUERY = "name,driver_version,memory.total,mig.mode.current,clocks.max.sm,power.l
 
 
 def run(context: Context) -> None:
-    """Put versions, device and missing packages."""
+    """Report versions, device and missing packages."""
     context.put("python", platform.python_version())
     context.put("torch", torch.__version__)
     context.put("cuda", torch.version.cuda)
@@ -38,7 +38,7 @@ def nccl_version() -> str | None:
 
 
 def nvidia_smi(program: str = "nvidia-smi") -> dict[str, Any] | None:
-    """Return what nvidia-smi says of the GPUs, and the list of devices with MIG slices; None without nvidia-smi."""
+    """Return nvidia-smi's lines on GPUs (`query`) and on devices with MIG slices (`devices`); None if not found."""
     path = shutil.which(program)
     if path is None:
         return None

@@ -1,6 +1,6 @@
 """Compare one process on the GPU with one process on the CPU.
 
-In float64, compare as `dist-gpt verify` does: loss, norm, every gradient and stepped weights, within its tolerance. In
+In float64, compare as `dist-gpt verify` does: loss, norm, every gradient and updated weights, within its tolerance. In
 bf16, compare every gradient with the CPU's in float32, in the 2-norm.
 """
 
@@ -20,7 +20,7 @@ from dist_gpt.rank import Rank
 from dist_gpt.verify import TOLERANCE, certify_rank, verify_samples, write_reference
 
 BF16_BOUND = 0.05
-"""Largest error of a gradient in bf16, relative to its norm or, if that is more, to BF16_FLOOR of the largest norm."""
+"""Bound on the error of a bf16 gradient, relative to its norm or, if larger, to BF16_FLOOR of the largest norm."""
 BF16_FLOOR = 0.05
 
 
@@ -32,7 +32,7 @@ def run(context: Context) -> None:
 
 
 def in_float64(context: Context, family: str) -> None:
-    """Put the largest error of each measure, and check it against the certificate's tolerance."""
+    """Report the largest error of each measure, and check it against the certificate's tolerance."""
     config = tiny(family, "fp64", {"dropout": 0.1, "attention_dropout": 0.0})
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.safetensors"
@@ -46,7 +46,7 @@ def in_float64(context: Context, family: str) -> None:
 
 
 def in_bf16(context: Context, family: str) -> None:
-    """Put the largest relative error of a gradient in bf16, and check it."""
+    """Report the largest relative error of a gradient in bf16, and check it against BF16_BOUND."""
     exact = gradients(tiny(family, "fp32"), torch.device("cpu"))
     got = gradients(tiny(family, "bf16"), context.device.torch_device)
     largest = max(float(gradient.norm()) for gradient in exact.values())

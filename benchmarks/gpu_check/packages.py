@@ -1,8 +1,8 @@
 """Name missing Python packages, and unpack wheels from a folder in their place. Standard library only.
 
-A machine with a GPU often has torch and nothing else, and no network. Wheels are zip files: those of a folder are
-unpacked into a temporary one, which is put at the beginning of the import path. Pure wheels run anywhere; compiled ones
-must fit the interpreter and the CPU.
+A machine with a GPU often has torch but nothing else, and no network. Wheels are zip files: those in a folder are
+unpacked into a temporary one, which goes to the front of the import path. Pure wheels run anywhere; compiled ones must
+fit the interpreter and the CPU.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def missing(found: Callable[[str], object] = is_here) -> list[Package]:
 
 
 def pins(text: str, version: tuple[int, int] = sys.version_info[:2]) -> dict[str, str]:
-    """Return distribution -> pinned version of a constraints file for a Python version; names are normalised."""
+    """Return {distribution: pinned version} of a constraints file for a Python version; names are normalised."""
     found = {}
     for line in text.splitlines():
         requirement, _, marker = line.split("#")[0].partition(";")
@@ -79,7 +79,7 @@ def pins(text: str, version: tuple[int, int] = sys.version_info[:2]) -> dict[str
 
 
 def _holds(marker: str, version: tuple[int, int]) -> bool:
-    """Return whether a marker on python_version holds; other markers, which the file does not use, hold."""
+    """Return whether a marker on python_version holds; other markers, which the file does not use, count as true."""
     told = re.fullmatch(r"\s*python_version\s*(>=|<)\s*\"(\d+)\.(\d+)\"\s*", marker)
     if told is None:
         return True
@@ -92,7 +92,7 @@ def _normal(name: str) -> str:
 
 
 def advice(lacking: Iterable[Package], constraints: str) -> list[str]:
-    """Return lines that name what is missing, with versions, and how to provide it."""
+    """Return lines that name the missing packages, with versions, and say how to provide them."""
     lacking = list(lacking)
     if not lacking:
         return []
@@ -129,9 +129,9 @@ def _dotted() -> str:
 
 
 def wheel_folder(given: str | None, root: Path = ROOT) -> Path | None:
-    """Return the folder of wheels: the one given, else the variable's, else vendor/ if it exists.
+    """Return the folder of wheels: `given`, else that of $DIST_GPT_WHEELS, else vendor/ if it exists.
 
-    Raise ValueError if the given one is not a folder.
+    Raise ValueError if a named one is not a folder.
     """
     for text, origin in ((given, "--wheels"), (os.environ.get(FOLDER_VARIABLE), f"${FOLDER_VARIABLE}")):
         if text:
@@ -161,7 +161,7 @@ def unfit(wheel: str, version: tuple[int, int] = sys.version_info[:2], machine: 
 
 
 def unpack(folder: Path, into: Path) -> list[str]:
-    """Unpack the wheels of `folder` that fit into `into`; return a line for each that does not."""
+    """Unpack into `into` the wheels of `folder` that fit this machine; return a line for each other one."""
     refused = []
     for wheel in sorted(folder.glob("*.whl")):
         why = unfit(wheel.name)

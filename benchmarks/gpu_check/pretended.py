@@ -1,9 +1,9 @@
-"""Run training steps on a device that torch only pretends: no GPU, no data, about a second per configuration.
+"""Run training steps on a fake ("pretended") device: no GPU, no data, about a second per configuration.
 
-The real code of a rank runs on fake tensors of a device called "gpu". Code that would wait for the device raises there,
-and so does an operation on a CPU tensor and a device tensor. A dispatch mode counts the operations that would be
-kernels, and the bytes they read and write. Attention is counted in its plain form (scores written out), which moves
-more bytes than a fused kernel; collectives move nothing.
+The real code of a rank runs on torch's fake tensors of a device called "gpu". Code that would wait for the device
+raises there, and so does an operation that mixes CPU and device tensors. A dispatch mode counts the operations that
+would be kernels, and the bytes they read and write. Attention is counted in its plain form (with the scores in memory),
+which moves more bytes than a fused kernel; collectives move nothing.
 
     python3 -m benchmarks.gpu_check.pretended          a table of kernels and bytes by family, precision and stage
 """
@@ -39,18 +39,18 @@ NO_KERNELS = {
     "aten._local_scalar_dense", "aten._unsafe_view", "aten.empty", "aten.empty_like", "aten.empty_strided",
     "aten.lift_fresh", "aten.new_empty", "aten.new_empty_strided", "aten.resize_", "prim.device",
 }  # fmt: skip
-"""Operations that start no kernel, apart from views, which are known by their schema."""
+"""Operations that start no kernel, besides views, which their schema identifies."""
 WRITES_ONLY = {"aten.copy_", "aten.fill_", "aten.zero_"}
-"""In-place operations that do not read what they change."""
+"""In-place operations that do not read the tensor they change."""
 
 
 class NotPretended(RuntimeError):
-    """Error of a torch that cannot pretend a device."""
+    """Error of a torch version that cannot provide a fake device."""
 
 
 @dataclass
 class Found:
-    """Findings about what some work would do on a GPU.
+    """Counts and problems of some work as it would run on a GPU.
 
     `waits` and `mixed` are places in the code: where the host waits for the device, and where a CPU tensor is used with
     a device tensor. `finished` is False if the work could not continue without a value from the device.
@@ -69,6 +69,7 @@ class Found:
 
     @property
     def clean(self) -> bool:
+        """True if the work finished without waits and without mixing devices."""
         return self.finished and not self.waits and not self.mixed
 
     def document(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Found:
 
 @lru_cache(maxsize=1)
 def pretended_device() -> tuple[torch.device, Any]:
-    """Return the device and the mode of its tensors. Registration lasts as long as this process."""
+    """Return the fake device and the mode of its tensors. It stays registered as long as this process runs."""
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.utils import backend_registration
@@ -91,7 +92,7 @@ def pretended_device() -> tuple[torch.device, Any]:
 
 
 class Watch(TorchDispatchMode):
-    """Count in `found` what runs inside."""
+    """Mode that counts the operations inside it in `found`."""
 
     def __init__(self, found: Found) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Watch(TorchDispatchMode):
         self.found.bytes_written += sum(_size(t) for t in (changed or made))
 
     def _note_copies(self, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        """Count copies between host and device; one to the host is a wait unless it is non-blocking."""
+        """Count copies between host and device; a blocking copy to the host is a wait."""
         if name not in ("aten._to_copy", "aten.copy_"):
             return
         source, target = (given[1], given[0]) if name == "aten.copy_" and len(given) > 1 else (given[0], made[0])
@@ -150,7 +151,7 @@ def unknown_to_torch() -> tuple[Any, ...]:
 
 
 def _kind(error: Exception) -> str | None:
-    """Return the list of `Found` that an exception of a fake tensor belongs to."""
+    """Return the list of `Found` to which an exception of a fake tensor belongs; None for any other exception."""
     name = type(error).__name__
     if name in ("DataDependentOutputException", "DynamicOutputShapeException"):
         return "waits"
@@ -199,12 +200,12 @@ def _has_out(func: Any) -> bool:
 
 
 def _size(tensor: Tensor) -> int:
-    """Return the bytes of `tensor`; an expanded one is read once."""
+    """Return the bytes of `tensor`, at most those of its storage, since an expanded tensor is read once."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def watch(work: Callable[[], object]) -> Found:
-    """Do `work` on the pretended device and return the findings. Exceptions not due to the device propagate."""
+    """Do `work` on the fake device and return the findings. Exceptions not due to the device propagate."""
     found = Found()
     try:
         with Watch(found):
@@ -217,9 +218,9 @@ def watch(work: Callable[[], object]) -> Found:
 
 
 def observe(config: Config, rank: int = 0, warm_up: bool = False) -> dict[str, Found]:
-    """Return findings about rank `rank` in one training `step`, one `evaluation` and a read of the step's `statistics`.
+    """Return the findings of rank `rank` in one training `step`, one `evaluation` and a read of `statistics`.
 
-    `warm_up`: train a step first, so that what happens only in the first one is not counted.
+    `warm_up`: train a step first, so that work that only the first step does is not counted.
     """
     device, mode = pretended_device()
     ids = np.zeros((config.train.micro_batch, config.model.seq_len + 1), dtype=np.int64)
@@ -242,7 +243,7 @@ def observe(config: Config, rank: int = 0, warm_up: bool = False) -> dict[str, F
 
 
 def ends(config: Config) -> list[int]:
-    """Return the ranks that differ: the first and, in a pipeline, the last."""
+    """Return the ranks worth checking: the first and, in a pipeline, the last."""
     return [0, config.world_size - 1] if config.parallel.pp > 1 else [0]
 
 
@@ -269,7 +270,7 @@ def table_cases() -> Iterator[tuple[str, Config]]:
 
 
 def table_rows(cases: Iterator[tuple[str, Config]] | Sequence[tuple[str, Config]]) -> Iterator[Row]:
-    """Yield a row for each case, with what its second step would do on the device."""
+    """Yield a row for each case, with the findings of its second step."""
     for name, config in cases:
         found = observe(config, warm_up=True)["step"]
         yield {"case": name, **found.document(), "most": dict(found.by_operation.most_common(6))}
@@ -292,7 +293,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; exit code 1 if a step would wait for the device or mix devices."""
+    """Print the table. Return 1 if a step would wait for the device or mix devices, 2 if it cannot be made, else 0."""
     parser = argparse.ArgumentParser(
         prog="python3 -m benchmarks.gpu_check.pretended",
         description="Count the kernels and bytes of a training step on a pretended GPU.",

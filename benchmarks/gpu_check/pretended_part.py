@@ -1,4 +1,4 @@
-"""Check one step on the pretended device, for machines without a GPU."""
+"""Check one step on the fake device (`pretended`), for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.gpu_check.section import Context
 
 
 def run(context: Context) -> None:
-    """Train one step of each family; check that nothing waits and no devices are mixed."""
+    """Train one step of each family; check that the host never waits and no devices are mixed."""
     for family in ("gpt2", "llama"):
         found = observe(tiny(family, "bf16"))
         context.put(family, found["step"].document())

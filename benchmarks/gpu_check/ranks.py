@@ -32,7 +32,7 @@ from dist_gpt.verify import TOLERANCE, Verdict, certify_rank, merge_verdicts, wr
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 4
 LAYOUT_S = 40.0
-"""Time limit of a layout; also how long a rank waits for the others."""
+"""Time limit of a layout in seconds; also how long a rank waits for the others."""
 SHARED, OWN = "gloo through host memory", "nccl"
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -75,7 +75,7 @@ def run(context: Context) -> None:
 
 
 def certificate(context: Context, team: Team, name: str) -> None:
-    """Put the verdict on a layout and check it."""
+    """Report the verdict on a layout and check it."""
     config = layout_config(name)
     answers = team.collect(name, config.world_size, min(LAYOUT_S + 60, max(1.0, context.left_s() - 3)))
     errors = [f"rank {rank}: {answer['error']}" for rank, answer in answers.items() if "error" in answer]
@@ -139,7 +139,7 @@ class Team:
 
 
 def backends_for(store: Store, env: RankEnv, device: torch.device, own: bool) -> Backends:
-    """Return what makes the groups: NCCL if every rank has its own GPU, else gloo through host memory."""
+    """Return the factory of groups: NCCL if every rank has its own GPU, else gloo through host memory."""
     if own:
         return NcclBackends(store, device, LAYOUT_S)
     return StagedBackends(store, LOOPBACK, LAYOUT_S, stages_all=device.type == "cpu")
@@ -175,7 +175,7 @@ def main(order: dict[str, Any]) -> int:
             aside = folder / f"{name}.{env.rank}.part"
             aside.write_text(json.dumps(answer))
             aside.replace(folder / f"{name}.{env.rank}.json")
-        # Rank 0 hosts the store; and no rank may start the next layout before the others have given up on a failed one.
+        # rank 0 hosts the store, and no rank may start the next layout before the others give up on a failed one
         store.set(f"done/{name}/{env.rank}", "")
         store.wait([f"done/{name}/{rank}" for rank in range(env.world)])
     return 0

@@ -17,7 +17,7 @@ SHOWN = 40
 
 @dataclass
 class Outcome:
-    """Outcome of a section. `failed`: checks that did not hold; `error`: why it did not finish or was skipped."""
+    """Outcome of a section. `failed`: the failed checks; `error`: why it did not finish or was skipped."""
 
     name: str
     status: str
@@ -48,7 +48,7 @@ def document(head: dict[str, Any], outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def write(folder: Path, head: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """Write both files, replacing each as a whole."""
+    """Write results.json and results.md, replacing each atomically."""
     text = {"results.json": json.dumps(document(head, outcomes), indent=1) + "\n", "results.md": table(head, outcomes)}
     for name, content in text.items():
         aside = folder / f"{name}.part"

@@ -1,7 +1,7 @@
 """Run one section in this process: `python3 -m benchmarks.gpu_check.section NAME --out DIR`.
 
-Each section has its own process, so one that fails, hangs or breaks the GPU's context does not affect the others. Its
-results are written to DIR/NAME.json after every figure, so those of a section that is killed are kept.
+Each section has its own process, so one that fails, hangs or breaks the GPU's context does not affect the others. The
+results are written to DIR/NAME.json after every figure, so those of a killed section are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Section:
-    """Section whose `module` of this package has `run(context)`. It is skipped with less than `least_s` left."""
+    """Section whose `module` of this package has `run(context)`. It is skipped with less than `least_s` s left."""
 
     name: str
     module: str
@@ -48,7 +48,7 @@ BY_NAME = {section.name: section for section in SECTIONS}
 
 @dataclass
 class Context:
-    """Context of a section: its settings and its results. `small`: use sizes for a stand-in on the CPU."""
+    """Settings and results of a section. `small`: use sizes for a stand-in on the CPU."""
 
     name: str
     out: Path
@@ -61,12 +61,13 @@ class Context:
 
     @cached_property
     def device(self) -> Device:
+        """Device of the section, opened on first use."""
         from benchmarks.gpu_check.device import Cuda, StandIn
 
         return Cuda() if self.device_kind == "cuda" else StandIn()
 
     def left_s(self) -> float:
-        """Return the seconds that are left of the budget."""
+        """Return the seconds left of the budget."""
         return self.budget_s - (time.monotonic() - self.started)
 
     def put(self, name: str, value: Any) -> None:

@@ -1,7 +1,7 @@
-"""Measure training steps on one GPU: their speed and memory, and how often the host waits in them.
+"""Measure training steps on one GPU: speed, memory, and how often the host waits.
 
-MFU is model FLOPs (as `dist-gpt flops` counts them, no recomputation) over the published peak of the device, and over
-the fastest matmul that the section `ceiling` found here. Weights are random numbers made on the device.
+MFU is model FLOPs (as `dist-gpt flops` counts them, without recomputation) over the published peak of the device; the
+fastest matmul of the section `ceiling` serves as a second reference. Weights are random and made on the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOM = 0.9
 
 
 def cases(small: bool) -> dict[str, Config]:
-    """Return name -> configuration, the most informative first."""
+    """Return {name: configuration}, the most informative first."""
     if small:
         return {"gpt2-tiny bf16": tiny("gpt2", "bf16"), "llama-tiny fp32": tiny("llama")}
     train = {"global_batch": 16, "micro_batch": 16}
@@ -52,7 +52,7 @@ def cases(small: bool) -> dict[str, Config]:
 
 
 def run(context: Context) -> None:
-    """Measure the cases until the time is up."""
+    """Measure the cases until the time runs out."""
     for name, config in cases(context.small).items():
         if context.left_s() < 10:
             context.put(name, "not measured: no time left")
@@ -62,7 +62,7 @@ def run(context: Context) -> None:
 
 
 def measure(context: Context, name: str, config: Config) -> None:
-    """Put the figures of one case."""
+    """Report the figures of one case."""
     device, planned = context.device, plan_document(config)["memory_bytes"]["peak"]
     total = device.total_memory()
     if total is not None and planned > ROOM * total:
@@ -86,7 +86,7 @@ def measure(context: Context, name: str, config: Config) -> None:
 
 
 def fill(replica: Rank) -> None:
-    """Fill the model with random weights on the device; drawing 1e9 as training does takes a CPU half a minute."""
+    """Fill the model with random weights on the device: drawing 1e9 on a CPU, as training does, takes half a minute."""
     with torch.no_grad():
         for index, flat in enumerate(replica.buffers.buckets):
             flat.parameters.normal_(std=0.02)
@@ -95,14 +95,14 @@ def fill(replica: Rank) -> None:
 
 
 def random_samples(config: Config) -> Samples:
-    """Return a function that reads one batch of random tokens, the same in every step."""
+    """Return a reader of one batch of random tokens, the same in every step."""
     shape = (config.train.global_batch, config.model.seq_len + 1)
     ids = np.random.Generator(np.random.Philox(key=[0, 0])).integers(0, int(config.model.vocab_size or 0), size=shape)
     return lambda first, count: ids[first : first + count]
 
 
 def train(replica: Rank, step: int, batch: Samples) -> float:
-    """Train a step and read its loss, as training does; return the seconds until the host was free to read."""
+    """Train a step and read its loss, as training does. Return the seconds that the host took to issue the step."""
     began = time.perf_counter()
     replica.train_step(step, batch)
     issued = time.perf_counter() - began
@@ -113,7 +113,7 @@ def train(replica: Rank, step: int, batch: Samples) -> float:
 
 
 def timed_steps(context: Context, replica: Rank, batch: Samples) -> tuple[list[float], list[float]]:
-    """Return the seconds of each step and those of the host's part in it, for about CASE_S."""
+    """Train for about CASE_S seconds. Return the seconds of each step, and those that the host took to issue it."""
     times: list[float] = []
     host: list[float] = []
     until = time.perf_counter() + min(0.2 if context.small else CASE_S, context.left_s() / 2)
@@ -125,7 +125,7 @@ def timed_steps(context: Context, replica: Rank, batch: Samples) -> tuple[list[f
 
 
 def figures(context: Context, config: Config, times: list[float], host: list[float]) -> dict[str, Any]:
-    """Return the speed, also relative to what the device can do."""
+    """Return the speed, also relative to the published and the measured peak of the device."""
     step_s, tokens = statistics.median(times), config.train.global_batch * config.model.seq_len
     flops = flops_document(config)["model_flops_per_token"] * tokens / step_s
     facts = context.device.facts()
@@ -144,7 +144,7 @@ def figures(context: Context, config: Config, times: list[float], host: list[flo
 
 
 def measured_ceiling(context: Context, dtype: str) -> float | None:
-    """Return the TFLOP/s that `ceiling` wrote to the folder; None if it has not run."""
+    """Return the best TFLOP/s for `dtype` that the section `ceiling` wrote to the folder; None if it has not run."""
     path = context.out / "ceiling.json"
     try:
         best = json.loads(path.read_text())["figures"]["best_tflops"]

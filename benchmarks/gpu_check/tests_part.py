@@ -1,4 +1,4 @@
-"""Run the tests in tests/gpu, with pytest if it is installed, else by calling them."""
+"""Run the tests in tests/gpu, with pytest if it is installed, else by calling the test functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PYTEST = ("-c", "/dev/null", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "
 
 
 def run(context: Context) -> None:
-    """Run the tests. For a stand-in they are only collected."""
+    """Run the tests. On a stand-in they are only collected."""
     if importlib.util.find_spec("pytest") is not None and not context.small:
         with_pytest(context, FOLDER)
     else:
@@ -29,7 +29,7 @@ def run(context: Context) -> None:
 
 
 def with_pytest(context: Context, folder: Path) -> None:
-    """Put pytest's exit code and the end of its output. Exit code 5 (no tests) is a failure as well."""
+    """Report pytest's exit code and the end of its output. Exit code 5 (no tests) is a failure as well."""
     command = [sys.executable, "-m", "pytest", *PYTEST, str(folder)]
     left = max(5.0, context.left_s() - 2)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left, check=False)
@@ -45,7 +45,7 @@ def modules(folder: Path) -> Iterator[ModuleType]:
 
 
 def by_hand(context: Context, found: Iterator[ModuleType], call: bool) -> None:
-    """Call every function test_* of the modules and put the outcomes."""
+    """Call every function test_* of the modules and report the outcomes; only list them unless `call`."""
     results: dict[str, str] = {}
     for module in found:
         for name, function in sorted(vars(module).items()):

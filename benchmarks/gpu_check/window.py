@@ -1,4 +1,4 @@
-"""Record a few steps, as in a run's profiling window, and find the longest kernels with torch.profiler."""
+"""Record a few steps as in a run's profiling window, and find the longest kernels with torch.profiler."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def run(context: Context) -> None:
 
 
 def recorded(context: Context, config: Config, replica: Rank, batch: Samples) -> None:
-    """Put the window's event rows by kind, and the seconds of a step by kind of work as a report gives them.
+    """Report the window's event rows by kind, and the seconds of a step by kind of work as in a report.
 
-    The folder becomes a run directory that `dist-gpt report` reads.
+    The folder OUT/window becomes a run directory that `dist-gpt report` can read.
     """
     folder = context.out / "window"
     folder.mkdir(exist_ok=True)
@@ -84,7 +84,7 @@ def _kind(row: Any) -> str:
 
 
 def kernels(context: Context, replica: Rank, batch: Samples) -> None:
-    """Put the number and time of kernels per step, and those that took longest in two steps."""
+    """Report the number and time of kernels per step, and the kernels that took longest in two steps."""
     cuda = context.device_kind == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     train(replica, STEPS, batch)
@@ -101,7 +101,7 @@ def kernels(context: Context, replica: Rank, batch: Samples) -> None:
 
 
 def top_kernels(averages: Any, cuda: bool) -> list[dict[str, Any]]:
-    """Return {name, calls, us} of kernels on the device (of operators without a GPU), the longest first."""
+    """Return {name, calls, us} of the device's kernels (without a GPU: of operators), the longest first."""
     rows = []
     for row in averages:
         on_device = getattr(row, "device_type", None) == torch.autograd.DeviceType.CUDA

@@ -1,8 +1,8 @@
-"""What a checkpoint folder is called, and what its manifest says. Torch-free.
+"""Names of checkpoint folders, and content of their manifests. Torch-free.
 
     RUN_DIR/checkpoints/step_00000010/manifest.json, rank00000.safetensors, rank00001.safetensors, ...
 
-A folder of that name is there only when all of it was written (`store` renames it into place); a folder whose name
+A folder of that name exists only when all of it was written (`store` renames it into place); a folder whose name
 begins with a dot is unfinished. See docs/checkpoints.md.
 """
 
@@ -20,21 +20,21 @@ from dist_gpt.plan.precision import shard_ranks
 SCHEMA = 1
 MANIFEST = "manifest.json"
 TRAIN_KEYS = ("global_batch", "micro_batch", "seed", "dtype")
-"""Keys of `train` that a resumed run must share; it may train longer, and validate more often."""
+"""Keys of `train` that must be equal in a resumed run; it may train longer and validate more often."""
 SHARDS = "shard_ranks"
-"""Key beside those of `optim` where state is sharded inside nodes: over how many data ranks (launch.nodes decides)."""
+"""Key added to `optim` if state is sharded inside nodes: the number of data ranks that share it (by launch.nodes)."""
 ORDER, OLD_ORDER = "data.order", "replacement"
-"""The order of batches, and what it was before it could be chosen: older checkpoints do not name it."""
+"""Key of the order of batches, and its value in older checkpoints, which do not name it."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class BrokenError(Exception):
-    """A checkpoint that is not whole; the sentence names the file."""
+    """Error of a checkpoint that is not whole; the sentence names the file."""
 
 
 @dataclass(frozen=True)
 class File:
-    """One rank's file."""
+    """One rank's file: name, size in bytes and hash."""
 
     name: str
     bytes: int
@@ -43,8 +43,11 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `config` is what a run that resumes must share; `files` are in the order of ranks; `steps` is
-    the run's train.steps, which may change (None: written before that was noted)."""
+    """Content of manifest.json.
+
+    `config` is what a resumed run must share; `files` are in the order of ranks; `steps` is the run's train.steps,
+    which may change (None in older checkpoints).
+    """
 
     step: int
     world: int
@@ -55,22 +58,22 @@ class Manifest:
     steps: int | None = None
 
     def text(self) -> str:
-        """The file's text."""
+        """Return the text of the file."""
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
 
 
 def folder_name(step: int) -> str:
-    """step_00000010."""
+    """Return the name of a checkpoint's folder, such as step_00000010."""
     return f"step_{step:08d}"
 
 
 def file_name(rank: int) -> str:
-    """rank00003.safetensors."""
+    """Return the name of a rank's file, such as rank00003.safetensors."""
     return f"rank{rank:05d}.safetensors"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises BrokenError."""
+    """Read the manifest of a checkpoint; raise BrokenError if it is missing or not valid."""
     path = folder / MANIFEST
     try:
         tree = json.loads(path.read_bytes())
@@ -96,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def refuse_cut(folder: Path) -> None:
-    """Raise BrokenError where a checkpoint lacks a file or a part of one. Hashes are compared when it is loaded."""
+    """Raise BrokenError if a checkpoint lacks a file or part of one. Hashes are compared when it is loaded."""
     for file in read_manifest(folder).files:
         path = folder / file.name
         if not path.is_file():
@@ -106,7 +109,7 @@ def refuse_cut(folder: Path) -> None:
 
 
 def shared_config(config: Config, data: str | None = None) -> dict[str, Any]:
-    """What must be equal in the run that saves and the one that resumes; `data` is the digest of the tokens."""
+    """Return what must be equal in the run that saves and the one that resumes; `data` is the digest of the tokens."""
     tree = config.model_dump(mode="json")
     found = {section: tree[section] for section in ("model", "parallel", "optim")}
     if config.optim.shard_group == "node":
@@ -119,7 +122,7 @@ def shared_config(config: Config, data: str | None = None) -> dict[str, Any]:
 
 
 def differences(manifest: Manifest, ours: dict[str, Any], where: Path) -> list[str]:
-    """A sentence for each key that keeps a run of `ours` from going on from this checkpoint."""
+    """Return a sentence for each key that keeps a run of `ours` from resuming from this checkpoint."""
     theirs, mine = {ORDER: OLD_ORDER, **_flat(manifest.config)}, _flat(ours)
     return [
         f"{key}: the checkpoint {where} has {_shown(theirs, key)}, this run has {_shown(mine, key)}; resume with "
@@ -130,22 +133,24 @@ def differences(manifest: Manifest, ours: dict[str, Any], where: Path) -> list[s
 
 
 def _remedy(key: str, theirs: dict[str, Any]) -> str:
-    """Return what to resume with."""
+    """Return the setting to resume with, in words."""
     if key == ORDER:
         return f"{ORDER}={theirs[key]}"
     return f"the same {'launch.nodes' if key == f'optim.{SHARDS}' else 'value'}"
 
 
 def _unknown(key: str, theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether one side cannot know: tokens are hashed when the ranks have met, and seeds and the ranks of a node that
-    share state were not always noted."""
+    """Return whether one side cannot know the value of `key`.
+
+    Tokens are hashed only when the ranks have met; older checkpoints lack data.seed and optim.shard_ranks.
+    """
     if key == f"optim.{SHARDS}":
         return key not in theirs or key not in mine
     return (key == "data.tokens" and key not in mine) or (key == "data.seed" and key not in theirs)
 
 
 def schedule_note(manifest: Manifest, config: Config) -> list[str]:
-    """A sentence where the learning rate is not what it would have been in the run that saved."""
+    """Return a sentence if the learning rate is not what it would have been in the run that saved, else nothing."""
     theirs, ours, decay = manifest.steps, config.train.steps, config.optim.decay
     if theirs is None or theirs == ours or decay == "none":
         return []

@@ -1,8 +1,8 @@
-"""What `--resume` means. Torch-free.
+"""Meaning of `--resume`. Torch-free.
 
 auto: the newest whole checkpoint of the run directory, else what RUN_DIR/resume_from names, else the beginning.
-PATH: where the run branches from. Whoever makes the run directory notes it there (resume_from), and from then on auto
-means all of it: restarts, requeued jobs and the next `--resume auto` never go back behind what the run has saved since.
+PATH: where the run branches from. The process that makes the run directory notes it there (resume_from), so that auto
+is enough from then on: restarts, requeued jobs and `--resume auto` never go back behind what the run has saved since.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ AUTO = "auto"
 
 
 def resolve(resume: str | None, run_dir: Path, config: Config, again: bool = False) -> Resume:
-    """What `--resume` asks for; `again`: torchrun has started its ranks again, so the first start has done most of it.
+    """Return what `--resume` asks for; `again`: torchrun has restarted its ranks, and the first start did most of it.
 
-    Raises ConfigError, before any rank starts or anything is changed, where the checkpoint is not there, is cut, or is
-    of another model, layout or optimizer.
+    Raises ConfigError, before any rank starts or anything is changed, if the checkpoint is missing, cut, or of another
+    model, layout or optimizer, or if starting over would overwrite another configuration's steps or a finished run.
     """
     if resume is None and not again:
         return Resume(False)
@@ -53,21 +53,24 @@ def resolve(resume: str | None, run_dir: Path, config: Config, again: bool = Fal
 
 @dataclass(frozen=True)
 class Finished:
-    """A run with nothing left to train."""
+    """Run with nothing left to train."""
 
     step: int
     code: int
-    """What its last attempt left with; 0 where it left no word."""
+    """Exit code of its last attempt; 0 if none is noted."""
     why: str
 
 
 def finished(run_dir: Path, config: Config) -> Finished | None:
-    """Whether `--resume auto` would train nothing: the newest checkpoint is of the last step, or the last attempt did
-    all of it, of the same configuration, and saved nothing. Raises ConfigError as `resolve` does."""
+    """Return how the run ended if `--resume auto` would train nothing, else None. Raises ConfigError as `resolve` does.
+
+    Either the newest checkpoint is of the last step, or the last attempt, of the same configuration, completed all
+    steps and saved nothing.
+    """
     own = [path for path in committed(run_dir / CHECKPOINTS) if not _is_cut(path)]
     branch, last = branch_of(run_dir), ended(run_dir)
     if branch is not None and _own(branch, run_dir):
-        return None  # it went back, and ranks decide from where it goes on
+        return None  # the run went back, and the ranks decide where it resumes
     step, code = step_of(own[0]) if own else -1, last.get("code")
     if not own and code == 0 and isinstance(last.get("step"), int) and _same_config(run_dir, config):
         step = last["step"]
@@ -88,8 +91,10 @@ def _is_cut(folder: Path) -> bool:
 
 
 def _refuse_what_would_be_lost(run_dir: Path, config: Config) -> None:
-    """Raise ConfigError where nothing was saved and beginning again would write over what is not this run's earlier
-    attempt: steps of another configuration, or a run that came to its end."""
+    """Raise ConfigError if nothing was saved and starting over would overwrite more than an unfinished attempt.
+
+    That is, the steps are of another configuration, or the run came to its end.
+    """
     branch = branch_of(run_dir)
     if committed(run_dir / CHECKPOINTS) or (branch is not None and _own(branch, run_dir)) or not has_trained(run_dir):
         return
@@ -108,18 +113,21 @@ def _refuse_what_would_be_lost(run_dir: Path, config: Config) -> None:
 def _same_config(run_dir: Path, config: Config) -> bool:
     try:
         return config_hash(load(str(run_dir / "config.yaml"))) == config_hash(config)
-    except ConfigError:  # not there, or of a version that this one does not read
+    except ConfigError:  # missing, or of a version that this one does not read
         return False
 
 
 def _own(path: Path, run_dir: Path) -> bool:
-    """Whether `path` is a checkpoint of this run directory."""
+    """Return whether `path` is a checkpoint of this run directory."""
     return path.resolve().parent == (run_dir / CHECKPOINTS).resolve()
 
 
 def candidates(resume: str, run_dir: Path) -> tuple[list[Path], bool]:
-    """The checkpoints that `--resume` means for a run in `run_dir`, the first choice first, and whether a broken one
-    is passed over for the next. None: auto, and there is none yet. Raises ConfigError for a path of nothing."""
+    """Return the checkpoints that `--resume` means for a run in `run_dir`, and whether a broken one is skipped.
+
+    The first choice comes first; with auto the list is empty if there is none yet. Raises ConfigError for a path
+    without checkpoints.
+    """
     if resume != AUTO:
         return _at(Path(resume).expanduser(), f"--resume {resume}")
     found, branch = committed(run_dir / CHECKPOINTS), branch_of(run_dir)
@@ -131,7 +139,7 @@ def candidates(resume: str, run_dir: Path) -> tuple[list[Path], bool]:
         return [*found, *_readable(branch)], True
     try:
         step = read_manifest(branch).step
-    except BrokenError:  # removed since, with its successors there
+    except BrokenError:  # removed since, while later ones may exist
         step = step_of(branch)
     if branch.is_dir() and not later(run_dir / CHECKPOINTS, step, branch):
         return [branch], False
@@ -139,7 +147,7 @@ def candidates(resume: str, run_dir: Path) -> tuple[list[Path], bool]:
 
 
 def _readable(branch: Path) -> list[Path]:
-    """The checkpoints of a branch that may be gone by now."""
+    """Return the checkpoints of a branch; none if they are gone by now."""
     try:
         return _at(branch, "")[0]
     except ConfigError:
@@ -158,8 +166,10 @@ def _at(folder: Path, said: str) -> tuple[list[Path], bool]:
 
 
 def refuse_other_config(resume: str, run_dir: Path, config: Config) -> None:
-    """Raise ConfigError when what `--resume` means is not there, or is of another model, layout or optimizer. A broken
-    checkpoint is passed over where another may be taken for it."""
+    """Raise ConfigError if what `--resume` means is missing, or is of another model, layout or optimizer.
+
+    A broken checkpoint is skipped if the next may replace it.
+    """
     folders, falls_back = candidates(resume, run_dir)
     for folder in folders:
         try:

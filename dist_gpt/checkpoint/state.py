@@ -1,6 +1,6 @@
-"""What a rank must keep to go on: its parameters by name, and the optimizer's state by slice.
+"""State that a rank must keep to resume: its parameters by name, and the optimizer's state by slice.
 
-Batches, dropout and the learning rate depend on the step alone, so there is no other state.
+Batches, dropout and the learning rate depend on the seed and the step alone, so no other tensors are kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from dist_gpt.optim.adamw import Optimizer
 
 
 def tensors_of(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Name -> tensor, views of the live ones."""
+    """Return the tensors to save, by name; they are views of the live ones."""
     weights = {f"parameter.{name}": value.detach() for name, value in parameters.items()}
     return weights | {f"optimizer.{name}": value for name, value in optimizer.state().items()}
 
 
 def restore(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Copy what was saved into the live tensors. Raises ValueError, before anything is changed, where they do not
-    fit."""
+    """Copy saved tensors into the live ones; raise ValueError, before anything is changed, if they do not fit."""
     live = tensors_of(parameters, optimizer)
     wrong = sorted(set(live) ^ set(tensors))
     wrong += [name for name in live if name in tensors and _form(live[name]) != _form(tensors[name])]

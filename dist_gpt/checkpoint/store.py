@@ -1,11 +1,11 @@
-"""Writing and reading checkpoints, all ranks together. They talk over the store: this is control traffic.
+"""Writing and reading of checkpoints by all ranks together, which talk over the store (control traffic).
 
     saved = checkpoints.save(step, tensors, {"skipped": 0})
-    loaded = checkpoints.load("auto")           # None where there is no checkpoint yet
+    loaded = checkpoints.load("auto")           # None if there is no checkpoint yet
 
-A checkpoint is written to a folder beside its place, each file flushed to the disk, and renamed when all of it is
-there: whoever dies at whatever moment leaves the checkpoints before it as they were. What is read is compared with
-the hashes that were taken of the memory before writing.
+A checkpoint is written to a folder beside its place, each file is flushed to disk, and the folder is renamed when all
+of it is there: a crash at any moment leaves earlier checkpoints unchanged. What is read is compared with the hashes
+that were taken of the memory before writing.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import layout_of
 from dist_gpt.rundir import CHECKPOINTS, committed, later, set_aside
 
-PATIENCE_S = 1800.0  # for the slowest rank's part: the launcher notices much earlier when a rank is gone
+PATIENCE_S = 1800.0  # for the slowest rank: the launcher notices much earlier when a rank is gone
 VISIBLE_S = 10.0  # for a network file system to show rank 0 what another node has written
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are as they were."""
+    """Error of a checkpoint that could not be written; earlier ones are unchanged."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint. `notes` are sentences on what went wrong beside it."""
+    """Committed checkpoint, with the bytes of all ranks. `notes` are sentences on what else went wrong."""
 
     path: Path
     bytes: int
@@ -68,7 +68,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Loaded:
-    """This rank's part of a checkpoint. `notes` are sentences: newer ones that are broken, and the like."""
+    """One rank's part of a checkpoint. `notes` are sentences, such as on newer checkpoints that are broken."""
 
     step: int
     path: Path
@@ -81,19 +81,22 @@ Word = dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of the run in `run_dir`. `data` is the digest of its tokens. Every method is for all ranks."""
+    """Checkpoints of the run in `run_dir`; `data` is the digest of its tokens. All ranks call `save` and `load`."""
 
     def __init__(self, config: Config, run_dir: Path, data: str, store: Store, env: RankEnv) -> None:
         self.config, self.env = config, env
         self.folder = run_dir / CHECKPOINTS
         self.shared = shared_config(config, data)
         self.store = scoped(store, "checkpoints")
-        self.at: Callable[[str], object] = lambda point: None  # tests die here
+        self.at: Callable[[str], object] = lambda point: None  # tests crash a rank here
 
     # --- save --------------------------------------------------------------------------------------------------
 
     def save(self, step: int, tensors: Mapping[str, Tensor], trainer: Mapping[str, int]) -> Saved:
-        """Write and commit. Raises CheckpointError, on every rank, with the path, the rank and the system's error."""
+        """Write and commit a checkpoint, all ranks together.
+
+        Raises CheckpointError, on every rank, with the path, the rank and the system's error.
+        """
         started = time.perf_counter()
         scope = scoped(self.store, f"save/{step}")
         begun = self._from_rank_0(scope, "begin", lambda: self._begin(step), PATIENCE_S)
@@ -115,7 +118,7 @@ class Checkpoints:
         return {"folder": beside.name}
 
     def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> Word:
-        """This rank's file, on the disk."""
+        """Write this rank's file and flush it to disk; return its entry of the manifest."""
         data = bytes_of_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         name = file_name(self.env.rank)
         folder.mkdir(exist_ok=True)  # rank 0 made it: another node may not see that yet
@@ -125,7 +128,7 @@ class Checkpoints:
         return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _commit(self, scope: Store, step: int, beside: Path, trainer: Mapping[str, int]) -> Word:
-        """Rank 0: manifest and rename, when every rank's file is there; else nothing is left of it."""
+        """Write the manifest and rename the folder, on rank 0, once every rank's file is there; else remove it all."""
         try:
             words = self._words(scope, "file", "write its part of the checkpoint")
             errors = [word["error"] for word in words if "error" in word]
@@ -153,7 +156,7 @@ class Checkpoints:
         return {"bytes": sum(f.bytes for f in files), "notes": self._remove_old()}
 
     def _see(self, folder: Path, files: tuple[File, ...]) -> None:
-        """Until rank 0 sees the files that the ranks say they wrote."""
+        """Wait until rank 0 sees the files that the ranks wrote; raise CheckpointError after VISIBLE_S."""
         deadline = time.monotonic() + VISIBLE_S
         for rank, file in enumerate(files):
             path = folder / file.name
@@ -170,25 +173,26 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self) -> list[str]:
-        """Keep the newest `checkpoint.keep`. What is removed loses its name first, so that it is never half there."""
+        """Remove all but the newest `checkpoint.keep`; each is renamed first, so that it is never half there."""
         notes = []
         for path in committed(self.folder)[self.config.checkpoint.keep :]:
             gone = self.folder / f".{path.name}.tmp-{secrets.token_hex(4)}"
             try:
                 os.rename(path, gone)
                 shutil.rmtree(gone)
-            except OSError as error:  # the new one is safe: go on
+            except OSError as error:  # the new one is safe: continue
                 notes.append(f"could not remove the old checkpoint {path}: {error.strerror}")
         return notes
 
     # --- load --------------------------------------------------------------------------------------------------
 
     def load(self, resume: str) -> Loaded | None:
-        """This rank's tensors of the newest whole checkpoint (`resume` is auto, or a run directory), or of exactly the
-        one whose folder `resume` is; the same one on every rank. None: auto, there is none yet, and the run branches
-        from none (`resume.candidates`).
+        """Load this rank's part of a checkpoint; all ranks call this together and load the same one.
 
-        Raises ConfigError on all ranks when the one asked for is broken, none is whole, or it is of another model,
+        It is the newest whole one if `resume` is auto or a run directory, or exactly the one whose folder `resume` is.
+        Returns None with auto if there is none yet and the run branches from none (`resume.candidates`).
+
+        Raises ConfigError on all ranks if the one asked for is broken, none is whole, or it is of another model,
         layout, optimizer or data.
         """
         scope = scoped(self.store, "load")
@@ -210,7 +214,7 @@ class Checkpoints:
         return None
 
     def _candidates(self, resume: str) -> Word:
-        """Rank 0: folders to try, in order."""
+        """Return the folders to try, in order, on rank 0."""
         try:
             found, falls_back = candidates(resume, self.folder.parent)
         except ConfigError as error:
@@ -218,7 +222,7 @@ class Checkpoints:
         return {"candidates": [str(path) for path in found], "falls_back": falls_back}
 
     def _read(self, scope: Store, folder: Path) -> Loaded | str:
-        """The checkpoint, on all ranks, or why it is broken, on all ranks."""
+        """Return the checkpoint or why it is broken, in the same way on all ranks."""
         word = self._from_rank_0(scope, "manifest", lambda: self._look(folder), PATIENCE_S)
         self._refuse(scope, word)
         if "broken" in word:
@@ -233,7 +237,7 @@ class Checkpoints:
         return Loaded(word["step"], folder, tensors_of_bytes(data), word["trainer"], word["notes"])
 
     def _look(self, folder: Path) -> Word:
-        """Rank 0: what the manifest says, or why not."""
+        """Return, on rank 0, what the manifest says, or why it cannot be used."""
         try:
             manifest = read_manifest(folder)
         except BrokenError as error:
@@ -249,7 +253,7 @@ class Checkpoints:
         return {"broken": [word["broken"] for word in words if "broken" in word]}
 
     def _set_newer_aside(self, loaded: Loaded) -> Word:
-        """Rank 0: the run goes on from `loaded`, so what this run directory has of later steps is not of its past."""
+        """Rename, on rank 0, this run directory's checkpoints of later steps: the run resumes from `loaded`."""
         notes = [
             f"{path} is of a later step: moved to {set_aside(path).name}"
             for path in later(self.folder, loaded.step, loaded.path)
@@ -259,7 +263,7 @@ class Checkpoints:
     # --- words -------------------------------------------------------------------------------------------------
 
     def _from_rank_0(self, scope: Store, key: str, action: Callable[[], Word], timeout_s: float) -> Word:
-        """What `action` says on rank 0, told to all."""
+        """Run `action` on rank 0 and return its word on all ranks."""
         if self.env.rank == 0:
             word = self._attempt(action)
             scope.set(key, json.dumps(word))
@@ -269,7 +273,7 @@ class Checkpoints:
         return answer
 
     def _attempt(self, action: Callable[[], Word]) -> Word:
-        """Its word, or {"error": sentence}: the others must hear of it."""
+        """Return the word of `action`, or {"error": sentence} if it raised: the other ranks must learn of it."""
         try:
             return action()
         except OSError as error:
@@ -281,13 +285,13 @@ class Checkpoints:
             return {"error": f"rank {self.env.rank} on {socket.gethostname()}, {type(error).__name__}: {error}"}
 
     def _words(self, scope: Store, key: str, purpose: str) -> list[Word]:
-        """What every rank has said under `key`."""
+        """Wait until every rank has set its word under `key`; return all words, in the order of ranks."""
         keys = {rank: f"{key}/{rank}" for rank in range(self.env.world)}
         wait_for(scope, self.env, keys, purpose, PATIENCE_S)
         return [json.loads(scope.get(name)) for name in keys.values()]
 
     def _refuse(self, scope: Store, word: Word) -> None:
-        """Raise what rank 0 found to be wrong."""
+        """Raise ConfigError if the word of rank 0 is a refusal or an error."""
         if "refused" in word or "error" in word:
             raise self._last_word(scope, word.get("refused") or [word["error"]])
 
@@ -296,7 +300,7 @@ class Checkpoints:
         return ConfigError(problems)
 
     def _stay_until_read(self, scope: Store, key: str) -> None:
-        """Rank 0 may take the store with it: it stays until the others know why, READ_S at most."""
+        """Keep rank 0, which may host the store, until the other ranks have read the reason, READ_S at most."""
         with suppress(Exception):  # what is raised next matters more
             scope.set(f"{key}/{self.env.rank}", "")
             if self.env.rank == 0:
@@ -304,7 +308,7 @@ class Checkpoints:
 
 
 def _read_whole(path: Path, file: File) -> tuple[bytes, str]:
-    """The file's bytes, and what is wrong with them."""
+    """Return the bytes of a file, and what is wrong with them; that is empty if nothing is."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -319,7 +323,7 @@ def _read_whole(path: Path, file: File) -> tuple[bytes, str]:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    """A new file, on the disk; an error names it."""
+    """Write a new file and flush it to disk; an error names the file."""
     try:
         with open(path, "xb") as file:
             file.write(data)

@@ -1,1 +1,1 @@
-"""The only room that touches torch.distributed: groups, the mesh, the ledger, the rendezvous."""
+"""Communication, the only package that uses torch.distributed: groups, the mesh, the ledger, the rendezvous."""

@@ -1,9 +1,9 @@
-"""How far every rank's clock is from rank 0's, by the best of many pings.
+"""Measure the offset of every rank's clock from rank 0's, by the best of many pings.
 
-A ping is (t0 here, t1 at rank 0, t2 here): rank 0's clock minus ours lies within RTT / 2 of t1 - (t0 + t2) / 2. The
-ping with the smallest RTT says most. Measured at the start and at the end of a run, the two give offset and drift;
-ranks on one machine share a clock unless a container shifts it, so they are measured too. Rank 0 serves one rank after
-the other, so pings do not compete for its processor.
+A ping is (t0 here, t1 at rank 0, t2 here): rank 0's clock minus this rank's lies within RTT / 2 of t1 - (t0 + t2) / 2,
+so the ping with the smallest RTT is the most accurate. Measurements at the start and at the end of a run give offset
+and drift. Ranks on one machine share a clock unless a container shifts it, so they are measured too. Rank 0 serves one
+rank after the other, so that pings do not compete for its core.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dist_gpt.comm.rendezvous import RankEnv, Store
 
 PINGS = 40
 PATIENCE_S = 30.0
-"""For all pings of a rank and the time it waits for its turn; a clock that cannot be measured ends no run."""
+"""Seconds for all pings of a rank, including the wait for its turn; a failed measurement does not end the run."""
 ANSWER_S = 1.0
-"""Longest silence of a rank that is being served."""
+"""Longest silence, in seconds, of a rank that is being served."""
 _STAMP = struct.Struct("<q")
 _PASSWORD = 16  # bytes
 
 
 @dataclass(frozen=True)
 class ClockReading:
-    """Rank 0's clock minus ours, in ns, when ours showed `at_ns`; within `error_ns`."""
+    """Rank 0's clock minus this rank's, in ns, when this rank's showed `at_ns`; accurate to `error_ns`."""
 
     at_ns: int
     offset_ns: int
@@ -38,9 +38,9 @@ class ClockReading:
 
 
 def read_clock(store: Store, env: RankEnv, name: str) -> ClockReading | None:
-    """To be called by all ranks together, with a `name` of its own for every call; None where it could not be measured.
+    """Measure this rank's clock against rank 0's; all ranks call it together, with a new `name` for every call.
 
-    Rank 0 listens on the one interface of MASTER_ADDR (loopback on one node).
+    Return None if the measurement failed. Rank 0 listens on the one interface of MASTER_ADDR (loopback on one node).
     """
     key = f"clock/{name}"
     if env.rank == 0:
@@ -48,7 +48,7 @@ def read_clock(store: Store, env: RankEnv, name: str) -> ClockReading | None:
             _serve(store, env, key)
         except (OSError, RuntimeError):
             with suppress(RuntimeError):
-                store.set(key, "none")  # nobody waits for what will not come
+                store.set(key, "none")  # so that no rank waits for an address
         return ClockReading(time.perf_counter_ns(), 0, 0)
     try:
         store.wait([key], timedelta(seconds=PATIENCE_S))
@@ -57,12 +57,12 @@ def read_clock(store: Store, env: RankEnv, name: str) -> ClockReading | None:
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             line.sendall(bytes.fromhex(password))
             return _best([_ping(line) for _ in range(PINGS)])
-    except (OSError, ValueError, TypeError, RuntimeError):  # torch's store raises its own kinds of the last
+    except (OSError, ValueError, TypeError, RuntimeError):  # torch's store raises subclasses of RuntimeError
         return None
 
 
 def _serve(store: Store, env: RankEnv, key: str) -> None:
-    """Answer every other rank's pings, PATIENCE_S in all; who does not know the password is sent away."""
+    """Answer every other rank's pings, within PATIENCE_S in all; close connections without the password."""
     if env.world == 1:
         return
     host, password, deadline = env.master_addr, secrets.token_bytes(_PASSWORD), time.monotonic() + PATIENCE_S
@@ -82,7 +82,7 @@ def _serve(store: Store, env: RankEnv, key: str) -> None:
 
 
 def _answer(line: socket.socket) -> None:
-    """One rank's pings."""
+    """Answer one rank's pings, PINGS at most."""
     for _ in range(PINGS):
         if len(line.recv(_STAMP.size, socket.MSG_WAITALL)) < _STAMP.size:
             return
@@ -90,7 +90,7 @@ def _answer(line: socket.socket) -> None:
 
 
 def _left(deadline: float) -> float:
-    """Seconds; raises TimeoutError when there are none."""
+    """Return the seconds until `deadline`; raise TimeoutError if it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("the time for reading clocks is over")
@@ -98,7 +98,7 @@ def _left(deadline: float) -> float:
 
 
 def _ping(line: socket.socket) -> tuple[int, int, int]:
-    """(RTT, rank 0's clock minus ours, our clock in the middle)."""
+    """Return (RTT, rank 0's clock minus this rank's, this rank's clock halfway) of one ping, in ns."""
     sent = time.perf_counter_ns()
     line.sendall(_STAMP.pack(sent))
     answer = line.recv(_STAMP.size, socket.MSG_WAITALL)

@@ -1,6 +1,4 @@
-"""How the members of a gloo group come to read each other's memory: see who is on the same node, connect every two,
-and try.
-"""
+"""Connect the members of a gloo group that are on one node, and test that they can read each other's memory."""
 
 from __future__ import annotations
 
@@ -28,20 +26,20 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Refused(Exception):
-    """The members are on one node, and one of them may not read another one's memory."""
+    """A member may not read another member's memory, although all are on one node."""
 
 
 def connect_members(backend: Any, ranks: Sequence[int], index: int, timeout_s: float) -> Nearby | None:
-    """Connect the members of the gloo group `backend`; None where they are on several nodes. All members call it;
-    `timeout_s` is how long one of their collectives may take.
+    """Connect the members of the gloo group `backend`; return None where they are on several nodes.
 
-    Raises Refused, on all of them, where one may not read another one's memory. Whatever fails on one of them alone is
-    such a refusal: the others wait for its vote.
+    All members call it together; `timeout_s` limits each of their collectives by reading. Return None also for a single
+    member, for more than NEAR_MEMBERS, and where the system has no such reads. Raise Refused, on all members, where one
+    may not read another's memory. An error on one member alone is such a refusal: the others wait for its vote.
     """
     size = len(ranks)
     if not 1 < size <= NEAR_MEMBERS:
         return None
-    proof = torch.randint(1 << 62, (1,), generator=_unseeded())  # only who reads the right process finds it there
+    proof = torch.randint(1 << 62, (1,), generator=_unseeded())  # found only by reading the right process
     with ExitStack() as undo:
         place, door, why = 0, None, "another rank may not"
         try:
@@ -70,7 +68,7 @@ def connect_members(backend: Any, ranks: Sequence[int], index: int, timeout_s: f
 
 
 def _door(name: bytes, size: int) -> socket.socket:
-    """Where others knock."""
+    """Listen on the socket `name` for connections from other members; raise OSError on failure."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         door.bind(name)
@@ -82,8 +80,10 @@ def _door(name: bytes, size: int) -> socket.socket:
 
 
 def _links(door: socket.socket, facts: list[list[int]], index: int, undo: ExitStack) -> dict[int, socket.socket]:
-    """A socket to every other member: this one knocks at those before it, and those after it knock here. Who knocks
-    says which member it is, the kernel says which process, and the answer says that this process may be read."""
+    """Return a socket to every other member, by index: connect to earlier members, and accept later ones.
+
+    A connecting member sends its index, the kernel names its process, and the answer says that this one may be read.
+    """
     links, deadline = {}, monotonic() + CONNECT_S
     for i in range(index):
         links[i] = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -110,7 +110,7 @@ def _links(door: socket.socket, facts: list[list[int]], index: int, undo: ExitSt
 
 
 def _try_to_read(member: Member, address: int, number: int) -> None:
-    """Raises MemberError where its memory cannot be read, or is another process's."""
+    """Raise MemberError if the memory of `member` cannot be read, or lacks `number` at `address` (another process)."""
     found = torch.empty(1, dtype=torch.int64)
     member.read(address, found)
     if int(found) != number:
@@ -118,21 +118,23 @@ def _try_to_read(member: Member, address: int, number: int) -> None:
 
 
 def _name(pid: int, number: int) -> bytes:
-    """In Linux's abstract namespace: no file, and gone with the process."""
+    """Return a socket name in Linux's abstract namespace, which needs no file and ends with the process."""
     return f"\0dist_gpt.{pid}.{number}".encode()
 
 
 def _unseeded() -> torch.Generator:
-    """Random numbers that neither come from a seed nor move those that do."""
+    """Return a generator that neither depends on the run's seed nor advances seeded generators."""
     generator = torch.Generator()
     generator.seed()
     return generator
 
 
 def _place() -> int:
-    """Where processes can see each other: this boot of the kernel, the namespaces of process numbers, of the network
-    (another network is another node to who counts its bytes) and of users, the user. 0 where memory cannot be read.
-    Raises OSError."""
+    """Return a hash that is equal for processes that can see each other; 0 where memory cannot be read. Raise OSError.
+
+    It covers this boot of the kernel, the user, and the namespaces of process numbers, of users and of the network
+    (traffic counts another network as another node).
+    """
     if process_vm_readv is None or not hasattr(socket, "SO_PEERCRED"):
         return 0
     where = [Path("/proc/sys/kernel/random/boot_id").read_text(), str(os.geteuid())]
@@ -141,15 +143,17 @@ def _place() -> int:
 
 
 def _let_siblings_read() -> None:
-    """Where yama guards processes (Ubuntu's default), only ancestors may read one. Allow it to what descends from the
-    parent, which has started the other ranks of this node. Where there is no yama this says so, and is not needed."""
+    """Allow descendants of the parent, which started the other ranks of this node, to read this process's memory.
+
+    Where Yama guards processes (Ubuntu's default), only ancestors may. Without Yama the call fails and is not needed.
+    """
     parent = os.getppid()
     if parent > 1:
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(parent), 0, 0, 0)
 
 
 def _gathered(backend: Any, size: int, words: list[int]) -> list[list[int]]:
-    """Everybody's `words`, as many of each."""
+    """Gather the `words` of all members, equally many from each (collective)."""
     mine = torch.tensor(words, dtype=torch.int64)
     out = torch.empty(size * len(words), dtype=torch.int64)
     backend._allgather_base(out, mine).wait()

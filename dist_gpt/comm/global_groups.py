@@ -1,7 +1,7 @@
-"""A global process group, for an engine that communicates through `torch.distributed` itself (DeepSpeed).
+"""Global process group for an engine that communicates through `torch.distributed` itself (DeepSpeed).
 
-Everything else here has no need of one: see `comm.mesh`. It is made on the run's own store and on the interface that
-the other groups use, and it is gone when it is closed.
+No other part needs one: see `comm.mesh`. It uses the run's own store and the interface of the other groups, and is
+destroyed when it is closed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class GlobalGroups:
-    """The default process group over all ranks of `env`, and groups below it. To be opened and closed by all ranks."""
+    """Default process group over all ranks of `env`, and groups below it; all ranks open and close it together."""
 
     def __init__(self, store: Store, env: RankEnv, device: torch.device, timeout_s: float) -> None:
         if dist.is_initialized():
@@ -42,13 +42,13 @@ class GlobalGroups:
         self.world = dist.group.WORLD
 
     def group(self, axis: str, ranks: Sequence[int]) -> Any:
-        """The process group of `ranks`, this rank among them; called by its members only, at the same point."""
+        """Return the process group of `ranks`, which include this one; only its members call it, at the same point."""
         with self._bound():
             return dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True, group_desc=axis)
 
     @contextmanager
     def _bound(self) -> Iterator[None]:
-        """Inside, gloo listens on one interface alone; it takes that from the environment only."""
+        """Make gloo listen on one interface alone inside the context; gloo takes it from the environment only."""
         before = os.environ.get(GLOO_INTERFACE)
         if self._interface is not None:
             os.environ[GLOO_INTERFACE] = self._interface
@@ -61,14 +61,16 @@ class GlobalGroups:
                 os.environ[GLOO_INTERFACE] = before
 
     def close(self) -> None:
-        """Give all of them back."""
+        """Destroy all process groups."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def gloo_interface(env: RankEnv) -> str:
-    """Name of the interface that gloo is to use: loopback on one node, else what GLOO_SOCKET_IFNAME names, else the
-    one whose route leads to MASTER_ADDR."""
+    """Return the name of the interface that gloo is to use; raise RendezvousError if there is none.
+
+    It is loopback on one node, else what GLOO_SOCKET_IFNAME names, else the one whose route leads to MASTER_ADDR.
+    """
     named = os.environ.get(GLOO_INTERFACE, "")
     if named and not env.one_node:
         return named

@@ -1,8 +1,8 @@
-"""A group of ranks along one axis, and its collectives.
+"""Group of ranks along one axis, and its collectives.
 
-Every collective is one line through `_issue`, which records it in the ledger. A group of size 1 is the identity and
-records nothing. Collectives return a `Pending`; `wait` makes the result usable (on CUDA: orders the current stream
-after it, without blocking the host).
+Every collective goes through `Group._issue`, which records it in the ledger. A group of size 1 is the identity and
+records nothing. Collectives return a `Pending`, whose `wait` makes the result usable (on CUDA it orders the current
+stream after it, without blocking the host).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Pending:
-    """An issued collective. `finish` runs once, after the backend is done (the local part of an emulated one)."""
+    """Issued collective. `finish`, the local part of an emulated one, runs once, after the backend is done."""
 
     __slots__ = ("_finish", "_ledger", "_record", "_work")
 
@@ -41,7 +41,7 @@ class Pending:
         self._record = record
 
     def wait(self, and_for: Callable[[], object] | None = None) -> None:
-        """Until the result can be used, and `and_for` has returned. May be called again."""
+        """Wait until the backend is done, `and_for` has returned, and the result can be used. May be called again."""
         ledger, record = self._ledger, self._record
         if ledger is not None and record is not None:
             self._ledger = self._record = None
@@ -67,12 +67,12 @@ class Pending:
             self._finish = None
 
     def done(self) -> bool:
-        """Whether the backend is finished (never blocks)."""
+        """Return whether the backend is done; never block."""
         return self._work is None or self._work.is_completed()
 
 
 class Group:
-    """The ranks that this rank meets along `axis`. `backend` is a c10d process group, or None for a single rank.
+    """Ranks along `axis`, this rank among them. `backend` is a c10d process group, or None for a single rank.
 
     A group with a `direction` ('f' or 'b') is a pipeline edge from its first rank to its second.
     """
@@ -88,30 +88,31 @@ class Group:
         self.backend = backend
         self.ledger = ledger
         self.channel = ledger.channel(axis, ranks, direction) if len(ranks) > 1 else -1
-        self.scratch_bytes = self.peak_scratch_bytes = 0  # receive buffers of emulated operations under way
+        self.scratch_bytes = self.peak_scratch_bytes = 0  # receive buffers of running emulated operations
         # gloo's own reduce-scatter is an all-reduce inside: twice the wire bytes
         self.emulates_reduce_scatter = backend is not None and backend.name() == "gloo"
-        # gloo's own all-gather goes through a buffer of its own; over several nodes its ring sends less between them
+        # gloo's own all-gather copies through another buffer; over several nodes its ring sends less between them
         self.gathers_directly = self.emulates_reduce_scatter and (len(ranks) == 2 or backend.one_node)
         self._waiter = Waiter() if self.emulates_reduce_scatter else None
-        self.near: Nearby | None = getattr(backend, "near", None)  # where its members read each other's memory
+        self.near: Nearby | None = getattr(backend, "near", None)  # set where members read each other's memory
         self.refusal: str = getattr(backend, "refusal", "")
 
     @property
     def size(self) -> int:
+        """Number of ranks in the group."""
         return len(self.ranks)
 
     def _issue(
         self, op: str, payload: int, start: Callable[[], Any], finish: Callable[[], object] | None = None
     ) -> Pending:
-        """THE line through which every collective goes."""
+        """Record and start a collective; every collective goes through here."""
         record = self.ledger.issue(self.axis, op, payload, self.channel)
         work = start()
         self.ledger.issued(record, work, emulated=finish is not None)
         return Pending(work, finish, self.ledger, record)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Pending:
-        """In place over `tensor` (contiguous). Never MAX over floats that can be NaN: gloo drops them."""
+        """Reduce `tensor` (contiguous) in place. Never use max on floats that can be NaN: gloo drops them."""
         if self.size == 1:
             return Pending()
         if self.near is not None:
@@ -121,7 +122,7 @@ class Group:
         return self._issue("all_reduce", tensor.nbytes, lambda: self.backend.allreduce([tensor], options))
 
     def all_gather(self, out: Tensor, shard: Tensor) -> Pending:
-        """out[i-th part] = rank i's `shard`, along dim 0. `shard` may be this rank's part of `out`."""
+        """Write member i's `shard` to the i-th part of `out` along dim 0. `shard` may be this rank's part of `out`."""
         if self.size == 1:
             if out.data_ptr() != shard.data_ptr():
                 out.copy_(shard.view_as(out))
@@ -140,19 +141,19 @@ class Group:
         return self._exchange([parts[i] for i in self._others], [shard for _ in self._others])
 
     def _check_parts(self, whole: Tensor, part: Tensor) -> None:
-        """Nobody else does: whoever reads or sends has an address and a length."""
+        """Raise ValueError unless `whole` has `size` parts like `part`; reads and sends do not check that."""
         if part.numel() * self.size != whole.numel() or part.dtype != whole.dtype:
             parts = f"{self.size} parts of {part.numel()} {part.dtype}"
             raise ValueError(f"group {self}: {parts} are not {whole.numel()} {whole.dtype}")
 
     def _own_part(self, out: Tensor, shard: Tensor) -> None:
-        """Of a gather's result is there at once."""
+        """Copy `shard` to this rank's part of a gather's result, unless it lies there."""
         own = out.view(self.size, -1)[self.index]
         if own.data_ptr() != shard.data_ptr():
             own.copy_(shard.view(-1))
 
     def _reading(self, call: Callable[..., object], *arguments: object) -> Callable[[], WaitedWork]:
-        """Starts `call`, of those that are near, on the waiter."""
+        """Return a function that starts `call`, a method of `Nearby`, on the waiter; tensors must be contiguous."""
         if self._waiter is None:
             raise ValueError(f"group {self}: only members on gloo read each other's memory")
         if not all(tensor.is_contiguous() for tensor in arguments if isinstance(tensor, Tensor)):
@@ -164,13 +165,13 @@ class Group:
         return [i for i in range(self.size) if i != self.index]
 
     def _exchange(self, receive: Iterable[Tensor], send: Iterable[Tensor]) -> Exchange:
-        """With each of the others, in their order."""
+        """Receive from and send to each of the other members, in their order."""
         if self._waiter is None:
             raise ValueError(f"group {self}: exchanges are gloo's")
         return start_exchange(self.backend, self._others, receive, send, self._waiter)
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:
-        """`out` = this rank's part of the sum of `full` over the group, along dim 0; it may be that part of `full`."""
+        """Write this rank's part, along dim 0, of the sum of `full` to `out`, which may be that part of `full`."""
         if self.size == 1:
             if out.data_ptr() != full.data_ptr():
                 out.copy_(full.view_as(out))
@@ -185,7 +186,7 @@ class Group:
         return self._issue("reduce_scatter", full.nbytes, lambda: self.backend._reduce_scatter_base(out, full, options))
 
     def _reduce_scatter_from_parts(self, out: Tensor, full: Tensor) -> Pending:
-        """The true (n-1)/n bytes: everybody sends everybody its part, and each sums what it got."""
+        """Send every member its part and sum the received ones: only (n-1)/n of the bytes go on the wire."""
         directly = scatters_directly(full.nbytes, self.size)
         parts = full.new_empty((self.size - directly, out.numel()))
         self.scratch_bytes += parts.nbytes
@@ -208,7 +209,7 @@ class Group:
         return self._issue("reduce_scatter", full.nbytes, start, finish)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Pending:
-        """`tensor` of the group's member `root` to all, in place."""
+        """Broadcast `tensor` of the group's member `root` to all members, in place."""
         if self.size == 1:
             return Pending()
         options = dist.BroadcastOptions()
@@ -216,7 +217,7 @@ class Group:
         return self._issue("broadcast", tensor.nbytes, lambda: self.backend.broadcast([tensor], options))
 
     def send(self, tensor: Tensor) -> Pending:
-        """To the other rank of a pair. The tensor must live until the result is done."""
+        """Send `tensor` to the other rank of a pair. It must live until the result is done."""
 
         def start() -> Any:
             work = self.backend.send([tensor], 1 - self.index, 0)
@@ -225,18 +226,18 @@ class Group:
         return self._issue("send", tensor.nbytes, start)
 
     def recv(self, tensor: Tensor) -> Pending:
-        """From the other rank of a pair, into `tensor`."""
+        """Receive from the other rank of a pair into `tensor`."""
         return self._issue("recv", 0, lambda: self.backend.recv([tensor], 1 - self.index, 0))
 
     def barrier(self) -> None:
-        """Until every member is here. Control traffic only."""
+        """Wait until every member is here. For control traffic only."""
         if self.size > 1:
             self._issue("barrier", 0, lambda: self.backend.barrier(dist.BarrierOptions())).wait()
 
     def close(self) -> None:
-        """Give the backend back; a process that leaves without it aborts now and then (pytorch PR 179291)."""
+        """Shut the backend down; a process that exits without it sometimes aborts (pytorch PR 179291)."""
         if self.near is not None:
-            self.near.close()  # wakes the waiter, should it still be in a call
+            self.near.close()  # wakes the waiter if it is still in a call
             self.near = None
         if self._waiter is not None:
             self._waiter.close()

@@ -1,9 +1,9 @@
-"""The ledger: counts and times every collective, and compares what was issued with what the running step declared.
+"""Ledger of one rank: counts and times every collective, and compares those issued with those the step declared.
 
-Always on: counts, payload, and four time stamps of the host a call (issue, issued, wait, waited), summed up to how
-long each axis blocked this rank. In the profiling window every call and step is kept on a `Tape` as well.
+Always on: counts, payload, and four host time stamps per call (issue, issued, wait, waited), which are summed to the
+time that each axis blocked this rank. In the profiling window a `Tape` keeps every call and step as well.
 
-Calls on a group are numbered from 1, equally on all its members; `position()` tells any thread, at any time, where this
+Calls on a group are numbered from 1, alike on all its members; any thread may ask `position()` at any time where this
 rank is: the step, the entry of the step list, and the collective.
 """
 
@@ -23,12 +23,12 @@ MAX_DIFFERENCES = 20
 Key = tuple[str, str, int]
 """(axis, op, payload bytes of one call)."""
 DATA = "data"
-"""What the rank does while it reads data."""
+"""Name of the entry that runs while the rank reads data."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`calls` collectives more than declared (fewer: negative), in step-list entry `action` of step `step`."""
+    """`calls` more collectives than declared (negative: fewer), in step-list entry `action` of step `step`."""
 
     step: int | None
     phase: str
@@ -46,21 +46,21 @@ class Difference:
 
 @dataclass(slots=True)
 class Numbered(Record):
-    """A collective that knows which one of its group it is, from 1."""
+    """Collective with its number in its group, from 1."""
 
     seq: int = 0
 
 
 @dataclass
 class Spent:
-    """Where the host waited in one training step, in ns: by axis in collectives, and for data."""
+    """Time that the host was blocked in one training step, in ns: by axis in collectives, and for data."""
 
     blocked_ns: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     data_ns: int = 0
 
 
 class Ledger:
-    """Counts by phase; outside of a step everything is control traffic, listed and not compared."""
+    """Counts of collectives by phase; those outside a step are control traffic, listed but not compared."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
@@ -68,19 +68,19 @@ class Ledger:
         self.groups: list[tuple[str, tuple[int, ...], str]] = []  # (axis, ranks, direction) of each channel
         self.found: list[Difference] = []
         self.spent = Spent()
-        self.records = 0  # of training steps
+        self.records = 0  # collectives of training steps
         self.tape: Tape | None = None
         self.number: int | None = None  # of the training step under way
         self._calls: dict[str, dict[tuple[str, str, int, int], int]] = defaultdict(lambda: defaultdict(int))
         self._sequence: dict[int, int] = defaultdict(int)  # calls issued, by channel
-        self._last: Numbered | None = None  # issued last, or waited in last
-        self._latest: int | None = None  # training step begun last
+        self._last: Numbered | None = None  # last issued, or last waited for
+        self._latest: int | None = None  # last training step begun
         self._entry: tuple[str, object] | None = None  # phase and name of the step-list entry that runs, or failed
         self._phase = CONTROL
         self._issued: dict[Key, int] | None = None
 
     def channel(self, axis: str, ranks: tuple[int, ...], direction: str = "") -> int:
-        """The number under which a group's calls stand in the profile."""
+        """Register a group and return the number of its calls in the profile."""
         pair = {"ranks": list(ranks), "direction": direction} if direction else {}
         self.channels.append({"axis": axis, **pair})
         self.groups.append((axis, ranks, direction))
@@ -89,7 +89,7 @@ class Ledger:
     # --- a call: issued, waited for ----------------------------------------------------------------------------
 
     def issue(self, axis: str, op: str, payload: int, channel: int) -> Numbered:
-        """One collective of `payload` bytes is about to be issued."""
+        """Count a collective of `payload` bytes that is about to be issued, and return its record."""
         self._calls[self._phase][axis, op, payload, channel] += 1
         if self._issued is not None:
             key = (axis, op, payload)
@@ -102,26 +102,26 @@ class Ledger:
         return record
 
     def issued(self, record: Record, work: Any, emulated: bool) -> None:
-        """The backend has taken it."""
+        """Note that the backend has accepted the collective."""
         record.issued = perf_counter_ns()
         self.spent.blocked_ns[record.axis] += record.issued - record.issue
         if self.tape is not None:
             self.tape.issued(record, work, emulated)
 
     def waits(self, record: Numbered) -> None:
-        """This rank begins to wait for it."""
+        """Note that this rank begins to wait for the collective."""
         self._last = record
         if self.tape is not None:
             self.tape.waits(record)
         record.wait = perf_counter_ns()
 
     def woken(self, record: Record) -> None:
-        """The backend is done with it."""
+        """Note that the backend is done with the collective."""
         if self.tape is not None:
             self.tape.woken(record)
 
     def waited(self, record: Record) -> None:
-        """Its result can be used."""
+        """Note that the result of the collective can be used."""
         record.waited = perf_counter_ns()
         self.spent.blocked_ns[record.axis] += record.waited - record.wait
         if self.tape is not None:
@@ -130,19 +130,21 @@ class Ledger:
     # --- steps -------------------------------------------------------------------------------------------------
 
     def begin(self, number: int) -> None:
-        """Training step `number` begins."""
+        """Begin training step `number`."""
         self.number, self.spent = number, Spent()
         self._latest = number
 
     def end(self) -> Spent:
-        """It is over; returns what it spent."""
+        """End the training step and return the time that it was blocked."""
         self.number = None
         return self.spent
 
     @contextmanager
     def step(self, phase: str, name: object, declared: Mapping[Key, int], index: int = -1) -> Iterator[None]:
-        """Everything issued inside belongs to entry `index` of the step list, `name`; what differs from `declared` is
-        kept, with the name."""
+        """Attribute everything issued inside to entry `index` of the step list, called `name`.
+
+        Keep differences from `declared` under that name.
+        """
         issued: dict[Key, int] = {}
         outer = self._phase, self._issued
         self._phase, self._issued = phase, issued
@@ -160,7 +162,7 @@ class Ledger:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Inside, data are read."""
+        """Count the time inside as time spent on reading data."""
         mark = self.tape.start(-1, DATA) if self.tape is not None else None
         around, self._entry = self._entry, (self._phase, DATA)
         started = perf_counter_ns()
@@ -172,9 +174,9 @@ class Ledger:
 
     @contextmanager
     def aside(self, name: str = "") -> Iterator[None]:
-        """Everything issued inside is control traffic, also within a step (the certificate reading gradients).
+        """Count everything issued inside as control traffic, also within a step (the certificate reads gradients).
 
-        `name` is what `position` calls it.
+        `position` reports it as `name`.
         """
         outer, around = (self._phase, self._issued), self._entry
         self._phase, self._issued = CONTROL, None
@@ -194,23 +196,23 @@ class Ledger:
 
     @property
     def differences(self) -> list[str]:
-        """What was issued and not declared, or declared and not issued, as sentences; the first MAX_DIFFERENCES."""
+        """Differences between issued and declared collectives as sentences; the first MAX_DIFFERENCES."""
         return [str(difference) for difference in self.found]
 
     @property
     def exact(self) -> bool:
-        """Whether everything issued was declared and everything declared was issued."""
+        """True if everything issued was declared and everything declared was issued."""
         return not self.found
 
     def counts(self, phase: str) -> Counts:
-        """Calls and bytes of `phase` so far."""
+        """Return the calls and bytes of `phase` so far."""
         counts = Counts()
         for (axis, op, payload, _), calls in self._calls[phase].items():
             counts.add(axis, op, calls, payload, self.sizes[axis])
         return counts
 
     def by_channel(self) -> list[dict[str, Any]]:
-        """Calls and payload so far: one row {channel, phase, op, calls, payload_bytes} for each that has any."""
+        """Return calls and payload so far: one row {channel, phase, op, calls, payload_bytes} for each that has any."""
         rows: dict[tuple[int, str, str], dict[str, Any]] = {}
         for phase, found in self._calls.items():
             for (_, op, payload, channel), calls in found.items():
@@ -223,9 +225,9 @@ class Ledger:
     # --- where this rank is --------------------------------------------------------------------------------------
 
     def position(self) -> dict[str, Any]:
-        """Where this rank is now, as plain data. Any thread may ask; never blocks, never raises.
+        """Return where this rank is now, as plain data. Any thread may call it; it never blocks and never raises.
 
-        `seq` is the number of its collective on its group, from 1; `counts` how many it issued on each channel.
+        `seq` is the number of its collective on its group, from 1; `counts` has the calls issued on each channel.
         """
         try:
             last, entry, sequence = self._last, self._entry, self._sequence
@@ -243,12 +245,12 @@ class Ledger:
 
     @property
     def in_collective(self) -> bool:
-        """Whether this rank is in a collective, or an error has just thrown it out of one."""
+        """True if this rank is in a collective, or has just left one through an error."""
         return self._last is not None and _doing(self._last) != "computing"
 
 
 def _doing(record: Record) -> str:
-    """What the host does with a collective: `issuing` it, `waiting` for it, or `computing` meanwhile or after."""
+    """Return the host's state: `issuing` the collective, `waiting` for it, or `computing` (meanwhile or afterwards)."""
     if not record.issued:
         return "issuing"
     return "waiting" if record.wait and not record.waited else "computing"

@@ -1,7 +1,7 @@
-"""All groups of one rank.
+"""Mesh: all groups of one rank.
 
-Groups are built straight on a store, by their members only: the cost of creation depends on the groups a rank is in,
-never on the size of the world, and no global process group exists. (`torch.distributed.new_group` with local
+Groups are built directly on a store, by their members only: the cost of creation depends on the groups a rank is in,
+never on the size of the world, and no global process group is needed. (`torch.distributed.new_group` with local
 synchronisation names a group after a per-process counter, which differs between ranks that are in different numbers
 of groups.) Every rank creates its groups in one global order, (axis, ranks), so creation cannot deadlock.
 
@@ -27,19 +27,20 @@ from dist_gpt.comm.nearby import Nearby
 from dist_gpt.layout import Layout
 
 NEAR_AXES = ("data", "embed", "tp", "shard", "replica")
-"""Whose members read each other's memory where they can: those whose collectives are large or many."""
+"""Axes whose members read each other's memory where they can: their collectives are large or many."""
 COLLECTIVE_AXES = ("world", "data", "embed", "tp")
 Edge = tuple[int, int, str]
 
 
 class Backends(Protocol):
-    """Makes the process group of a tuple of ranks; None for a single rank."""
+    """Factory of the process groups of a mesh."""
 
-    def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any: ...
+    def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        """Return the process group `name` of `ranks`, or None for a single rank; `rank` is this rank."""
 
 
 class Mesh:
-    """The groups of `rank`, by axis, and its pipeline edges (source pp, destination pp, 'f' or 'b')."""
+    """Groups of `rank` by axis, and its pipeline edges (source pp, destination pp, 'f' or 'b')."""
 
     def __init__(self, layout: Layout, rank: int, ledger: Ledger, groups: dict[str, Group], edges: dict[Edge, Group]):
         self.layout = layout
@@ -55,55 +56,58 @@ class Mesh:
 
     @property
     def tp(self) -> Group:
+        """Ranks along the tensor-parallel axis."""
         return self.groups["tp"]
 
     @property
     def data(self) -> Group:
+        """Ranks over which gradients are summed (dp x cp)."""
         return self.groups["data"]
 
     @property
     def shard(self) -> Group:
-        """The ranks among which state is cut."""
+        """Ranks among which state is sharded."""
         return self.groups["shard"] if self.layout.shard else self.groups["data"]
 
     @property
     def replica(self) -> Group:
-        """The ranks that hold the same shard; of size 1 where state is cut over all data ranks."""
+        """Ranks that hold the same shard; only this one where state is sharded over all data ranks."""
         return self.groups.get("replica", self._alone)
 
     @property
     def world(self) -> Group:
+        """All ranks of the run."""
         return self.groups["world"]
 
     def edge(self, source: int, destination: int, direction: str) -> Group:
-        """The pair that carries activations ('f') or gradients ('b') from pp rank `source` to `destination`."""
+        """Return the pair that carries activations ('f') or gradients ('b') from pp rank `source` to `destination`."""
         return self.edges[source, destination, direction]
 
     @property
     def reads_memory(self) -> bool:
-        """Whether members of some group of this rank read each other's memory."""
+        """True if members of some group of this rank read each other's memory."""
         return any(group.near is not None for group in self.groups.values())
 
     @property
     def refusal(self) -> str:
-        """Why they do not, though they are on one node; empty where they do, or are not."""
+        """Why members on one node may not read each other's memory; empty where they may, or are on several nodes."""
         return next((group.refusal for group in self.groups.values() if group.refusal), "")
 
     def close(self) -> None:
-        """Give every group's backend back, also when one of them fails to go."""
+        """Close every group, even if closing one of them fails."""
         with ExitStack() as stack:
             for group in [*self.groups.values(), *self.edges.values()]:
                 stack.callback(group.close)
 
 
 def group_sizes(layout: Layout) -> dict[str, int]:
-    """Ranks per axis, as the ledger needs them."""
+    """Return the number of ranks per axis, as the ledger needs it."""
     sizes = {axis: layout.size(axis) for axis in ("world", "data", "dp", "cp", "tp", "shard", "replica")}
     return {**sizes, "embed": 2 if layout.pp > 1 else 1, "pp": 2}
 
 
 def edges_of(holders: Iterable[int], pp: int) -> list[Edge]:
-    """Directed edges that pipeline rank `pp` uses when chunk i is held by holders[i]."""
+    """Return the directed edges that pipeline rank `pp` uses when chunk i is held by holders[i]."""
     held = list(holders)
     found: set[Edge] = set()
     for source, destination in zip(held, held[1:], strict=False):
@@ -115,7 +119,7 @@ def edges_of(holders: Iterable[int], pp: int) -> list[Edge]:
 def build_mesh(
     layout: Layout, rank: int, holders: Iterable[int], backends: Backends, ledger: Ledger | None = None
 ) -> Mesh:
-    """Create the groups of `rank`; `holders` is the pipeline rank of each chunk. On an error those made are closed."""
+    """Create the groups of `rank`; `holders` has the pipeline rank of each chunk. On an error, close those created."""
     ledger = ledger or Ledger(group_sizes(layout))
     here = layout.coords(rank)
     with ExitStack() as undo:
@@ -140,28 +144,32 @@ def build_mesh(
 
 
 class GlooGroup(dist.ProcessGroupGloo):
-    """Gloo whose operations end in time also when that is not the time its connections were made in. `one_node`: all
-    of the run is on one. `near`: its members, where they read each other's memory; `refusal`: why they may not."""
+    """Gloo group whose operations can have another timeout than its connections had.
+
+    `one_node`: the whole run is on one node. `near`: its members, where they read each other's memory; `refusal`: why
+    they may not.
+    """
 
     one_node = False
     near: Nearby | None = None
     refusal = ""
 
     def limit(self, timeout: timedelta) -> None:
-        """From now on `timeout` is every operation's."""
+        """Set the timeout of every later operation."""
         self._set_default_timeout(timeout)
         self.timeout = timeout
 
     def send(self, tensors: list[torch.Tensor], destination: int, tag: int) -> Any:
+        """Send `tensors` to member `destination`, within the group's timeout."""
         return _PairWork(super().send(tensors, destination, tag), self.timeout)  # type: ignore[misc]
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> Any:
+        """Receive `tensors` from member `source`, within the group's timeout."""
         return _PairWork(super().recv(tensors, source, tag), self.timeout)  # type: ignore[misc]
 
 
 class _PairWork:
-    """A gloo send or receive. It would wait as long as the connections took at most: it keeps no later timeout.
-    It has no future either."""
+    """Gloo send or receive with the group's timeout; by itself it keeps that of the connections. It has no future."""
 
     __slots__ = ("is_completed", "_timeout", "_work")
 
@@ -175,11 +183,11 @@ class _PairWork:
 
 
 class GlooBackends:
-    """Gloo on a store that all ranks share, over the interface of address `host` (loopback on one node).
+    """Factory of gloo groups on a shared store, over the interface of address `host` (loopback on one node).
 
-    `interfaces` are used instead of `host` where they are named. `timeout_s` is a collective's; a group is created
-    within what `left_s` says is left by then (by default `timeout_s`). `one_node`: all ranks are on one node.
-    `single_copy`: members of a group on one node read each other's memory where they may.
+    `interfaces`, if there are any, replace `host`. `timeout_s` limits a collective; creating a group may take the
+    seconds that `left_s` returns by then (default `timeout_s`). `one_node`: all ranks are on one node.
+    `single_copy`: members of a group on one node read each other's memory where the system permits it.
     """
 
     def __init__(
@@ -200,6 +208,7 @@ class GlooBackends:
         self.one_node, self.single_copy = one_node, single_copy
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        """Return the connected group of `ranks`, or None for a single rank; all members call it."""
         if len(ranks) == 1:
             return None
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -224,7 +233,7 @@ class GlooBackends:
 
 
 class NcclBackends:
-    """NCCL, one GPU per process. Never run with several ranks by the authors; see the README's status table."""
+    """Factory of NCCL groups, one GPU per process. Never run with several ranks by the authors; see the README."""
 
     def __init__(
         self, store: dist.Store, device: torch.device, timeout_s: float, left_s: Callable[[], float] | None = None
@@ -235,12 +244,13 @@ class NcclBackends:
         self.left_s = left_s or (lambda: timeout_s)
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        """Return the connected group of `ranks`, or None for a single rank; all members call it."""
         if len(ranks) == 1:
             return None
         return self.connect(name, ranks, rank)
 
     def connect(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
-        """Return a new group, possibly of a single rank."""
+        """Return a new connected group, possibly of a single rank."""
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self.left_s())
         store = dist.PrefixStore(_key(name, ranks), self.store)
@@ -251,13 +261,16 @@ class NcclBackends:
 
 
 class FakeBackends:
-    """Torch's fake process group: returns at once and moves nothing. For dry runs on meta tensors. `as_gloo`: groups
-    that reduce gradients put together what gloo lacks from other operations, as on gloo."""
+    """Factory of torch's fake process groups, which return at once and move nothing, for dry runs on meta tensors.
+
+    `as_gloo`: groups that reduce gradients emulate operations that gloo lacks, as on gloo.
+    """
 
     def __init__(self, as_gloo: bool = False) -> None:
         self.as_gloo = as_gloo
 
     def create(self, name: str, ranks: tuple[int, ...], rank: int) -> Any:
+        """Return a fake group of `ranks`, or None for a single rank."""
         if len(ranks) == 1:
             return None
         from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
@@ -267,7 +280,7 @@ class FakeBackends:
 
 
 class _CalledGloo:
-    """A process group that goes by gloo's name."""
+    """Process group that reports gloo's name."""
 
     one_node = True
 
@@ -282,5 +295,5 @@ class _CalledGloo:
 
 
 def _key(name: str, ranks: tuple[int, ...]) -> str:
-    """Same on every member, different for every group, and short for a group of thousands."""
+    """Return a store prefix: equal on all members, different for every group, and short even for thousands of ranks."""
     return f"{name}:{hashlib.sha256(repr(ranks).encode()).hexdigest()}"

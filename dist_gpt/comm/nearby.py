@@ -1,13 +1,13 @@
-"""Members of a group that are on one node read each other's memory.
+"""Collectives of a group on one node, whose members read each other's memory.
 
-What gloo sends over the loopback is copied into the kernel and out of it again, piece by piece, by threads that wake
-each other. Here whoever needs a tensor reads it where it lies, once (process_vm_readv), and sums while the piece is in
-the cache. A socket between every two members carries what has to be said: where the tensor is, and that it has been
-read. Where the system forbids it (another user, a container, Linux's yama) everybody finds out when the group is made,
-and gloo carries everything.
+What gloo sends over loopback is copied into the kernel and out of it again, piece by piece, by threads that wake each
+other. Here the member that needs a tensor reads it in place, once (process_vm_readv), and sums while the piece is in
+the cache. A socket between every two members carries the control words: where the tensor is, and that it has been
+read. Where the system forbids such reads (another user, a container, Linux's Yama), all members find out when the
+group is made, and gloo carries everything.
 
-A collective has the same words on all members, in one order, on one thread a group: each says what it belongs to, and
-no more is needed to tell them apart.
+All members of a collective send the same words in one order, on one thread per group: a word that names its collective
+is enough to tell them apart.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 READ_BYTES = 1 << 19
-"""A piece that is summed: it stays in the cache between the two."""
+"""Bytes of a piece that is summed: it stays in the cache between the read and the sum."""
 ALONE = 1 << 15
-"""Values that torch works on without its other threads (its grain size): a waiter must not gather a team of its own."""
+"""Values that torch processes on one thread (its grain size): a waiter must not start a thread team of its own."""
 KINDS = ("all_gather", "reduce_scatter (sum)", "all_reduce (sum)", "all_reduce (max)")
 DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16,
@@ -37,24 +37,24 @@ DTYPES = (
 _WORD = struct.Struct("qqqq")
 _libc = ctypes.CDLL(None, use_errno=True)
 process_vm_readv = getattr(_libc, "process_vm_readv", None)
-"""Linux's; None elsewhere."""
+"""Function of Linux's C library; None on other systems."""
 if process_vm_readv is not None:
     process_vm_readv.restype = ctypes.c_ssize_t
 
 
 class _Stretch(ctypes.Structure):
-    """struct iovec."""
+    """C's struct iovec: a piece of memory, with its length in bytes."""
 
     _fields_ = [("start", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
 class MemberError(RuntimeError):
-    """Another member is gone, late, or elsewhere."""
+    """Another member is gone, late, unreadable, or in another collective."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A collective: which of KINDS, which of DTYPES, bytes of the whole, and until when it may take."""
+    """Collective: index in KINDS, index in DTYPES, bytes of the whole tensor, and deadline (`time.monotonic`)."""
 
     kind: int
     dtype: int
@@ -63,6 +63,7 @@ class Call:
 
     @property
     def left_s(self) -> float:
+        """Seconds until the deadline, at least 1 ms."""
         return max(1e-3, self.deadline - monotonic())
 
     def __str__(self) -> str:
@@ -70,13 +71,13 @@ class Call:
 
 
 def said(kind: int, dtype: int, size: int) -> str:
-    """A collective in words."""
+    """Describe a collective in words."""
     return f"{KINDS[kind]} of {size} bytes of {str(DTYPES[dtype]).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
 class Member:
-    """Another one of the group: which, its rank, its process, and the socket between us."""
+    """Another member of the group: its index, rank and process, and the socket to it."""
 
     index: int
     rank: int
@@ -84,15 +85,17 @@ class Member:
     link: socket.socket
 
     def tell(self, call: Call, address: int) -> None:
-        """That this rank is in `call`. Raises MemberError when it is gone."""
+        """Tell the member that this rank is in `call`, with an address. Raise MemberError if the member is gone."""
         try:
             self.link.send(_WORD.pack(address, call.kind, call.dtype, call.size))
         except OSError as error:
             raise self._gone() from error
 
     def hear(self, call: Call) -> int:
-        """The address in its next word, which belongs to `call`. Raises MemberError when it is gone, says nothing in
-        time, or is in another collective."""
+        """Return the address in the member's next word, which must belong to `call`.
+
+        Raise MemberError if the member is gone, sends nothing in time, or is in another collective.
+        """
         try:
             self.link.settimeout(call.left_s)
             word = self.link.recv(_WORD.size)
@@ -108,11 +111,11 @@ class Member:
         return int(address)
 
     def read(self, address: int, into: Tensor) -> None:
-        """`into` (contiguous) = as many bytes of its memory, from `address` on. Raises MemberError."""
+        """Fill `into` (contiguous) from the member's memory at `address`. Raise MemberError if it cannot be read."""
         done, size, one = 0, into.nbytes, ctypes.c_ulong(1)
         while done < size:
             here, there = _Stretch(into.data_ptr() + done, size - done), _Stretch(address + done, size - done)
-            got = process_vm_readv(  # type: ignore[misc]  # where it is None nobody meets
+            got = process_vm_readv(  # type: ignore[misc]  # where it is None no members connect
                 self.pid, ctypes.byref(here), one, ctypes.byref(there), one, ctypes.c_ulong(0)
             )
             if got <= 0:
@@ -125,13 +128,15 @@ class Member:
 
 
 class Nearby:
-    """A group's collectives by reading. Each call blocks until nobody needs this rank's tensor any more, and belongs on
-    the group's waiter. After an error every later call raises it again, and the others are told by a closed link."""
+    """Collectives of a group by reading memory. A call blocks until no member needs this rank's tensor any more.
+
+    Calls belong on the group's waiter. After an error every later call raises it again; closed links tell the others.
+    """
 
     def __init__(self, index: int, members: Sequence[Member], timeout_s: float) -> None:
         self.index, self.timeout_s = index, timeout_s
         self.size = len(members) + 1
-        # everybody begins with the next one: all at once would read from the same
+        # each begins with the next one, so that not all read from the same
         self._members = sorted(members, key=lambda member: (member.index - index) % self.size)
         self._piece = torch.empty(0, dtype=torch.uint8)
         self._call = Call(0, 0, 0, 0.0)
@@ -139,7 +144,7 @@ class Nearby:
         _ALIVE.add(self)
 
     def all_gather(self, out: Tensor, shard: Tensor) -> None:
-        """out[i-th part] = member i's `shard`; one's own is there already."""
+        """Write member i's `shard` to the i-th part of `out`; this member's own is there already."""
         with self._together("all_gather", out):
             parts = out.view(self.size, -1)
             self._tell(shard.data_ptr())
@@ -148,7 +153,7 @@ class Nearby:
             self._end()
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> None:
-        """`out` = this member's part of the sum of `full`; it may be that part of `full` itself, and no other."""
+        """Write this member's part of the sum of `full` to `out`, which may be that part of `full` and no other."""
         with self._together("reduce_scatter (sum)", full):
             own = full.view(self.size, -1)[self.index]
             self._tell(full.data_ptr())
@@ -156,7 +161,7 @@ class Nearby:
             self._end()
 
     def all_reduce(self, tensor: Tensor, op: str) -> None:
-        """In place: everybody reduces a part, then reads the others' parts."""
+        """Reduce `tensor` in place: each member reduces one part, then reads the others' parts."""
         with self._together(f"all_reduce ({op})", tensor):
             flat = tensor.view(-1)
             width = -(-flat.numel() // self.size)
@@ -172,21 +177,22 @@ class Nearby:
             self._end()
 
     def forget(self) -> None:
-        """Close this process's descriptors of the links, and nothing else."""
+        """Close this process's descriptors of the links, without shutting the links down."""
         for member in self._members:
             member.link.close()
 
     def close(self) -> None:
-        """Let go of the links; who waits on one of them is woken."""
+        """Shut the links down, which wakes every thread that waits on one of them."""
         for member in self._members:
             with suppress(OSError):
                 member.link.shutdown(socket.SHUT_RDWR)
             member.link.close()
 
     def _reduce(self, out: Tensor, own: Tensor, offset: int, op: str) -> list[int]:
-        """`out` = `own` and what lies `offset` bytes into each of the others' tensors. Returns where these begin.
+        """Reduce `own` and the others' data, `offset` bytes into their tensors, to `out`; return where these begin.
 
-        In 2 bytes it is summed in float32 and rounded once. The order is this member's own, the same in every run."""
+        16-bit values are summed in float32 and rounded once. Each member has its own order, the same in every run.
+        """
         addresses = [member.hear(self._call) for member in self._members]
         if self._piece.nbytes < min(READ_BYTES, own.nbytes):
             self._piece = torch.empty(min(READ_BYTES, own.nbytes), dtype=torch.uint8)
@@ -212,13 +218,13 @@ class Nearby:
             member.tell(self._call, address)
 
     def _end(self) -> None:
-        """Everybody has read what it needs of this rank's."""
+        """Wait until all members have read what they need of each other."""
         self._tell()
         for member in self._members:
             member.hear(self._call)
 
     def _together(self, kind: str, whole: Tensor) -> ExitStack:
-        """Around one collective."""
+        """Return the context of one collective; raise the error of an earlier one, if any."""
         if self._error is not None:
             raise self._error
         deadline = monotonic() + self.timeout_s
@@ -240,21 +246,21 @@ _ALIVE: WeakSet[Nearby] = WeakSet()
 
 
 def _small(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Matching pieces that torch works on alone: all at once where this thread has no others."""
+    """Return matching pieces that torch processes on one thread: the whole tensors where it has no other threads."""
     if torch.get_num_threads() == 1:
         return (tensors,)
     return zip(*(tensor.split(ALONE) for tensor in tensors), strict=True)
 
 
 def _copy(to: Tensor, source: Tensor) -> None:
-    """`to` = `source`, unless it is the same."""
+    """Copy `source` to `to`, unless both are the same memory."""
     if to.data_ptr() != source.data_ptr():
         for there, here in _small(to, source):
             there.copy_(here)
 
 
 def _let_go() -> None:
-    """In a forked child: with its copies of the links, the others would not notice its parent's death."""
+    """Close a forked child's copies of the links, which would hide its parent's death from the other members."""
     for nearby in _ALIVE:
         nearby.forget()
 

@@ -1,9 +1,8 @@
-"""A small collective along every axis and a message over every pipeline edge, before training: do they come through,
-and how fast.
+"""Test and time a small collective along every axis and a message over every pipeline edge, before training.
 
-Every run on several nodes begins with `network` (launch.preflight); `python -m dist_gpt.comm.probe CONFIG` is what each
-rank of `dist-gpt launch CONFIG --check` runs, and ends after it. Rank 0 has the result, as a table and as rows.
-Bus bandwidth as nccl-tests define it (doc/PERFORMANCE.md): all-reduce 2 (n-1)/n x bytes / time, send bytes / time.
+Every run on several nodes begins with `network` (launch.preflight); `python -m dist_gpt.comm.probe CONFIG`, which each
+rank of `dist-gpt launch CONFIG --check` runs, ends after it. Rank 0 has the result, as a table and as rows.
+Bus bandwidth is that of nccl-tests (doc/PERFORMANCE.md): all-reduce 2 (n-1)/n x bytes / time, send bytes / time.
 """
 
 from __future__ import annotations
@@ -44,20 +43,22 @@ from dist_gpt.plan.steps import layout_of
 from dist_gpt.schedule.orders import placement
 
 PAYLOAD_BYTES = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Enough that the time is the wire's and not the call's, on what such devices are connected by."""
+"""Bytes by device type: enough that the link dominates the time, not the call, on the usual links of such devices."""
 REPEATS = 5
 NAME = "network probe"
 BAD_INPUT = 2
 SLOW = 3.0
-"""A group that has this many times less than others of its kind is told."""
+"""A group with this many times less bandwidth than others of its kind is reported."""
 ENOUGH = 3
-"""Groups of a kind from which on one of them can be called slow."""
+"""Least number of groups of a kind for one of them to be called slow."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What the probe found. `rows` are of all groups on rank 0, none on the others; `moved` is what this rank issued
-    for it: {axis: {op: {calls, payload_bytes, wire_bytes}}}."""
+    """Result of the probe. On rank 0 `rows` has all groups, on the others none.
+
+    `moved` is the traffic that this rank issued for it: {axis: {op: {calls, payload_bytes, wire_bytes}}}.
+    """
 
     rows: list[dict[str, Any]]
     hosts: dict[int, str]
@@ -65,17 +66,17 @@ class Network:
     moved: dict[str, dict[str, dict[str, int]]]
 
     def lines(self) -> list[str]:
-        """For people; rank 0's."""
+        """Return rank 0's result as lines of text for users."""
         return [*table(self.rows).splitlines(), *slow_groups(self.rows, self.hosts)]
 
     def fact(self) -> dict[str, Any]:
-        """For the events file: one row an axis, however many groups there are."""
+        """Return the result for the events file: one row per axis, however many groups there are."""
         slowest = [{**slow, "groups": groups, "busbw_median": usual} for slow, groups, usual in by_axis(self.rows)]
         return {"seconds": self.seconds, "comm": self.moved, "slowest": slowest}
 
 
 def network(config: Config, mesh: Mesh, device: torch.device, store: Store, env: RankEnv) -> Network:
-    """Probe all groups that training sends much along; to be called by all ranks together."""
+    """Probe all groups that carry large tensors in training; all ranks call it together."""
     started, before = time.perf_counter(), mesh.ledger.counts(CONTROL).copy()
     rows = probe(mesh, axes_of(config), device)
     rows, hosts = gather(scoped(store, "probe"), env, rows, config.launch.timeout_s)
@@ -84,7 +85,7 @@ def network(config: Config, mesh: Mesh, device: torch.device, store: Store, env:
 
 
 def axes_of(config: Config) -> tuple[str, ...]:
-    """Axes with collectives of large tensors. On others a large message would have NCCL keep buffers for nothing."""
+    """Return the axes with collectives of large tensors; on others NCCL would keep buffers for nothing."""
     data = ("shard", "replica") if layout_of(config).shard else ("data",)
     return (*data, *(("embed",) if config.model.tie_embeddings else ()), "tp")
 
@@ -92,10 +93,10 @@ def axes_of(config: Config) -> tuple[str, ...]:
 def probe(
     mesh: Mesh, axes: Sequence[str], device: torch.device, payload: int | None = None, repeats: int = REPEATS
 ) -> list[dict[str, Any]]:
-    """Times every group of this rank along `axes`, and its edges; to be called by all ranks together. Control traffic.
+    """Time every group of this rank along `axes`, and its edges, as control traffic; all ranks call it together.
 
-    For each group of which this rank is the first member, and each edge that it receives from: {axis, op, ranks, bytes,
-    seconds (of one call), busbw (bytes/s)}. All groups of an axis work at the same time, as in training.
+    Return, for each group of which this rank is the first member, and each edge that it receives from: {axis, op,
+    ranks, bytes, seconds (of one call), busbw (bytes/s)}. All groups of an axis work at the same time, as in training.
     """
     found = []
     payload = PAYLOAD_BYTES[device.type] if payload is None else payload
@@ -103,18 +104,18 @@ def probe(
     with mesh.ledger.aside(NAME):
         for axis in axes:
             group = mesh[axis]
-            mesh.world.barrier()  # also where this rank has nobody to meet: then it does not run ahead
+            mesh.world.barrier()  # a rank alone in its group must not run ahead either
             if group.size > 1:
                 seconds = _time(partial(group.all_reduce, tensor), device, repeats)
                 if group.index == 0:
                     wire = 2 * (group.size - 1) / group.size * payload
                     found.append(_row(axis, "all_reduce", group.ranks, payload, seconds, wire))
         mesh.world.barrier()
-        for (_, _, direction), edge in sorted(mesh.edges.items()):  # one order for all: no two wait for each other
+        for (_, _, direction), edge in sorted(mesh.edges.items()):  # the same order on all ranks: no deadlock
             seconds = _time(partial(edge.send if edge.index == 0 else edge.recv, tensor), device, repeats)
-            if edge.index == 1:  # a sender is done when the network has taken it, a receiver when it is here
+            if edge.index == 1:  # a send is done when the network has taken it, a receive when it is here
                 found.append(_row(f"pp {direction}", "send", edge.ranks, payload, seconds, payload))
-        mesh.world.barrier()  # edges are tried one after the other: the last stage comes late
+        mesh.world.barrier()  # edges are timed one after the other, so the last stage comes late
     return found
 
 
@@ -123,8 +124,8 @@ def _row(axis: str, op: str, ranks: Sequence[int], payload: int, seconds: float,
 
 
 def _time(call: Callable[[], Pending], device: torch.device, repeats: int) -> float:
-    """Seconds of one call, the first one left out: it may open connections."""
-    # where a GPU works behind the host, the host waits inside the call: a hang is then seen as one
+    """Return the seconds of one call, leaving out the first, which may open connections."""
+    # a GPU runs behind the host, so the host waits for it inside the call: a hang is then seen as one
     over = partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
     call().wait(over)
     started = time.perf_counter()
@@ -134,7 +135,7 @@ def _time(call: Callable[[], Pending], device: torch.device, repeats: int) -> fl
 
 
 def by_axis(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, float]]:
-    """(row of the slowest group, groups, median bus bandwidth) of each axis."""
+    """Return (row of the slowest group, number of groups, median bus bandwidth) of each axis."""
     axes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         axes[row["axis"]].append(row)
@@ -145,7 +146,7 @@ def by_axis(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, f
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per axis: how many groups of how many ranks, the slowest one's time and bandwidth, and who is in it."""
+    """Return one line per axis: number and size of groups, and the slowest one's time, bandwidth and ranks."""
     if not rows:
         return "probe: a single rank, nothing to send"
     lines = [f"{'axis':8}{'call':12}{'groups':>7}{'ranks':>7}{'ms':>10}{'bus MB/s':>11}  slowest group"]
@@ -159,7 +160,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def slow_groups(rows: Sequence[dict[str, Any]], hosts: Mapping[int, str]) -> list[str]:
-    """Groups with far less bandwidth than others of their kind: of their axis, over as many hosts."""
+    """Return a line for each group with far less bandwidth than others of its axis over as many hosts."""
     kinds: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         kinds[row["axis"], len({hosts.get(rank) for rank in row["ranks"]})].append(row)
@@ -179,7 +180,7 @@ def slow_groups(rows: Sequence[dict[str, Any]], hosts: Mapping[int, str]) -> lis
 def gather(
     store: Store, env: RankEnv, rows: list[dict[str, Any]], timeout_s: float
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """All ranks' rows and hosts on rank 0, which may host the store and so leaves last; none on the others."""
+    """Return all ranks' rows and hosts on rank 0, which may host the store and so exits last; nothing on the others."""
     store.set(str(env.rank), json.dumps([socket.gethostname(), rows]))
     if env.rank != 0:
         return [], {}
@@ -190,7 +191,7 @@ def gather(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code: 0, or 2 where the configuration or the ranks do not fit."""
+    """Run the probe; return exit code 0, or 2 where the configuration or the ranks do not fit."""
     try:
         config = load(argv[0])
         env = rank_env(config.launch.timeout_s)

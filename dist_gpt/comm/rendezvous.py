@@ -1,7 +1,7 @@
-"""How ranks meet: torchrun's variables, one store, one deadline, a roll call, and who talks over which interface.
+"""Rendezvous of ranks: torchrun's variables, one store, one deadline, a roll call, and the choice of interface.
 
-`rank_env` starts the deadline, `connect_store` and `roll_call` spend it: the latter compares what every rank brought
-and names who is missing or differs. `make_backends` gives what is left of it to the creation of each group.
+`rank_env` starts the deadline; `connect_store` and `roll_call` use it. The roll call compares the ranks' identities
+and names ranks that are missing or differ. `make_backends` gives what is left of it to the creation of each group.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from dist_gpt.comm.mesh import Backends, GlooBackends, NcclBackends
 Store = dist.Store
 LOOPBACK = "127.0.0.1"
 STORE_FD = "DIST_GPT_STORE_FD"
-ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, started again by it, tells its ranks that this is 0
+ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, restarted by it, tells its ranks that this is 0
 OUTLAST_S = 86400.0
-"""Longest suspension that the collectives of a job survive."""
+"""Longest suspension, in seconds, that the collectives of a job survive."""
 NONCE = "dist_gpt/attempt"
 RESTARTS = "restarts"
 POLL_S = 0.05
-READ_S = 5.0  # how long rank 0, which may host the store, stays for the others to read why it goes
+READ_S = 5.0  # seconds that rank 0, which may host the store, stays for the others to read why it ends
 
 
 class RendezvousError(RuntimeError):
-    """Ranks are missing, or did not come with the same configuration (`differs`)."""
+    """Ranks cannot start together: some are missing or unreachable, or their identities differ (`differs`)."""
 
     def __init__(self, text: str, differs: bool = False) -> None:
         super().__init__(text)
@@ -44,7 +44,7 @@ class RendezvousError(RuntimeError):
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What a rank was told by torchrun's variables, and the deadline of its whole initialisation."""
+    """Values of torchrun's variables for a rank, and the deadline of its whole initialisation."""
 
     rank: int
     world: int
@@ -56,20 +56,23 @@ class RankEnv:
     deadline: float
     watched: bool = False
     """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s. Only a
-    program that sends heartbeats (dist_gpt.train) sets it: without them, the collectives' own deadline has to count."""
+    program that sends heartbeats (dist_gpt.train) sets it: without them, the collectives' own timeout must apply."""
 
     @property
     def one_node(self) -> bool:
+        """True if all ranks are on one node."""
         return self.local_world == self.world
 
     def left_s(self) -> float:
-        """Seconds until the deadline, at least one."""
+        """Return the seconds until the deadline, at least one."""
         return max(1.0, self.deadline - time.monotonic())
 
 
 def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> RankEnv:
-    """Read torchrun's variables; without RANK this is a single process, as is the one rank of a world of 1 that was
-    told no place to meet (`python -m launch.worker`)."""
+    """Read torchrun's variables; raise RendezvousError if they are incomplete or malformed.
+
+    Without RANK this is a single process, as is the one rank of a world of 1 without MASTER_ADDR (`launch.worker`).
+    """
     env = os.environ if environ is None else environ
     deadline = time.monotonic() + timeout_s
     alone = (env.get("RANK"), env.get("WORLD_SIZE")) == ("0", "1") and "MASTER_ADDR" not in env
@@ -108,10 +111,10 @@ def _number(env: Mapping[str, str], name: str, default: int = 0) -> int:
 
 
 def connect_store(env: RankEnv) -> Store:
-    """The store all ranks share: torchrun's own where it hosts one, else rank 0's, on one interface.
+    """Return the store that all ranks share: torchrun's own where it hosts one, else rank 0's, on one interface.
 
     Keys are scoped to the attempt: a restarted rank must not read the addresses of the attempt before it. The launcher
-    numbers attempts the same on all ranks; torchrun's agents each count their own restarts: there ranks agree on one.
+    numbers attempts alike on all ranks; torchrun's agents each count their own restarts, so there ranks agree on one.
     """
     if env.world == 1:
         return dist.HashStore()
@@ -147,7 +150,7 @@ def _first_line(error: Exception) -> str:
 def _wait_for_host(env: RankEnv) -> None:
     """Wait until something listens at MASTER_ADDR and MASTER_PORT. Raise RendezvousError at the deadline.
 
-    torch would wait too, but fill the screen with warnings and C++ frames.
+    torch would wait too, but print many warnings and C++ frames.
     """
     started, wait_s = time.monotonic(), env.left_s()
     while True:
@@ -164,12 +167,12 @@ def _wait_for_host(env: RankEnv) -> None:
 
 
 def join_attempt(store: Store, env: RankEnv) -> Store:
-    """The part of `store` for this attempt alone, agreed by all ranks; `store` may hold what earlier ones wrote.
+    """Return the part of `store` for this attempt alone, agreed by all ranks; `store` may hold keys of earlier ones.
 
-    The ranks also agree on how often they have been started again (`restarts`), which each agent counts for itself.
-    Rank 0 publishes a fresh nonce. Every other rank leaves a fresh token under the nonce that it finds, and is in when
-    rank 0 has read that token out; until then it looks for a newer nonce, for one of an earlier attempt is never
-    answered. RendezvousError says who is missing when the deadline is over.
+    The ranks also agree on how often they have been restarted (`restarts`), which each agent counts for itself. Rank 0
+    publishes a fresh nonce. Every other rank sets a fresh token under the nonce that it finds, and has joined once rank
+    0 has published that token; until then it looks for a newer nonce, since one of an earlier attempt is never
+    answered. Raise RendezvousError at the deadline, naming the missing ranks.
     """
     return _open_attempt(store, env) if env.rank == 0 else _enter_attempt(store, env)
 
@@ -182,7 +185,7 @@ def _open_attempt(store: Store, env: RankEnv) -> Store:
     try:
         wait_for(scope, env, keys, "join this attempt", env.left_s())
     except RendezvousError as error:
-        with suppress(Exception):  # who is here already need not wait for its own deadline
+        with suppress(Exception):  # ranks that are here need not wait for their own deadline
             here = {rank: scope.get(key).decode() for rank, key in keys.items() if scope.check([key])}
             scope.set("joined", json.dumps({"tokens": here, "problem": str(error)}))
         raise
@@ -195,8 +198,8 @@ def _open_attempt(store: Store, env: RankEnv) -> Store:
 def _enter_attempt(store: Store, env: RankEnv) -> Store:
     token, nonce, scope = secrets.token_hex(8), "", store
     started, stale = time.monotonic(), False
-    until = started + env.left_s() + READ_S  # rank 0's verdict, which names others, comes first
-    poll_s = POLL_S * (1 + env.world / 256)  # thousands of ranks ask one store
+    until = started + env.left_s() + READ_S  # rank 0's verdict, which names other ranks, comes first
+    poll_s = POLL_S * (1 + env.world / 256)  # thousands of ranks poll one store
     try:
         while time.monotonic() < until:
             current = store.get(NONCE).decode() if store.check([NONCE]) else ""
@@ -226,16 +229,16 @@ def _enter_attempt(store: Store, env: RankEnv) -> Store:
 
 
 def restarts(store: Store, env: RankEnv) -> int:
-    """Return how often the ranks have been started again: the same on all ranks of `store`, which connect_store made.
+    """Return how often the ranks have been restarted: the same on all ranks of `store`, which connect_store made.
 
     torchrun's agents count differently: one that restarts its ranks because those of another node failed does not count
-    it. The largest count is taken, since what depends on it is whether there was an attempt before this one.
+    it. The largest count is taken, since callers only need to know whether there was an attempt before this one.
     """
     return int(store.get(RESTARTS)) if store.check([RESTARTS]) else env.attempt
 
 
 def _listen(env: RankEnv) -> int:
-    """A socket bound to MASTER_ADDR alone, for the store to listen on."""
+    """Return a descriptor for the store that listens on MASTER_ADDR alone; raise RendezvousError if that fails."""
     server = socket.socket()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -251,7 +254,7 @@ def _listen(env: RankEnv) -> int:
 
 
 def _refuse_loopback_name(env: RankEnv) -> None:
-    """Raise RendezvousError if this host's own name is a loopback address, which other nodes cannot reach."""
+    """Raise RendezvousError if the name MASTER_ADDR resolves to a loopback address, which other nodes cannot reach."""
     name = env.master_addr
     if env.one_node or name == "localhost" or name.startswith("127.") or ":" in name:
         return
@@ -264,9 +267,9 @@ def _refuse_loopback_name(env: RankEnv) -> None:
 
 
 def wait_for(store: Store, env: RankEnv, keys: Mapping[int, str], purpose: str, timeout_s: float | None = None) -> None:
-    """Until every rank of `keys` has set its key; RendezvousError says which of them did not `purpose`.
+    """Wait until every rank of `keys` has set its key; raise RendezvousError, naming those that did not `purpose`.
 
-    Without `timeout_s` the store's own timeout counts: the one that its connection had.
+    Without `timeout_s` the store's own timeout applies: the one that its connection had.
     """
     started = time.monotonic()
     try:
@@ -289,22 +292,22 @@ def wait_for(store: Store, env: RankEnv, keys: Mapping[int, str], purpose: str, 
 
 
 def _named(ranks: Iterable[int]) -> str:
-    """`rank 3`, `ranks 1, 3`, or the first eight and how many more."""
+    """Return `rank 3`, `ranks 1, 3`, or the first eight and how many more."""
     names = [str(rank) for rank in sorted(ranks)]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names[:8]) + more
 
 
 def identity(config_hash: str) -> dict[str, str]:
-    """What must be equal on all ranks."""
+    """Return the values that must be equal on all ranks."""
     return {"config": config_hash[:16], "torch": torch.__version__, "python": platform.python_version()}
 
 
 def roll_call(store: Store, env: RankEnv, mine: Mapping[str, str]) -> None:
-    """Every rank answers with its identity; RendezvousError names who is missing or differs, on every rank.
+    """Compare the identities of all ranks; raise RendezvousError on all of them, naming those missing or different.
 
     An answer with the key `error` ends the roll call at once: its sentence, after the rank's name, is the verdict.
-    After a bad verdict rank 0 stays until the others have read it, READ_S at most: the store may go with it.
+    After a bad verdict rank 0 stays until the others have read it, READ_S at most: the store may end with it.
     """
     if env.world == 1:
         return
@@ -329,12 +332,14 @@ def roll_call(store: Store, env: RankEnv, mine: Mapping[str, str]) -> None:
 
 
 def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str, bool, set[int]]:
-    """Return rank 0's verdict, empty or the sentence that every rank will raise; whether it is that ranks differ; and
-    the ranks that will read it."""
+    """Return rank 0's verdict, whether it is that ranks differ, and the ranks that will read it.
+
+    The verdict is empty, or the sentence that every rank will raise.
+    """
     answers: dict[int, dict[str, str]] = {}
     everybody = set(range(env.world))
     while missing := sorted(everybody - set(answers)):
-        late = time.monotonic() > env.deadline  # asked before the last look: who came in time is not called missing
+        late = time.monotonic() > env.deadline  # read before the last look: a rank in time is not called missing
         for rank in missing:
             if store.check([f"roll/{rank}"]):
                 answers[rank] = json.loads(store.get(f"roll/{rank}"))
@@ -357,20 +362,20 @@ def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str
 
 
 def scoped(store: Store, prefix: str) -> Store:
-    """`store` with every key under `prefix`."""
+    """Return `store` with every key under `prefix`."""
     return dist.PrefixStore(prefix, store)
 
 
 def make_backends(
     store: Store, env: RankEnv, device: torch.device, timeout_s: float, single_copy: bool = True
 ) -> Backends:
-    """NCCL on GPUs, gloo otherwise; on one node both stay on loopback.
+    """Return a factory of NCCL groups on GPUs, of gloo groups otherwise; on one node both stay on loopback.
 
     Groups are created within what is left of `env`'s deadline; `timeout_s` is then that of each collective. Under a
     launcher, gloo's timeout is OUTLAST_S longer: gloo's clock counts suspensions, the launcher's does not.
-    `single_copy`: ranks of a node read each other's memory where they may. On several nodes gloo listens on the
-    interfaces that GLOO_SOCKET_IFNAME names (separated by commas), else on the one whose route leads to MASTER_ADDR: a
-    host's own name often means an address that only the host itself can reach.
+    `single_copy`: ranks of a node read each other's memory where the system permits it. On several nodes gloo listens
+    on the interfaces that GLOO_SOCKET_IFNAME names (separated by commas), else on the one whose route leads to
+    MASTER_ADDR: a host's own name often means an address that only the host itself can reach.
     """
     if device.type != "cuda" and env.watched:
         timeout_s += OUTLAST_S
@@ -386,11 +391,11 @@ def make_backends(
 
 
 def address_towards(host: str, port: int) -> str:
-    """This machine's address on the route to `host`. Connecting a datagram socket asks the kernel and sends nothing."""
+    """Return this machine's address on the route to `host`; raise RendezvousError if there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
+            probe.connect(address)  # a datagram socket only asks the kernel and sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
         raise RendezvousError(
@@ -400,7 +405,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def choose_device(env: RankEnv, backend: str = "auto") -> torch.device:
-    """One GPU per process where there are GPUs, else the CPU; `backend` nccl insists on a GPU, gloo on the CPU."""
+    """Select this rank's GPU, or the CPU if there are none; `backend` nccl insists on a GPU, gloo on the CPU."""
     if backend == "nccl" and not torch.cuda.is_available():
         raise RendezvousError("launch.backend: nccl, but torch sees no GPU; --set launch.backend=gloo runs on the CPU")
     if torch.cuda.is_available() and backend != "gloo":
@@ -423,6 +428,6 @@ def choose_device(env: RankEnv, backend: str = "auto") -> torch.device:
 
 
 def _given_one_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether a starter has chosen this rank's GPU, rather than that the machine has only one."""
+    """Return whether the launcher chose this rank's GPU, rather than the machine having only one."""
     names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
     return any(environ.get(name, "") != "" and "," not in environ[name] for name in names)

@@ -1,12 +1,12 @@
 """Run gloo on GPU tensors, through host memory: several ranks can share one GPU, which NCCL refuses.
 
-Gloo cannot send or receive them, and which of its collectives accept them differs between versions of torch. So every
-operation is carried out on copies in (pinned) host memory: what is sent is copied when the operation is issued, what is
+Gloo cannot send or receive GPU tensors, and which of its collectives accept them differs between versions of torch. So
+every operation works on copies in (pinned) host memory: what is sent is copied when the operation is issued, what is
 received when it is waited for. Members make the same calls with the same bytes as on the CPU, so the ledger counts the
 same, and the sums are gloo's own.
 
 This is for checks of correctness, not for training: the host waits for the device in every call. No command uses it;
-a caller must construct `StagedBackends`. Members do not read each other's memory (`comm.nearby` knows host memory
+a caller must construct `StagedBackends`. Members do not read each other's memory (`comm.nearby` reads host memory
 only). Copies run on the current stream of the thread that waits, which may be the group's own thread: all work on the
 tensors must be on the default stream.
 """
@@ -29,7 +29,7 @@ class StagedGroup(GlooGroup):
     stages_all = False
 
     def host_copy(self, tensor: Tensor, filled: bool) -> Tensor:
-        """Return room for `tensor` in host memory, with its values if `filled`; return a CPU tensor as it is."""
+        """Return a host buffer for `tensor` (contiguous), with its values if `filled`; return a CPU tensor as it is."""
         if not tensor.is_contiguous():
             raise ValueError(f"{tuple(tensor.shape)} with strides {tensor.stride()}: only contiguous tensors are sent")
         if tensor.device.type == "cpu" and not self.stages_all:
@@ -42,7 +42,7 @@ class StagedGroup(GlooGroup):
     def staged(
         self, reads: Sequence[Tensor], writes: Sequence[Tensor], start: Callable[[list[Tensor], list[Tensor]], Any]
     ) -> StagedWork:
-        """Call `start` with host copies of `reads` and room for `writes`; a tensor in both has a single copy."""
+        """Call `start` with host copies of `reads` and buffers for `writes`; a tensor in both has a single copy."""
         hosts = {id(tensor): self.host_copy(tensor, True) for tensor in reads}
         for tensor in writes:
             if id(tensor) not in hosts:
@@ -52,10 +52,12 @@ class StagedGroup(GlooGroup):
         return StagedWork(work, list(zip(writes, into, strict=True)), list(hosts.values()))
 
     def allreduce(self, tensors: list[Tensor], options: dist.AllreduceOptions) -> StagedWork:
+        """All-reduce `tensors` through host memory."""
         call = super().allreduce  # type: ignore[misc]
         return self.staged(tensors, tensors, lambda reads, writes: call(writes, options))
 
     def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> StagedWork:
+        """Broadcast `tensors` through host memory."""
         call = super().broadcast  # type: ignore[misc]
         return self.staged(tensors, tensors, lambda reads, writes: call(writes, options))
 
@@ -64,14 +66,17 @@ class StagedGroup(GlooGroup):
         return self.staged([shard], [out], lambda reads, writes: call(writes[0], reads[0]))
 
     def alltoall_base(self, out: Tensor, full: Tensor, out_sizes: list[int], sizes: list[int]) -> StagedWork:
+        """Exchange parts of `full` through host memory."""
         call = super().alltoall_base  # type: ignore[misc]
         return self.staged([full], [out], lambda reads, writes: call(writes[0], reads[0], out_sizes, sizes))
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> StagedWork:
+        """Send `tensors` to member `destination` through host memory."""
         call = super().send
         return self.staged(tensors, [], lambda reads, writes: call(reads, destination, tag))
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> StagedWork:
+        """Receive `tensors` from member `source` through host memory."""
         call = super().recv
         return self.staged([], tensors, lambda reads, writes: call(writes, source, tag))
 
@@ -85,6 +90,7 @@ class StagedWork:
         self.is_completed = work.is_completed
 
     def wait(self) -> None:
+        """Wait for the operation and copy its results back."""
         if self._work is None:
             return
         self._work.wait()
@@ -95,7 +101,7 @@ class StagedWork:
 
 
 class StagedBackends(GlooBackends):
-    """Make gloo groups for tensors on a device; members never read each other's memory."""
+    """Factory of gloo groups for tensors on a device; members never read each other's memory."""
 
     def __init__(
         self, store: dist.Store, host: str, timeout_s: float, left_s: Callable[[], float] | None = None,
@@ -105,6 +111,7 @@ class StagedBackends(GlooBackends):
         self.stages_all = stages_all
 
     def make_group(self, store: dist.Store, index: int, size: int, options: Any) -> StagedGroup:
+        """Return a new group, which the caller configures further."""
         group = StagedGroup(store, index, size, options)
         group.stages_all = self.stages_all
         return group

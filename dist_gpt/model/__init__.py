@@ -1,1 +1,1 @@
-"""The GPT: `gpt` holds its blocks, `functions` the pure functions in them, `init` their first weights."""
+"""GPT model: its blocks (`gpt`), their pure functions (`functions`, `core`) and initial weights (`init`)."""

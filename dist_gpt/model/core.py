@@ -1,7 +1,7 @@
-"""Attention's core computed again in the backward (train.recompute: selective; arXiv:2205.05198, section 5).
+"""Attention core that is computed again in the backward (train.recompute: selective; arXiv:2205.05198, section 5).
 
-Of softmax(q k^T) v only q, k and v are kept. The first to need the output in the backward is the projection behind it:
-it computes it once more, and the core's own backward goes through that second computation.
+Of softmax(q k^T) v only q, k and v are kept. In the backward the output projection needs the core's output first and
+computes it again; the core's own backward then goes through that second computation.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dist_gpt.model.functions import attention_core
 
 
 class CoreAgain:
-    """The core of one layer and micro-batch. `again` is entered around the second computation."""
+    """Attention core of one layer and micro-batch. `again` is entered around the second computation."""
 
     def __init__(self, rate: float, seed: int, again: Callable[[], AbstractContextManager[object]]) -> None:
         self.rate, self.seed, self.again = rate, seed, again
         self._second: tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `attention_core`, keeping nothing."""
+        """Return the result of `attention_core` without keeping anything for the backward."""
         result: Tensor = _Core.apply(q, k, v, self)
         return result
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The second time: the output as the projection takes it, (tokens, heads x K)."""
+        """Compute the output a second time and return it as the projection takes it, (tokens, heads x K)."""
         leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
         with torch.enable_grad(), self.again():
             out = attention_core(*leaves, self.rate, self.seed)
@@ -37,7 +37,7 @@ class CoreAgain:
         return merge_heads(out.detach())
 
     def gradients(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Of q, k and v; what the second computation kept is let go."""
+        """Return the gradients of q, k and v and release the second computation; RuntimeError if there was none."""
         if self._second is None:
             raise RuntimeError("the backward of an attention core came before that of the projection behind it")
         leaves, out = self._second
@@ -57,6 +57,6 @@ class _Core(torch.autograd.Function):
 
 
 def merge_heads(y: Tensor) -> Tensor:
-    """(B, heads, T, K) -> (B x T, heads x K)."""
+    """Reshape y (B, heads, T, K) to (B x T, heads x K)."""
     batch, heads, time, width = y.shape
     return y.transpose(1, 2).reshape(batch * time, heads * width)

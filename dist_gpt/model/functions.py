@@ -1,6 +1,6 @@
-"""The pure functions of a block: normalisation, rotary positions, attention core, dropout.
+"""Pure functions of a block: normalisation, SwiGLU, rotary positions, attention core, dropout.
 
-No groups, no parameters of their own, no generator state.
+They have no groups, no parameters of their own and no generator state.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dist_gpt.parallel.matmul import LOW, in_float
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) x weight over the last dim: (N, H) -> (N, H). Source: arXiv:1910.07467."""
+    """Return x / sqrt(mean(x^2) + eps) x weight over the last dim: (N, H) -> (N, H). Source: arXiv:1910.07467."""
     result: Tensor = _RmsNorm.apply(x, weight, eps)
     return result
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps x and one number a row; autograd of the formula would keep three more activations."""
+    """RMSNorm that keeps x and one number per row; autograd of the formula would keep three more activations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.rsqrt(_wide(x).square().mean(dim=-1, keepdim=True) + eps)  # one float32 a row at least
+        inverse = torch.rsqrt(_wide(x).square().mean(dim=-1, keepdim=True) + eps)  # per row, in float32 at least
         ctx.save_for_backward(x, inverse)
         ctx.weight = weight
         return (x * inverse).mul_(weight).to(x.dtype)
@@ -47,7 +47,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) x weight + bias over the last dim, (N, H). Source: arXiv:1607.06450."""
+    """Return (x - mean) / sqrt(variance + eps) x weight + bias over the last dim, (N, H). Source: arXiv:1607.06450."""
     if x.dtype in LOW and x.device.type == "cpu":
         result: Tensor = _LayerNorm.apply(x, weight, bias, eps)
         return result
@@ -55,8 +55,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 class _LayerNorm(torch.autograd.Function):
-    """For activations in 2 bytes on a CPU. torch's own kernel there sums the gradients of weight and bias over the rows
-    in 2 bytes, which costs a percent of them; this one computes in float32 and keeps the same."""
+    """LayerNorm of 16-bit activations on a CPU.
+
+    torch's own kernel there sums the gradients of weight and bias over the rows in 16 bits, an error of one percent;
+    this one computes in float32 and keeps the same tensors.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -78,7 +81,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Keeps gate and up only; the activated gate is computed again in the backward."""
+    """SwiGLU that keeps gate and up only; the activated gate is computed again in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -100,14 +103,14 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) x up with x = [gate | up]: (N, 2F) -> (N, F). Source: arXiv:2002.05202."""
+    """Return silu(gate) x up with x = [gate | up]: (N, 2F) -> (N, F). Source: arXiv:2002.05202."""
     result: Tensor = _SwiGlu.apply(x)
     return result
 
 
 @lru_cache(maxsize=8)
 def rotary_table(seq_len: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin of position x theta^(-2i/K), each half repeated: (2, T, K), computed in float64."""
+    """Return cos and sin of position x theta^(-2i/K), each half repeated: (2, T, K), computed in float64."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies).repeat(1, 2)
     wide = torch.float32 if dtype in LOW else dtype
@@ -115,13 +118,13 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, dtype: torch.dtype, 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary positions, half-split form: x (B, T, heads, K), table (2, T, K). Source: arXiv:2104.09864."""
+    """Apply rotary positions, half-split form: x (B, T, heads, K), table (2, T, K). Source: arXiv:2104.09864."""
     result: Tensor = _Rotate.apply(x, table)
     return result
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps nothing but the table: the transpose of a rotation is the rotation back."""
+    """Rotation that keeps only the table: the transpose of a rotation is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_core(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
-    """Causal softmax(q k^T / sqrt(K)) v: q (B, heads, T, K), k and v (B, kv_heads, T, K) -> (B, heads, T, K).
+    """Return causal softmax(q k^T / sqrt(K)) v, (B, heads, T, K): q of that shape, k and v (B, kv_heads, T, K).
 
     With dropout the mask depends on `seed` alone, not on the generator's state before the call.
     """
@@ -155,14 +158,16 @@ def attention_core(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, seed: 
     if dropout == 0.0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     with torch.random.fork_rng(devices=[q.device] if q.is_cuda else []):
-        # torch.manual_seed would prepare all devices for it, with a stack trace each time: 3 ms where there is none
+        # torch.manual_seed also prepares GPUs, with a stack trace each time: 3 ms where there is none
         torch.manual_seed(seed) if q.is_cuda else torch.default_generator.manual_seed(seed)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
 
 
 class _MetaAttention(torch.autograd.Function):
-    """What a fused kernel computes and keeps, for dry runs: two products forward, four backward; q, k, v, the output
-    and one log-sum-exp a row are kept."""
+    """Stand-in for a fused kernel in dry runs: it computes and keeps as much.
+
+    It has two matmuls forward and four backward, and keeps q, k, v, the output and one log-sum-exp per row.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -188,7 +193,7 @@ def _expand(kv: Tensor, q: Tensor) -> Tensor:
 
 
 def log_sum_exp_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Fused attention keeps its statistics in float32, and in float64 for float64."""
+    """Return the dtype of fused attention's statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -198,10 +203,11 @@ _LOW = 0xFFFFFFFF
 
 
 def dropout(x: Tensor, rate: float, key: tuple[int, ...], first_row: int, skip: bool = False) -> Tensor:
-    """Inverted dropout of x (N, H), rows `first_row` .. of the global batch.
+    """Apply inverted dropout to x (N, H), rows `first_row` .. of the global batch.
 
     The mask is a hash of `key` and the global element index: the same for every layout, for a recomputed forward and
-    after a resume. It is computed again in the backward, so nothing is kept. `skip`: x as it is, for its backward.
+    after a resume. The backward computes it again, so nothing is kept. With `skip`, return x as it is, with the same
+    backward.
     """
     if rate == 0.0:
         return x
@@ -210,7 +216,7 @@ def dropout(x: Tensor, rate: float, key: tuple[int, ...], first_row: int, skip: 
 
 
 def seed_of(key: tuple[int, ...]) -> int:
-    """63 bits from a tuple of integers."""
+    """Hash a tuple of integers to a 63-bit seed."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -226,9 +232,9 @@ class _Dropout(torch.autograd.Function):
 
 
 def _keep(x: Tensor, rate: float, seed: int, first_row: int) -> Tensor:
-    """0 or 1/(1 - rate) per element: a 32-bit finaliser (MurmurHash3's fmix32) over the element index and the seed."""
+    """Return 0 or 1/(1 - rate) per element, from MurmurHash3's 32-bit finaliser (fmix32) over index and seed."""
     if x.is_meta:
-        return torch.empty_like(x)  # a dry run counts; twenty operations on no data would be most of its time
+        return torch.empty_like(x)  # a dry run only counts; twenty operations on no data would be most of its time
     rows, columns = x.shape
     index = torch.arange(first_row * columns, (first_row + rows) * columns, device=x.device, dtype=torch.int64)
     bits = _fmix32((index & _LOW) ^ (seed & _LOW))

@@ -1,13 +1,13 @@
-"""The GPT as blocks: an embedding, layers, a head.
+"""GPT as blocks: an embedding, layers, a head.
 
-Activations are (N, H): N tokens of one micro-batch, B sequences of T tokens flattened, by H features. Under sequence
-parallelism what lies between the column- and row-parallel products is (N/tp, H). K is the width of a head.
+Activations are (N, H): N tokens of one micro-batch (B sequences of T tokens, flattened) by H features. Under sequence
+parallelism they are (N/tp, H) from a row-parallel matmul to the next column-parallel one. K is the width of a head.
 
 The same code is the one-process model (every group has size 1) and a rank's part of a parallel one. There is no loop
-over the blocks here: `parallel.executor` calls them one by one, forward and backward, in the order its step list says.
-For the same reason a parameter's gradient does not travel through autograd. The layers hand it to the GradSink, which
-adds it to the parameter's place in a flat buffer, now or in a later step; `use(parameter, sink)` does this for
-parameters of ordinary functions.
+over the blocks here: `parallel.executor` calls them one by one, forward and backward, in the order of its step list.
+For the same reason a parameter's gradient bypasses autograd. The layers hand it to the GradSink, which adds it to the
+parameter's place in a flat buffer, at once or in a later step; `use(parameter, sink)` does this for parameters of
+ordinary functions.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ ATTENTION_BRANCH, MLP_BRANCH, ATTENTION_WEIGHTS, EMBEDDING = range(4)  # dropout
 
 @dataclass(frozen=True)
 class Wiring:
-    """What all blocks of a rank share. `find` returns the parameter of a name, or None where the table has none (a
-    model without biases)."""
+    """Objects that all blocks of a rank share.
+
+    `find` returns the parameter of a name, or None if the table has none (a model without biases).
+    """
 
     config: Config
     tp: Group
@@ -56,30 +58,33 @@ class Wiring:
 
     @property
     def sequence_parallel(self) -> bool:
+        """True if sequence parallelism is configured and there is more than one tp rank."""
         return self.config.parallel.sequence_parallel and self.tp.size > 1
 
     def parameter(self, name: str) -> Parameter:
-        """The parameter `name`; the model cannot be without it."""
+        """Return the parameter `name`; raise ValueError if this rank's table does not have it."""
         found = self.find(name)
         if found is None:
             raise ValueError(f"parameter {name} is not in the table of this rank")
         return found
 
     def column(self, name: str) -> ColumnLinear:
+        """Return the column-parallel layer with the parameters `name`.weight and, if any, `name`.bias."""
         weight, bias = self.parameter(f"{name}.weight"), self.find(f"{name}.bias")
         return ColumnLinear(weight, bias, self.tp, self.sequence_parallel, self.sink)
 
     def row(self, name: str) -> RowLinear:
+        """Return the row-parallel layer with the parameters `name`.weight and, if any, `name`.bias."""
         weight, bias = self.parameter(f"{name}.weight"), self.find(f"{name}.bias")
         return RowLinear(weight, bias, self.tp, self.sequence_parallel, self.sink)
 
     def first_token(self, micro: MicroBatch, tokens_here: int) -> int:
-        """Global index of this rank's first token: over all sequences of the step's batch."""
+        """Return the index of this rank's first token among all tokens of the step's global batch."""
         start = micro.first_sample * self.config.model.seq_len
         return start + (self.tp.index * tokens_here if self.sequence_parallel else 0)
 
     def drop(self, x: Tensor, micro: MicroBatch, block: int, site: int, skip: bool = False) -> Tensor:
-        """Residual or embedding dropout of x (N/tp or N, H); `skip`: only for its backward."""
+        """Apply residual or embedding dropout to x (N/tp or N, H); with `skip`, only in the backward."""
         rate = self.config.model.dropout if micro.training else 0.0
         if rate == 0.0:
             return x
@@ -88,7 +93,7 @@ class Wiring:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the features, by `model.norm`."""
+    """LayerNorm or RMSNorm over the features, as set by `model.norm`."""
 
     def __init__(self, wiring: Wiring, name: str) -> None:
         super().__init__()
@@ -98,6 +103,7 @@ class Norm(nn.Module):
         self.kind, self.eps = wiring.config.model.norm, wiring.config.model.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N/tp or N, H)."""
         weight = use(self.weight, self.sink)
         if self.kind == "rmsnorm":
             return rms_norm(x, weight, self.eps)
@@ -118,6 +124,7 @@ class Attention(nn.Module):
         self.widths = [section // wiring.tp.size for section in qkv_sections(wiring.config)]
 
     def forward(self, x: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the attention branch of x (N/tp or N, H), in the same shape."""
         m = self.wiring.config.model
         qkv = self.qkv(x)  # (N, (heads + 2 kv_heads)/tp * K)
         q, k, v = (
@@ -139,7 +146,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Up, activation, down; the inner width is split over tp."""
+    """Feed-forward branch (up, activation, down); the inner width is split over tp."""
 
     def __init__(self, wiring: Wiring, name: str) -> None:
         super().__init__()
@@ -148,6 +155,7 @@ class Mlp(nn.Module):
         self.activation = wiring.config.model.activation
 
     def forward(self, x: Tensor, skip_last: bool) -> Tensor:
+        """Return the MLP branch of x (N/tp or N, H), in the same shape; with `skip_last`, `down` is not computed."""
         x = self.up(x)  # (N, F/tp), with SwiGLU (N, 2F/tp)
         x = swiglu(x) if self.activation == "swiglu" else F.gelu(x, approximate="tanh")
         return self.down(x, skip_last)
@@ -164,6 +172,7 @@ class Embed(nn.Module):
         self.first_row, _ = vocab_range(wiring.config, wiring.tp.index)
 
     def forward(self, x: Tensor | None, micro: MicroBatch) -> Tensor:
+        """Return the embeddings of the micro-batch's tokens, (N/tp or N, H); `x` is not used."""
         w = self.wiring
         if micro.tokens is None:
             raise ValueError("the embedding needs the micro-batch's tokens")
@@ -198,13 +207,13 @@ def _rows_of(x: Tensor, position: Tensor, first_token: int) -> Tensor:
 
 
 def add_positions(x: Tensor, position: Parameter, first_token: int, sink: GradSink) -> Tensor:
-    """x (N/tp or N, H) + rows of `position` (T, H), token n of the batch being at position n mod T."""
+    """Add rows of `position` (T, H) to x (N/tp or N, H); token n of the batch is at position n mod T."""
     result: Tensor = _AddPositions.apply(x, position, first_token, sink)
     return result
 
 
 class Layer(nn.Module):
-    """Blocks 1 .. L: pre-norm attention and MLP, each added to the residual stream."""
+    """One of blocks 1 .. L: pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, wiring: Wiring, block: int) -> None:
         super().__init__()
@@ -216,13 +225,14 @@ class Layer(nn.Module):
         self.mlp = Mlp(wiring, f"{name}.mlp")
 
     def forward(self, x: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the residual stream after this layer, (N/tp or N, H) like x."""
         drop = self.wiring.drop
         x = x + drop(self.attn(self.norm1(x), micro), micro, self.block, ATTENTION_BRANCH)
         return x + drop(self.mlp(self.norm2(x), micro.again), micro, self.block, MLP_BRANCH, skip=micro.again)
 
 
 class Head(nn.Module):
-    """Block L + 1: the last norm, logits, and the loss (scaled sum over the micro-batch's tokens)."""
+    """Block L + 1: the last norm, the logits, and the loss (scaled sum over the micro-batch's tokens)."""
 
     def __init__(self, wiring: Wiring, weight: Parameter) -> None:
         super().__init__()
@@ -232,6 +242,7 @@ class Head(nn.Module):
         self.first_id, _ = vocab_range(wiring.config, wiring.tp.index)
 
     def forward(self, x: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the scaled loss of x (N/tp or N, H), a scalar equal on all tp ranks."""
         if micro.targets is None:
             raise ValueError("the head needs the micro-batch's targets")
         logits = self.logits(self.norm(x))  # (N, V/tp)
@@ -240,7 +251,7 @@ class Head(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks that one rank holds, by block number, over parameters made by `new` (one call per table row)."""
+    """Blocks of one rank, by block number, with parameters made by `new` (one call per table row)."""
 
     def __init__(
         self,
@@ -264,5 +275,6 @@ class Stage(nn.Module):
                 self.blocks[str(block)] = Head(wiring, wiring.parameter(head))
 
     def forward(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor:
+        """Return the output of `block` for input `x` (None for block 0); the head returns the loss."""
         result: Tensor = self.blocks[str(block)](x, micro)
         return result

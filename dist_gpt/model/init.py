@@ -1,4 +1,4 @@
-"""First weights: a function of (seed, parameter name), never of the layout."""
+"""Initial weights: a function of (seed, parameter name), never of the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_gpt.params import Param
 
 
 def initial_weight(param: Param, seed: int) -> Tensor:
-    """The whole parameter, float32 on the CPU."""
+    """Return the initial value of a whole parameter, float32 on the CPU."""
     if param.init == "zeros":
         return torch.zeros(param.shape)
     if param.init == "ones":
@@ -20,7 +20,7 @@ def initial_weight(param: Param, seed: int) -> Tensor:
 
 
 def local_part(param: Param, whole: Tensor, tp: int, index: int) -> Tensor:
-    """What tp rank `index` stores of `whole`."""
+    """Return the part of `whole` that rank `index` of `tp` tp ranks stores."""
     if param.shard_dim is None:
         return whole
     pieces = [whole.narrow(param.shard_dim, start, stop - start) for start, stop in param.pieces(tp, index)]

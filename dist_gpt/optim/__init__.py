@@ -1,1 +1,1 @@
-"""The update: learning rate, global norm and clipping, the sharded step."""
+"""Weight updates: learning rate, global norm and clipping, the sharded step, the DeepSpeed engine."""

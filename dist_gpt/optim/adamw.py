@@ -1,8 +1,8 @@
-"""The optimizer of a rank: it finishes the reductions, clips, and steps its shards.
+"""Optimizer of a rank: it finishes the reductions, clips, and steps its shards.
 
-The arithmetic of one step is torch's fused AdamW or SGD on flat slices (`optim.narrow` where averages or gradients are
-kept in fewer bytes than the master). Clipping, the loss's scale and the skip of a non-finite step are decided on the
-device, so the host never waits and every rank issues the same collectives.
+The arithmetic of one step is torch's fused AdamW or SGD on flat slices (`optim.narrow` if moments or gradients are in a
+narrower dtype than the master). Clipping, the loss scale and the skip of a non-finite step are decided on the device,
+so the host never waits and every rank issues the same collectives.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from dist_gpt.plan.precision import Precision
 
 
 class Optimizer:
-    """Steps the slices of the buckets that this rank owns. After a step, on the device, in float64: `statistics` (2,),
-    the loss summed over the batch and the global gradient norm before clipping; `stop_votes` (), how many ranks wanted
-    to stop (`wants_stop`) in this step, equal on all ranks."""
+    """Optimizer of the bucket slices that this rank owns.
+
+    After a step, on the device, in float64 and equal on all ranks: `statistics` (2,), the loss summed over the batch
+    and the global gradient norm before clipping; `stop_votes` (), how many ranks wanted to stop (`wants_stop`).
+    """
 
     def __init__(self, config: Config, buffers: FlatBuffers, mesh: Mesh) -> None:
         self.config, self.buffers, self.mesh = config, buffers, mesh
@@ -35,7 +37,7 @@ class Optimizer:
         self.precision = Precision.of(config)
         self.fused = buffers.device.type != "meta"  # a dry run has no kernel to fuse
         self.offloaded = config.optim.offload
-        self.device = torch.device("cpu") if self.offloaded and self.fused else buffers.device  # where it steps
+        self.device = torch.device("cpu") if self.offloaded and self.fused else buffers.device  # of the slices
         self.separate = self.precision.low or self.offloaded  # the parameters are not their own masters
         dtypes = TORCH_DTYPE[self.precision.master], TORCH_DTYPE[self.precision.gradient]
         self.masters = [
@@ -54,10 +56,10 @@ class Optimizer:
         self.wants_stop: Callable[[], object] = lambda: False
         self.before_clip: Callable[[], None] | None = None  # the certificate reads final gradients here
 
-    # --- what it steps -------------------------------------------------------------------------------------------
+    # --- slices --------------------------------------------------------------------------------------------------
 
     def _room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Where it steps; a GPU copies from and to pinned host memory at full speed."""
+        """Return zeros on the device of the slices; with offload from a GPU pinned, to be copied at full speed."""
         pinned = like.is_cuda and self.offloaded
         return torch.zeros(like.shape, dtype=dtype, device=self.device, pin_memory=pinned)
 
@@ -74,7 +76,7 @@ class Optimizer:
         return SGD(groups, o.momentum, self.fused)
 
     def _slices(self) -> tuple[list[Parameter], list[Parameter]]:
-        """Flat views of what this rank steps, with and without weight decay, their gradients bound."""
+        """Return flat views of what this rank steps, with and without weight decay, their gradients bound."""
         decayed: list[Parameter] = []
         plain: list[Parameter] = []
         for flat, master, gradient in zip(self.flats, self.masters, self.gradients, strict=True):
@@ -93,9 +95,9 @@ class Optimizer:
     # --- a step --------------------------------------------------------------------------------------------------
 
     def step(self, rate: float, loss: Tensor) -> None:
-        """One update with learning rate `rate`; `loss` is this rank's part of the summed loss (0 off the last stage).
+        """Update with learning rate `rate`; `loss` is this rank's part of the summed loss (0 off the last stage).
 
-        Non-finite gradients or loss leave the weights as they are; the collectives still run.
+        Non-finite gradients or loss leave the weights unchanged; the collectives still run.
         """
         self.buffers.finish_reductions()
         self._sum_copies()
@@ -115,8 +117,10 @@ class Optimizer:
             self.scale.update(bad)
 
     def _sum_copies(self) -> None:
-        """Add up what is left on the reduced shards: over the nodes that each hold all of the state, and over the first
-        and the last stage, which both hold the tied embedding."""
+        """Sum the reduced shards over the ranks that hold copies of the same state.
+
+        These are the nodes if each holds all of the state, and the first and last stage, which hold a tied embedding.
+        """
         for pending in [self.mesh.replica.all_reduce(flat.gradient_shard) for flat in self.flats]:
             pending.wait()
         for flat in self.flats:
@@ -129,7 +133,7 @@ class Optimizer:
                 gradient.copy_(flat.gradient_shard)
         divisor, bad = divisor.to(self.device), bad.to(self.device)
         by_rule = isinstance(self.rule, NarrowAdamW) or (self.fused and self.precision.master != "fp64")
-        if not by_rule:  # the fused kernel's divisor is float32: not for a float64 certificate
+        if not by_rule:  # the fused kernel's float32 divisor is too coarse for a float64 certificate
             for gradient in self.gradients:
                 gradient.div_(divisor.to(gradient.dtype))
         with torch.no_grad():
@@ -141,12 +145,12 @@ class Optimizer:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def load(self, flat: FlatBucket, slot: Slot, value: Tensor) -> None:
-        """The parameter in `slot` was set to `value`, of this tp rank's shape: so is its master."""
+        """Set the master of the parameter in `slot` to `value`, of this tp rank's shape."""
         if self.separate:
             flat.load_shard(self.masters[flat.bucket.index], slot, value)
 
     def state(self) -> dict[str, Tensor]:
-        """The live state, `BUCKET.START-STOP.KEY` -> tensor; where nothing was stepped yet it is made first, zero."""
+        """Return the live state, `BUCKET.START-STOP.KEY` -> tensor; missing state of slices is created as zero."""
         found: dict[str, Tensor] = {}
         for name, piece in self.slices.items():
             found |= {f"{name}.{key}": value for key, value in self.rule.state_of(piece).items()}
@@ -158,7 +162,7 @@ class Optimizer:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of averages, and of masters that are not the parameters themselves (step counters left out)."""
+        """Bytes of moments, and of masters and gradients that are copies (step counters left out)."""
         states = [t for state in self.rule.state.values() for t in state.values()]
         copies = self.masters if self.separate else []
         copies = copies + (self.gradients if self.offloaded else [])

@@ -1,4 +1,4 @@
-"""The global gradient norm: every parameter once, over all axes."""
+"""Global gradient norm, which counts every parameter once over all axes, and clipping by it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from dist_gpt.params import SHARDED
 
 
 def squared_norm_here(flats: list[FlatBucket], mesh: Mesh) -> Tensor:
-    """This rank's part of the squared norm, a float64 scalar, such that the sum over the world counts every gradient
-    element once: a shard counts where it is owned (unsharded state: on the first data rank; replicated over nodes: on
-    the first), what is whole on every tp rank counts on the first, a tied embedding on the first stage.
+    """Return this rank's part of the squared norm, a float64 scalar.
+
+    The sum over the world counts every gradient element once: a shard counts on its owner (unsharded state: on the
+    first data rank; replicated over nodes: on the first), parameters that are whole on every tp rank count on the first
+    one, a tied embedding on the first stage.
     """
     total = torch.zeros((), dtype=torch.float64, device=flats[0].gradient_shard.device if flats else None)
     for flat in flats:
@@ -36,7 +38,7 @@ def _norm_dtype(piece: Tensor) -> torch.dtype:
 
 
 def clip_divisor(norm: Tensor, limit: float) -> Tensor:
-    """What gradients are divided by: max(1, norm / limit); 1 when `limit` is 0. Stays on the device."""
+    """Return the divisor of gradients: max(1, norm / limit), or 1 if `limit` is 0. It stays on the device."""
     if limit == 0.0:
         return torch.ones_like(norm)
     return (norm / limit).clamp(min=1.0)

@@ -1,9 +1,8 @@
-"""The DeepSpeed engine (optim.engine: deepspeed): ZeRO's stages and their communication are DeepSpeed's, the model, its
-tensor-parallel collectives, batches, learning rates and first weights are ours.
+"""DeepSpeed engine (optim.engine: deepspeed): ZeRO's stages and their communication are DeepSpeed's.
 
-DeepSpeed wants a module that it calls, gradients in autograd, a default process group, and groups through an object
-with Megatron's names for them. It communicates by itself: what it moves is not in our ledger but counted at its own
-seam, see `optim.traffic`.
+The model, its tensor-parallel collectives, batches, learning rates and initial weights are ours. DeepSpeed needs a
+module that it calls, gradients in autograd, a default process group, and groups through an object with Megatron's names
+for them. It communicates by itself: its traffic is not in our ledger but counted at its backend, see `optim.traffic`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from dist_gpt.skips import CHANGE, DivergedError
 
 
 def _imported() -> Any:
-    """The package. Raises ConfigError where it is installed and cannot be imported."""
+    """Import and return the package. Raise ConfigError if it is installed and cannot be imported."""
     try:
         import deepspeed
     except Exception as error:
@@ -50,8 +49,7 @@ def _imported() -> Any:
 
 
 class DeepSpeedEngine:
-    """`rank`'s model under DeepSpeed. Parameters are set with `load` until `start`; from there on they are
-    DeepSpeed's."""
+    """Model of one rank under DeepSpeed. `load` sets parameters until `start`; from then on DeepSpeed owns them."""
 
     def __init__(self, config: Config, plan: RankPlan, mesh: Mesh, groups: GlobalGroups, device: torch.device) -> None:
         self.config, self.plan, self.mesh, self.device = config, plan, mesh, device
@@ -73,15 +71,15 @@ class DeepSpeedEngine:
         return parameter
 
     def load(self, param: Param, part: Tensor) -> None:
-        """`part`, of this tp rank's shape, becomes the value."""
+        """Set `param` to `part`, of this tp rank's shape. Raise RuntimeError after `start`."""
         if self.engine is not None:
             raise RuntimeError(f"{param.name} cannot be set any more: its parts are DeepSpeed's")
         with torch.no_grad():
             self.model.stage.named[param.name].copy_(part)
 
     def start(self) -> None:
-        """Hand the model over."""
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else it looks for one, and says what it found
+        """Hand the model over to DeepSpeed; to be called by all ranks together."""
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # else it probes for one, and prints the result
         deepspeed = _imported()
         # DeepSpeed calls torch's collectives by the names they had before torch 2.13
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -94,14 +92,14 @@ class DeepSpeedEngine:
             )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """Name, version, training steps, and traffic by phase, axis and operation."""
+        """Return name, version, training steps, and traffic by phase, axis and operation."""
         return {
             "name": "DeepSpeed", "version": version("deepspeed"), "steps": self.steps,
             "traffic": self.traffic.document(),
         }  # fmt: skip
 
     def _watch(self) -> None:
-        """Put DeepSpeed on the global group that is there; every call of its communication module is counted."""
+        """Make DeepSpeed use the existing global group, and count every call of its communication backend."""
         import deepspeed.comm.comm as seam
 
         compile_nothing()
@@ -109,7 +107,7 @@ class DeepSpeedEngine:
         seam.cdb = self.traffic.watch(seam.cdb)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """torch's own, as the native engine's: nothing has to be compiled, and both engines step alike."""
+        """Return torch's optimizer, as in the native engine: nothing to compile, and both engines step alike."""
         o = self.config.optim
         named = self.model.stage.named
         groups = [
@@ -122,7 +120,7 @@ class DeepSpeedEngine:
         return torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, fused=True)
 
     def close(self) -> None:
-        """Let go of DeepSpeed's state of this process."""
+        """Release DeepSpeed's state in this process."""
         if self.engine is None:
             return
         import deepspeed.comm.comm as seam
@@ -135,24 +133,25 @@ class DeepSpeedEngine:
 
 
 def compile_nothing() -> None:
-    """Before DeepSpeed's communication starts in this process: without its shared-memory operation.
+    """Switch off DeepSpeed's shared-memory operation, before its communication starts in this process.
 
-    Only inference calls it. It would be compiled at the first use, which takes minutes; and whoever is killed meanwhile
-    leaves a lock for which everybody after waits without end."""
+    Only inference calls it. It would be compiled at the first use, which takes minutes, and a process that is killed
+    meanwhile leaves a lock on which all later ones wait forever.
+    """
     from deepspeed.ops import __compatible_ops__ as buildable
 
     buildable["deepspeed_shm_comm"] = False
 
 
 def engine_config(config: Config, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+    """Return DeepSpeed's own configuration."""
     o, t, dtype = config.optim, config.train, config.train.dtype
     elements = bucket_elements(config)
     zero: dict[str, Any] = {
         "stage": STAGES[o.sharding], "overlap_comm": device.type == "cuda",
         "reduce_bucket_size": elements, "allgather_bucket_size": elements,
     }  # fmt: skip
-    if o.sharding == "zero3":  # matrices are cut, vectors stay whole
+    if o.sharding == "zero3":  # matrices are sharded, vectors stay whole
         zero |= {
             "stage3_param_persistence_threshold": persistence_threshold(config),
             "stage3_prefetch_bucket_size": PREFETCHED,
@@ -167,7 +166,7 @@ def engine_config(config: Config, device: torch.device) -> dict[str, Any]:
         "gradient_clipping": o.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled
         "steps_per_print": None,
     }
     if dtype == "bf16":
@@ -180,7 +179,7 @@ def engine_config(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 class Units:
-    """Our groups under the names that DeepSpeed asks for them by (Megatron's)."""
+    """Our groups under the names by which DeepSpeed asks for them (Megatron's)."""
 
     def __init__(self, mesh: Mesh, groups: GlobalGroups) -> None:
         self.mesh = mesh
@@ -188,30 +187,39 @@ class Units:
         self.model = groups.group("tp", mesh.tp.ranks)
 
     def get_data_parallel_group(self) -> Any:
+        """Return the process group of this rank's data axis."""
         return self.data
 
     def get_data_parallel_group_ranks(self) -> list[int]:
+        """Return the global ranks of this rank's data group."""
         return list(self.mesh.data.ranks)
 
     def get_data_parallel_world_size(self) -> int:
+        """Return the number of data ranks."""
         return self.mesh.data.size
 
     def get_data_parallel_rank(self) -> int:
+        """Return the index of this rank in its data group."""
         return self.mesh.data.index
 
     def get_model_parallel_group(self) -> Any:
+        """Return the process group of this rank's tp axis."""
         return self.model
 
     def get_model_parallel_world_size(self) -> int:
+        """Return the number of tp ranks."""
         return self.mesh.tp.size
 
     def get_model_parallel_rank(self) -> int:
+        """Return the index of this rank in its tp group."""
         return self.mesh.tp.index
 
 
 class Walk:
-    """Which entry of the step list runs, told to the ledger. Forward entries are entered one by one; backward entries
-    one after the other as autograd reaches their blocks."""
+    """Position in the step list, reported to the ledger.
+
+    Forward entries are entered one by one; backward entries one after the other as autograd reaches their blocks.
+    """
 
     def __init__(self, plan: RankPlan, mesh: Mesh) -> None:
         self.ledger = mesh.ledger
@@ -228,28 +236,29 @@ class Walk:
 
     @contextmanager
     def entry(self, phase: str, kind: str, block: int | None, micro_batch: int) -> Iterator[None]:
-        """Inside, this entry of the list runs."""
+        """Report this entry of the list as running while inside the context."""
         with self.ledger.step(phase, *self._at[phase, kind, block, micro_batch]):
             yield
 
     def enters(self, block: int, micro_batch: int) -> None:
-        """The backward of `block` begins; the one that ran is over."""
+        """End the backward that runs, if any, and begin that of `block`."""
         self._open.close()
         self._open.enter_context(self.entry(TRAIN, BACKWARD, block, micro_batch))
 
     def leaves(self) -> None:
-        """The backward of a micro-batch is over."""
+        """End the backward of a micro-batch."""
         self._open.close()
 
 
 class Model(nn.Module):
-    """All blocks in one forward: what DeepSpeed calls. Returns the loss, scaled as ours."""
+    """Module that DeepSpeed calls: all blocks in one forward."""
 
     def __init__(self, stage: Stage, blocks: tuple[int, ...], walk: Walk) -> None:
         super().__init__()
         self.stage, self.blocks, self.walk = stage, blocks, walk
 
     def forward(self, micro: MicroBatch, m: int) -> Tensor:
+        """Return the loss of micro-batch number `m`, scaled as in the native engine."""
         phase = TRAIN if micro.training else EVAL
         x: Tensor | None = None
         for block in self.blocks:
@@ -268,15 +277,14 @@ class Model(nn.Module):
 
 
 class DeepSpeedExecutor:
-    """Trains and evaluates as `parallel.executor.Executor` does, the steps between reduction and gather left to
-    DeepSpeed."""
+    """Counterpart of `parallel.executor.Executor` that leaves the steps from reduction to gather to DeepSpeed."""
 
     def __init__(self, parts: DeepSpeedEngine) -> None:
         self.parts, self.plan, self.walk = parts, parts.plan, parts.walk
         self.loss = torch.zeros((), device=parts.device)
 
     def train(self, batch: Batches, update: Update) -> Tensor:
-        """One training step; `update` is called with the loss after the last backward. Returns the loss part."""
+        """Run one training step, with `update` called on the loss after the last backward; return the loss part."""
         engine, last = self.parts.engine, self.plan.config.micro_batches - 1
         self.loss = torch.zeros_like(self.loss)
         with self.parts.traffic.during(TRAIN):
@@ -285,8 +293,8 @@ class DeepSpeedExecutor:
                     micro = batch(m)
                 loss = engine(micro, m)
                 self.loss += loss.detach()
-                # ours is a part of the mean already: DeepSpeed's mean over data ranks is taken back, and its mean over
-                # micro-batches left out
+                # our loss is already a part of the mean: undo DeepSpeed's mean over data ranks, and leave out its mean
+                # over micro-batches
                 engine.backward(loss * self.plan.layout.data, scale_wrt_gas=False)
                 self.walk.leaves()
                 if m < last:
@@ -297,10 +305,10 @@ class DeepSpeedExecutor:
         return self.loss
 
     def refresh(self) -> None:
-        """Nothing: DeepSpeed gathers what it has stepped at once, or block by block."""
+        """Do nothing: DeepSpeed gathers what it has stepped at once, or block by block."""
 
     def evaluate(self, batch: Batches) -> Tensor:
-        """Forwards only. Returns this rank's part of the summed loss."""
+        """Run the forwards of one validation batch; return this rank's part of the summed loss."""
         engine = self.parts.engine
         self.loss = torch.zeros_like(self.loss)
         engine.eval()
@@ -312,7 +320,7 @@ class DeepSpeedExecutor:
 
 
 class DeepSpeedOptimizer:
-    """Steps the engine; after a step `statistics` and `stop_votes` are as the native optimizer's."""
+    """Optimizer that steps the engine; `statistics` and `stop_votes` are set as by `optim.adamw.Optimizer`."""
 
     def __init__(self, parts: DeepSpeedEngine) -> None:
         self.parts, self.mesh = parts, parts.mesh
@@ -322,9 +330,9 @@ class DeepSpeedOptimizer:
         self.wants_stop: Callable[[], object] = lambda: False
 
     def step(self, rate: float, loss: Tensor) -> None:
-        """One update with learning rate `rate`; `loss` is this rank's part of the summed loss.
+        """Update the weights with learning rate `rate`; `loss` is this rank's part of the summed loss.
 
-        Raise DivergedError if DeepSpeed has stepped with gradients that are not finite: the weights are lost.
+        Raise DivergedError if DeepSpeed has stepped with a loss or norm that is not finite: the weights are lost.
         """
         engine = self.parts.engine
         for group in engine.optimizer.param_groups:
@@ -348,8 +356,11 @@ class DeepSpeedOptimizer:
             )
 
     def _squared_norm_here(self) -> Tensor:
-        """Of what is whole on every data rank, such that the sum over the world counts every element once. DeepSpeed
-        computes this one only where it clips, and keeps it to itself."""
+        """Return this rank's part of the squared norm of gradients that are whole on every data rank.
+
+        The sum over the world counts every element once. DeepSpeed computes this norm only if it clips, and does not
+        return it.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.parts.device)
         if self.mesh.data.index != 0:
             return total

@@ -1,4 +1,4 @@
-"""Learning rate by step: linear warm-up, then constant, cosine or linear decay."""
+"""Learning rate by step: linear warm-up, then constant, or cosine or linear decay."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dist_gpt.config.schema import Config
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Rate of optimizer step `step` (0-based). Warm-up reaches lr at step `warmup`; the decay ends at the last step
-    with min_lr_ratio x lr."""
+    """Return the learning rate of optimizer step `step` (0-based).
+
+    Warm-up reaches lr at step `warmup`; the decay ends at the last step with min_lr_ratio x lr.
+    """
     o, steps = config.optim, config.train.steps
     if step < o.warmup:
         return o.lr * (step + 1) / (o.warmup + 1)

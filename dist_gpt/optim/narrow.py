@@ -1,8 +1,8 @@
-"""AdamW whose averages or gradients are kept in fewer bytes than what it steps (optim.state_dtype, optim.grad_dtype).
+"""AdamW with moments or gradients in a narrower dtype than the master (optim.state_dtype, optim.grad_dtype).
 
-torch's fused kernel wants one dtype for all. Here a slice is read piece by piece into the master's dtype, stepped as in
-arXiv:1711.05101, and rounded back. An average of squares that changes by less than 2^-8 of itself a step stands still
-in bf16: with betas[1] near 1 it lags behind.
+torch's fused kernel needs one dtype for all. Here a slice is read piece by piece into the master's dtype, stepped as in
+arXiv:1711.05101, and rounded back. A second moment in bf16 that should change by less than 2^-8 of itself per step does
+not change at all: with betas[1] near 1 it lags behind.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn import Parameter
 from dist_gpt.optim.rules import Group, zero_averages
 
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Elements that are widened at a time: temporaries stay small, and a GPU is not kept busy with starting kernels."""
+"""Elements widened at a time: temporaries stay small, and a GPU does not spend its time on kernel launches."""
 
 
 class NarrowAdamW:
-    """Step slices whose `gradients` have whatever dtype; a rules.Rule."""
+    """AdamW rule (a rules.Rule) for slices whose `gradients` may have any dtype."""
 
     def __init__(
         self,
@@ -35,14 +35,14 @@ class NarrowAdamW:
         self.state: dict[Parameter, dict[str, Tensor]] = {}
 
     def state_of(self, piece: Parameter) -> dict[str, Tensor]:
-        """See Rule.state_of."""
+        """Return the state of a slice, created as zero if it has none yet."""
         if piece not in self.state:
             self.state[piece] = zero_averages(piece, self.state_dtype, piece.device)
         return self.state[piece]
 
     @torch.no_grad()
     def step(self, rate: float, divisor: Tensor | None, skip: Tensor | None) -> None:
-        """See Rule.step."""
+        """Step every slice; see Rule.step."""
         for group in self.groups:
             for piece in group.params:
                 one = torch.ones((), device=piece.device) if divisor is None else divisor

@@ -1,7 +1,7 @@
-"""The loss's scale in fp16 (arXiv:1710.03740, section 3.2): small gradients would be 0 in 2 bytes.
+"""Loss scale in fp16 (arXiv:1710.03740, section 3.2), without which small gradients would underflow to 0.
 
-The scale is a number on the device, changed by device operations from a flag that all ranks computed alike from one
-sum: nobody has to agree on it, and the host never waits.
+The scale is a number on the device, changed by device operations from a flag that all ranks compute alike from one sum:
+ranks need not agree on it, and the host never waits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ LARGEST = 2.0**32
 
 
 class LossScale:
-    """Halved after an overflow, doubled after train.loss_scale_window steps without one.
+    """Loss scale that is halved after an overflow and doubled after train.loss_scale_window steps without one.
 
-    `value` is of a micro-batch's mean loss, as elsewhere. Ours is a part of the whole batch's mean: what it is
-    multiplied by is `applied`, which is larger by the number of micro-batches over all data ranks.
+    `value` is the factor of a micro-batch's mean loss, as elsewhere. Our loss is a part of the whole batch's mean; its
+    factor is `applied`, which is larger by the number of micro-batches over all data ranks.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -28,11 +28,11 @@ class LossScale:
         self.good = torch.zeros((), dtype=torch.float32, device=device)
 
     def applied(self) -> Tensor:
-        """What the loss of the whole batch is multiplied by, a float32 scalar."""
+        """Return the factor of the whole batch's loss, a float32 scalar."""
         return self.value * self.parts
 
     def update(self, bad: Tensor) -> None:
-        """`bad`: whether this step overflowed, a boolean scalar on the device. In place."""
+        """Update the scale in place; `bad`, a boolean scalar on the device, is true if this step overflowed."""
         good = torch.where(bad, 0.0, self.good + 1)
         grow = good >= self.window
         down = (self.value * 0.5).clamp(min=1.0)
@@ -41,5 +41,5 @@ class LossScale:
         self.good.copy_(torch.where(grow, 0.0, good))
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Return the tensors that a checkpoint keeps, by name."""
         return {"loss_scale.value": self.value, "loss_scale.good": self.good}

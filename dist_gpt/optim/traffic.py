@@ -1,8 +1,8 @@
-"""What an engine with communication of its own moves, counted at its seam in the words of our ledger.
+"""Traffic of an engine with communication of its own, counted at its backend in the terms of our ledger.
 
-DeepSpeed's comms logger is not used. Its latencies add up over calls, its bandwidths take the world for the group, it
-knows no groups, its reduce-scatter counts a shard, and it waits for the device after every call. Here every call on
-DeepSpeed's backend is counted: axis, operation, payload (the full tensor, as everywhere), nothing timed.
+DeepSpeed's comms logger is not used: it adds up latencies over calls, takes the world for the group in bandwidths, does
+not distinguish groups, counts a shard for a reduce-scatter, and waits for the device after every call. Here every call
+on DeepSpeed's backend is counted by axis, operation and payload (the full tensor, as everywhere), and none is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_gpt.events import Tally, wire_bytes
 
 START = "start"
-"""The phase before training: weights are broadcast, state is laid out."""
+"""Phase before training: weights are broadcast, state is laid out."""
 CALLS = {
     "all_reduce": ("all_reduce", "tensor", "tensor op group"),
     "all_reduce_coalesced": ("all_reduce", "tensors", "tensors op group"),
@@ -34,14 +34,15 @@ CALLS = {
     "reduce": ("reduce", "tensor", "tensor dst op group"),
     "barrier": ("barrier", "", "group"),
 }
-"""Call of the backend -> our name of the operation, the argument that is the full tensor or its pieces, and the first
-parameters."""
+"""Backend call -> our operation, the argument that is the full tensor or its pieces, and the first parameters."""
 REDUCE = "reduce"
 
 
 class Traffic:
-    """Calls and bytes by phase, axis and operation. `axes`: id of a process group -> its axis (the others are the
-    world); `sizes`: ranks by axis."""
+    """Calls and bytes by phase, axis and operation.
+
+    `axes`: id of a process group -> its axis (all other groups are the world); `sizes`: number of ranks by axis.
+    """
 
     def __init__(self, axes: Mapping[int, str], sizes: Mapping[str, int]) -> None:
         self.axes, self.sizes = axes, sizes
@@ -50,7 +51,7 @@ class Traffic:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Inside, what is moved belongs to `phase`."""
+        """Count the traffic inside the context under `phase`."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -58,20 +59,20 @@ class Traffic:
             self.phase = before
 
     def watch(self, backend: Any) -> Any:
-        """`backend` with every call counted here."""
+        """Return a wrapper of `backend` that counts every call here."""
         return _Watched(backend, self)
 
     def add(self, group: Any, op: str, payload: int) -> None:
-        """One call; where the group has one rank nothing moves."""
+        """Count one call of `payload` bytes; a group of one rank moves nothing."""
         axis = self.axes.get(id(group), "world")
         size = self.sizes[axis]
         if size > 1:
-            # a reduction to one rank: round a ring all but one send the tensor once
+            # a reduction to one rank: on a ring, all ranks but one send the tensor once
             wire = (size - 1) * payload // size if op == REDUCE else wire_bytes(op, payload, size)
             self.counts[self.phase][axis, op].add(1, payload, wire)
 
     def document(self) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-        """{phase: {axis: {op: {calls, payload_bytes, wire_bytes}}}}."""
+        """Return {phase: {axis: {op: {calls, payload_bytes, wire_bytes}}}}."""
         found: dict[str, dict[str, dict[str, dict[str, int]]]] = {}
         for phase, tallies in self.counts.items():
             for (axis, op), tally in sorted(tallies.items()):
@@ -80,7 +81,7 @@ class Traffic:
 
 
 class _Watched:
-    """Passes everything on to DeepSpeed's backend, and counts collectives."""
+    """Wrapper of DeepSpeed's backend that counts collectives and forwards everything to it."""
 
     def __init__(self, backend: Any, traffic: Traffic) -> None:
         self._backend = backend

@@ -1,1 +1,1 @@
-"""Parallel layers and the executor: explicit groups in, no module state."""
+"""Parallel layers, flat buffers and the executor; groups are passed in explicitly, never global."""

@@ -1,9 +1,8 @@
-"""Flat buffers on a rank, laid out by `plan.buckets`, and the collectives on them.
+"""Flat buffers of a rank, laid out by `plan.buckets`, and the collectives on them.
 
-One parameter and one gradient buffer per bucket. Parameters and gradients of the model are views into them, so a
-reduction or a gather is one collective in place and nothing is packed or unpacked. Where ZeRO keeps a shard only, the
-whole buffer is there between two steps of the list at most: its storage is given back and taken again, and the views
-stay as they are.
+There is one parameter and one gradient buffer per bucket. The model's parameters and gradients are views into them, so
+a reduction or a gather is one collective in place, without packing. Where ZeRO keeps only a shard, the whole buffer
+exists only from one step of the list to another: its storage is freed and allocated again while the views stay valid.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ TORCH_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloa
 
 
 class Whole:
-    """A flat buffer, with a view for each slot of its bucket, that is always there or only when it is taken. What is
-    taken is counted in `tally`."""
+    """Flat buffer with a view for each slot of its bucket; it has storage always, or only while it is taken.
+
+    Storage that is taken is counted in `tally`.
+    """
 
     def __init__(self, bucket: Bucket, dtype: torch.dtype, device: torch.device, tally: Tally, always: bool) -> None:
         self.tensor = torch.empty(bucket.padded, dtype=dtype, device=device)
@@ -38,14 +39,14 @@ class Whole:
             self.tensor.untyped_storage().resize_(0)
 
     def take(self) -> None:
-        """Have storage; what is in it is anything."""
+        """Allocate the storage, uninitialised, unless it exists."""
         if not self.there:
             self.there = True
             self.tensor.untyped_storage().resize_(self.bytes)
             self.tally.add(self.bytes)
 
     def give_back(self) -> None:
-        """Have none, unless it is always there."""
+        """Free the storage, unless it is always kept."""
         if self.there and not self.always:
             self.there = False
             self.tensor.untyped_storage().resize_(0)
@@ -53,19 +54,23 @@ class Whole:
 
 
 class Tally:
-    """Bytes of transient buffers on this rank."""
+    """Live and peak bytes of the transient buffers on this rank."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
 
     def add(self, size: int) -> None:
+        """Count `size` more bytes; a negative size is freed."""
         self.live += size
         self.peak = max(self.peak, self.live)
 
 
 class FlatBucket:
-    """Buffers of one bucket. `parameters` and `gradients`, each (padded,), are whole; `parameter_shard` and
-    `gradient_shard`, each (padded / shards,), are this rank's piece: views of the whole where that is always there."""
+    """Buffers of one bucket.
+
+    `parameters` and `gradients`, each (padded,), are whole; `parameter_shard` and `gradient_shard`, each
+    (padded / shards,), are this rank's piece: views of the whole buffer if that is always kept.
+    """
 
     def __init__(self, bucket: Bucket, plan: RankPlan, device: torch.device, tally: Tally) -> None:
         self.bucket, self.stage, self.shards, self.tally = bucket, plan.stage, plan.shards, tally
@@ -91,37 +96,37 @@ class FlatBucket:
         self._reducing: Pending | None = None
         self._cast: Tensor | None = None
         self._gathering = Pending()
-        self.accumulated = False  # the shard holds a micro-batch of this step
+        self.accumulated = False  # the shard holds gradients of this training step
 
     def views(self, slot: Slot) -> tuple[Tensor, Tensor]:
-        """Parameter and gradient of `slot`, in the whole buffers."""
+        """Return the parameter and the gradient of `slot` as views of the whole buffers."""
         number = self.bucket.slots.index(slot)
         return self._parameters.views[number], self._gradients.views[number]
 
     # --- parameters ----------------------------------------------------------------------------------------------
 
     def start_gather(self, mesh: Mesh) -> None:
-        """Begin to collect the shards into `parameters`."""
+        """Start to gather the shards into `parameters`."""
         self._parameters.take()
         self._gathering = mesh.shard.all_gather(self.parameters, self.parameter_shard)
 
     def ready(self) -> None:
-        """Until `parameters` can be read."""
+        """Wait until `parameters` can be read."""
         self._gathering.wait()
 
     def free(self) -> None:
-        """Let go of what was gathered."""
+        """Wait for the gather, then free the gathered parameters."""
         self.ready()
         self._parameters.give_back()
 
     def load(self, slot: Slot, value: Tensor) -> None:
-        """`value`, of this tp rank's shape, becomes the parameter in `slot`."""
+        """Set the parameter in `slot` to `value`, of this tp rank's shape."""
         if self.keeps_parameters:
             self.parameters[slot.start : slot.start + slot.numel].copy_(value.reshape(-1))
         self.load_shard(self.parameter_shard, slot, value)
 
     def load_shard(self, shard: Tensor, slot: Slot, value: Tensor) -> None:
-        """The part of `value` that this rank owns, into its place of `shard` (padded / shards,)."""
+        """Copy the part of `value` that this rank owns to its place in `shard` (padded / shards,)."""
         start, stop = max(slot.start, self.start), min(slot.start + slot.numel, self.stop)
         if start < stop:
             piece = value.reshape(-1)[start - slot.start : stop - slot.start]
@@ -130,10 +135,10 @@ class FlatBucket:
     # --- gradients -----------------------------------------------------------------------------------------------
 
     def open_gradients(self) -> bool:
-        """Have room for a micro-batch's whole gradients; whether it was not there before."""
+        """Make room for a micro-batch's whole gradients; return whether it was allocated now."""
         if self.keeps_gradients:
             return False
-        self.finish_reduction()  # of the micro-batch before
+        self.finish_reduction()  # of the previous micro-batch
         if self._gradients.there:
             return False
         self._gradients.take()
@@ -141,9 +146,9 @@ class FlatBucket:
         return True
 
     def start_reduction(self, mesh: Mesh) -> None:
-        """Sum gradients: partial ones over tp (before, since the data sum mixes ranks), then all over data.
+        """Start to sum gradients: partial ones over tp (first, since the data sum mixes ranks), then all over data.
 
-        Afterwards (`finish_reduction`) `gradient_shard` is summed over the ranks that share the state.
+        After `finish_reduction`, `gradient_shard` is summed over the ranks that share the state.
         """
         if mesh.tp.size > 1 and self.bucket.partial_numel:
             mesh.tp.all_reduce(self.gradients[: self.bucket.partial_numel]).wait()
@@ -158,7 +163,7 @@ class FlatBucket:
             self._reducing = mesh.shard.reduce_scatter(source[self.start : self.stop], source)
 
     def finish_reduction(self) -> None:
-        """Until the sum is in `gradient_shard`; added to that of earlier micro-batches where only the shard is kept."""
+        """Wait until the sum is in `gradient_shard`, added to earlier micro-batches' if only the shard is kept."""
         if self._reducing is None:
             return
         self._reducing.wait()
@@ -178,7 +183,7 @@ class FlatBucket:
 
 
 class FlatBuffers:
-    """All buckets of a rank, and the parameters that view into them."""
+    """All buckets of a rank, and the parameters that are views into them."""
 
     def __init__(self, plan: RankPlan, sink: GradSink, device: torch.device) -> None:
         self.sink, self.device, self.tally = sink, device, Tally()
@@ -191,11 +196,11 @@ class FlatBuffers:
             for flat in self.buckets for block in flat.bucket.blocks
         }  # fmt: skip
         self.stage = plan.stage
-        self._under_way: list[FlatBucket] = []  # reductions, the oldest first
+        self._under_way: list[FlatBucket] = []  # reductions in progress, the oldest first
         sink.finishes_later = plan.stage >= 2
 
     def new(self, param: Param) -> Parameter:
-        """A parameter that views into its bucket, its gradient bound to the sink. Its values are not set."""
+        """Return a parameter that is a view into its bucket, uninitialised, with its gradient bound to the sink."""
         flat, slot = self._place[param.name]
         value, gradient = flat.views(slot)
         parameter = Parameter(value)
@@ -204,11 +209,11 @@ class FlatBuffers:
         return parameter
 
     def place(self, param: Param) -> tuple[FlatBucket, Slot]:
-        """Where a parameter lies."""
+        """Return the bucket and the slot of a parameter."""
         return self._place[param.name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank has stepped, by name: its parameters, or where they are sharded its piece of each bucket."""
+        """Return what this rank has stepped, by name: its parameters or, if sharded, its piece of each bucket."""
         found = {}
         for flat in self.buckets:
             if flat.stage:
@@ -219,25 +224,28 @@ class FlatBuffers:
         return found
 
     def begin(self) -> None:
-        """Start of a training step."""
+        """Start a training step: the first write of each gradient overwrites."""
         self.sink.begin()
         for flat in self.buckets:
             flat.accumulated = False
 
     def ready(self, chunk: int, block: int) -> None:
-        """Until the parameters of `block` can be read."""
+        """Wait until the parameters of `block` can be read."""
         for flat in self._of_block.get((chunk, block), ()):
             flat.ready()
 
     def open_gradients(self, chunk: int, block: int) -> None:
-        """Have room for the gradients of `block`; the first write of each overwrites."""
+        """Make room for the gradients of `block`; the first write to new room overwrites."""
         for flat in self._of_block.get((chunk, block), ()):
             if flat.open_gradients():
                 self.sink.expect(self._members[flat.bucket.index])
 
     def reduce(self, index: int, mesh: Mesh) -> None:
-        """Start the reduction of bucket `index`. Those before it are ended first, but for REDUCTIONS_AHEAD: their
-        buffers are needed, and what they left to do is done under the backward."""
+        """Start the reduction of bucket `index`.
+
+        Earlier reductions but the last REDUCTIONS_AHEAD are finished first, because their buffers are needed; what they
+        have left to do is done under the backward.
+        """
         ahead = REDUCTIONS_AHEAD.get(self.stage)
         while ahead is not None and len(self._under_way) > ahead:
             self._under_way.pop(0).finish_reduction()
@@ -245,7 +253,7 @@ class FlatBuffers:
         self._under_way.append(self.buckets[index])
 
     def finish_reductions(self) -> None:
-        """Until all sums are there."""
+        """Wait until the sums of all buckets are in their `gradient_shard`."""
         for flat in self.buckets:
             flat.finish_reduction()
         self._under_way.clear()

@@ -1,8 +1,8 @@
-"""Runs a rank's list of steps: the same list that was checked, simulated and drawn.
+"""Executor of a rank's step list, the same list that is checked, simulated and drawn.
 
 Autograd never crosses a block. The tape holds, per (block, micro-batch), the block's detached input and the graph
-edge of its output; a backward step walks one entry. So every step is one block, and what runs when is decided by the
-list alone: there are no gradient hooks and no synchronisation flags.
+edge of its output; a backward step consumes one entry. Every step thus computes one block at most, and the list alone
+decides what runs when: there are no gradient hooks and no synchronisation flags.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from dist_gpt.schedule.expand import Step
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What blocks need besides the activation. `tokens` is for the first block and `targets` for the last, each (N,)
-    int64; `first_sample` is the place of its first sequence in the global batch; `scale` is 1 / tokens of the step.
-    `again`: the forward runs once more for its backward, and what it returns is not looked at."""
+    """Inputs of blocks besides the activation.
+
+    `tokens` (for the first block) and `targets` (for the last) are (N,) int64; `first_sample` is the index of the first
+    sequence in the global batch; `scale` is 1 / tokens of the step. With `again`, the forward is repeated for its
+    backward and its result is not used.
+    """
 
     tokens: Tensor | None
     targets: Tensor | None
@@ -47,20 +50,21 @@ def _no_batch(m: int) -> MicroBatch:
 
 
 class Stage(Protocol):
-    """This rank's blocks: `stage(block, x, micro)` runs one; `x` is None for block 0, the head returns the loss."""
+    """Callable that runs one of a rank's blocks."""
 
-    def __call__(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor: ...
+    def __call__(self, block: int, x: Tensor | None, micro: MicroBatch) -> Tensor:
+        """Return the output of `block` for input `x` (None for block 0); the head returns the loss."""
 
 
 def _run_backward(edge: GradientEdge, gradient: Tensor) -> None:
     """Run the backward from `edge`, whose gradient is `gradient`.
 
-    torch.autograd.backward does the same, but its check of shapes imports sympy: a second of processor time in the
-    first step of every rank, and 480 files from what may be a shared file system.
+    torch.autograd.backward does the same, but its check of shapes imports sympy: a second of CPU time in the first step
+    of every rank, and 480 files from what may be a shared file system.
     """
     Variable._execution_engine.run_backward(
         (edge,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )  # neither keeps the graph nor makes one of the backward; gradients of all leaves
+    )  # keep no graph, make none of the backward; gradients of all leaves
 
 
 Batches = Callable[[int], MicroBatch]
@@ -70,8 +74,10 @@ Key = tuple[int, int]  # (chunk or block, micro-batch)
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the tape keeps of a block's forward: its input, and the graph edge of its output; where the forward is
-    computed again, the input alone (`held`: as the dry run counts it)."""
+    """Tape entry of a block's forward: its input, and the graph edge of its output.
+
+    Of a forward that is repeated it has only the input until then (`held`: as the dry run counts it).
+    """
 
     x: Tensor | None
     held: object
@@ -79,8 +85,10 @@ class _Entry:
 
 
 class Executor:
-    """Executes steps of one rank. `loss` is the scaled loss summed over the micro-batches seen so far (0 on ranks
-    without the head)."""
+    """Executor of the steps of one rank.
+
+    `loss` is the scaled loss summed over the micro-batches seen so far (0 on ranks without the head).
+    """
 
     def __init__(
         self, plan: RankPlan, stage: Stage, buffers: FlatBuffers, mesh: Mesh, sink: GradSink, device: torch.device
@@ -90,29 +98,29 @@ class Executor:
         self.dtype = TORCH_DTYPE[plan.precision.compute]
         self.blocks = dict(plan.chunks)
         self.loss = torch.zeros((), dtype=TORCH_DTYPE[plan.precision.master], device=device)
-        self.loss_scale: Callable[[], Tensor] | None = None  # fp16: what the loss is multiplied by in the backward
+        self.loss_scale: Callable[[], Tensor] | None = None  # fp16: factor of the loss in the backward
         self._recomputed = {step.block for step in plan.steps if step.kind == expand.RECOMPUTE}
         self._tape: dict[Key, _Entry] = {}
-        self._activations: dict[Key, Tensor] = {}  # what a chunk's next forward step reads
-        self._gradients: dict[Key, Tensor] = {}  # what a chunk's next backward step reads
+        self._activations: dict[Key, Tensor] = {}  # input of the chunk's next forward step
+        self._gradients: dict[Key, Tensor] = {}  # input of the chunk's next backward step
         self._receiving: dict[Action, tuple[Tensor, Pending]] = {}
         self._sending: list[tuple[Pending, Tensor]] = []
         self._micro_batches: dict[int, MicroBatch] = {}
         self._declared: dict[str, list[dict[tuple[str, str, int], int]]] = {}
-        self.after_step: Callable[[], None] | None = None  # the dry run reads live bytes here
+        self.after_step: Callable[[], None] | None = None  # the dry run and the profile read live bytes here
         self.peak_message_bytes = 0  # of receives posted and not yet read
 
     def train(self, batch: Batches, update: Update) -> Tensor:
-        """One training step; `update` is called with the loss where the list says so. Returns the loss part."""
+        """Run one training step, with `update` called on the loss where the list says so; return the loss part."""
         self.buffers.begin()
         return self._run(TRAIN, TRAIN, self.plan.steps, batch, update)
 
     def refresh(self) -> None:
-        """Before forwards of validation: whole parameters, where this rank has stepped its shards only."""
+        """Gather whole parameters before the forwards of a validation if this rank has stepped its shards only."""
         self._run(EVAL, "refresh", self.plan.refresh_steps, _no_batch, None)
 
     def evaluate(self, batch: Batches) -> Tensor:
-        """Forwards only. Returns this rank's part of the summed loss."""
+        """Run the forwards of one validation batch; return this rank's part of the summed loss."""
         with torch.no_grad():
             return self._run(EVAL, EVAL, self.plan.eval_steps, batch, None)
 
@@ -187,7 +195,7 @@ class Executor:
         return x, self.stage(block, x, micro)
 
     def _recompute(self, step: Step, micro: MicroBatch) -> None:
-        """The forward once more, for what its backward needs; its output is no number."""
+        """Repeat the forward of a block for what its backward needs; the output is not used."""
         block = step.block or 0
         entry = self._tape[block, step.action.micro_batch]
         self.buffers.ready(step.action.chunk, block)
@@ -203,7 +211,7 @@ class Executor:
         if not step.split:
             self.buffers.open_gradients(chunk, block)
         self.sink.defer((block, m) if step.split else None)
-        assert entry.edge is not None  # a forward that is computed again has been
+        assert entry.edge is not None  # its RECOMPUTE step, if any, came before
         _run_backward(entry.edge, gradient)
         self.sink.defer(None)
         if entry.x is None or entry.x.grad is None:
@@ -234,7 +242,7 @@ class Executor:
         return tensor
 
     def _send(self, action: Action) -> None:
-        """Starts and goes on. The tensor is kept only until the message is gone."""
+        """Start a send without waiting for it. The tensor is kept only until the message is sent."""
         forward = action.op is Op.SEND_F
         held = self._activations if forward else self._gradients
         tensor = held.pop((action.chunk, action.micro_batch)).contiguous()
@@ -243,7 +251,7 @@ class Executor:
         self._sending.append((group.send(tensor), tensor))
 
     def _receive(self, action: Action) -> None:
-        """Posts the receive; the step that reads it waits."""
+        """Post a receive; the step that reads the message waits for it."""
         forward = action.op is Op.RECV_F
         peer = self.plan.holders[action.chunk + (-1 if forward else 1)]
         group = self.mesh.edge(peer, self.mesh.coords.pp, p2p_direction(action.op))
@@ -254,8 +262,10 @@ class Executor:
         self.peak_message_bytes = max(self.peak_message_bytes, len(self._receiving) * tensor.nbytes)
 
     def _free_sent(self) -> None:
-        """Let go of messages that are gone; what is left of a sent activation is its graph edge. Raises what a send
-        failed of."""
+        """Release sent messages, so that of a sent activation only its graph edge remains.
+
+        Raise the error of a send that failed.
+        """
         under_way = []
         for pending, tensor in self._sending:
             if pending.done():

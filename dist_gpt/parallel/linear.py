@@ -3,9 +3,9 @@
     column   W (out/tp, in)   y = x W^T + b        forward: nothing, or an all-gather of x (sequence parallel)
     row      W (out, in/tp)   y = sum_tp x W^T + b  forward: an all-reduce, or a reduce-scatter (sequence parallel)
 
-Each one's backward communicates as the other's forward does. The rule in both backwards: start the collective, run
-the matmul that does not need it, then wait. Source: Megatron-LM (arXiv:1909.08053; sequence parallel:
-arXiv:2205.05198). Activations are (tokens, features); sequence parallel splits the tokens.
+The backward of each communicates as the forward of the other. The column layer's backward starts a collective, runs
+the matmul that does not need it, then waits. Source: Megatron-LM (arXiv:1909.08053; sequence parallel:
+arXiv:2205.05198). Activations are (tokens, features); sequence parallelism splits the tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dist_gpt.parallel.sink import GradSink
 
 
 def gather_tokens(group: Group, x: Tensor) -> tuple[Tensor, Pending]:
-    """Start collecting all tokens: x (N/tp, F) -> (N, F)."""
+    """Start to gather the tokens of all ranks: return the result of x (N/tp, F) -> (N, F) and its `Pending`."""
     if group.size == 1:
         return x, Pending()
     x = x.contiguous()
@@ -32,7 +32,7 @@ def gather_tokens(group: Group, x: Tensor) -> tuple[Tensor, Pending]:
 
 
 def scatter_tokens(group: Group, x: Tensor) -> tuple[Tensor, Pending]:
-    """Start the sum over the group, each rank keeping its tokens: x (N, F) -> (N/tp, F)."""
+    """Start to sum x (N, F) over the group: return this rank's tokens of the sum, (N/tp, F), and their `Pending`."""
     if group.size == 1:
         return x, Pending()
     x = x.contiguous()
@@ -41,7 +41,7 @@ def scatter_tokens(group: Group, x: Tensor) -> tuple[Tensor, Pending]:
 
 
 def reduce_tokens(group: Group, x: Tensor, sequence_parallel: bool) -> tuple[Tensor, Pending]:
-    """Start the sum over the group: (N, F) -> (N/tp, F) with sequence parallel, else (N, F) in place."""
+    """Start to sum x (N, F): return (N/tp, F) with sequence parallelism, else (N, F) in place, and its `Pending`."""
     if sequence_parallel:
         return scatter_tokens(group, x)
     return x, group.all_reduce(x)
@@ -86,10 +86,10 @@ class _Column(torch.autograd.Function):
 
 
 class Again(Protocol):
-    """What is in front of a row-parallel layer and is computed again in the backward instead of kept."""
+    """Computation before a row-parallel layer that is repeated in the backward instead of kept."""
 
     def compute(self, *kept: Tensor) -> Tensor:
-        """The layer's input (N, in/tp), from what is kept instead of it."""
+        """Return the layer's input (N, in/tp), computed from the tensors kept instead of it."""
 
 
 class _Row(torch.autograd.Function):
@@ -151,7 +151,7 @@ def _gathered_weight_gradients(
 def column_linear(
     x: Tensor, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink
 ) -> Tensor:
-    """(N/tp or N, in) -> (N, out/tp); `weight` (out/tp, in) and `bias` (out/tp) are this rank's rows."""
+    """Map x (N/tp or N, in) to (N, out/tp); `weight` (out/tp, in) and `bias` (out/tp) are this rank's rows."""
     result: Tensor = _Column.apply(x, weight, bias, tp, sequence_parallel, sink)
     return result
 
@@ -167,17 +167,17 @@ def row_linear(
     before: Again | None = None,
     kept: Sequence[Tensor] = (),
 ) -> Tensor:
-    """(N, in/tp) -> (N/tp or N, out); `weight` (out, in/tp) is this rank's columns, `bias` (out) is whole.
+    """Map x (N, in/tp) to (N/tp or N, out); `weight` (out, in/tp) is this rank's columns, `bias` (out) is whole.
 
-    `skip`: only what the backward needs is done, and the result is no number. `before`: x is not kept; it is computed
-    again from `kept`.
+    With `skip`, only what the backward needs is done and the result is uninitialised. With `before`, x is not kept but
+    computed again from `kept`.
     """
     result: Tensor = _Row.apply(x, weight, bias, tp, sequence_parallel, sink, skip, before, *kept)
     return result
 
 
 class ColumnLinear(torch.nn.Module):
-    """`column_linear` with its weights."""
+    """Column-parallel linear layer with its weights."""
 
     def __init__(self, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink):
         super().__init__()
@@ -185,11 +185,12 @@ class ColumnLinear(torch.nn.Module):
         self.tp, self.sequence_parallel, self.sink = tp, sequence_parallel, sink
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (N/tp or N, in) to (N, out/tp)."""
         return column_linear(x, self.weight, self.bias, self.tp, self.sequence_parallel, self.sink)
 
 
 class RowLinear(torch.nn.Module):
-    """`row_linear` with its weights."""
+    """Row-parallel linear layer with its weights."""
 
     def __init__(self, weight: Parameter, bias: Parameter | None, tp: Group, sequence_parallel: bool, sink: GradSink):
         super().__init__()
@@ -199,4 +200,5 @@ class RowLinear(torch.nn.Module):
     def forward(
         self, x: Tensor, skip: bool = False, before: Again | None = None, kept: Sequence[Tensor] = ()
     ) -> Tensor:
+        """Map x (N, in/tp) to (N/tp or N, out); the other arguments are those of `row_linear`."""
         return row_linear(x, self.weight, self.bias, self.tp, self.sequence_parallel, self.sink, skip, before, kept)

@@ -1,13 +1,13 @@
-"""Products in the precision of training.
+"""Matmuls in the training precision.
 
-Parameters and activations in 2 bytes are multiplied by the device's own units where it has them. A CPU without: the
-operands, already rounded to 2 bytes, are multiplied in float32 and the result is rounded; torch's own kernels for such
-a CPU give nothing better and are 12 to 26 times slower.
+16-bit parameters and activations are multiplied by the device's native 16-bit units if it has them. On a CPU without
+them the operands, already rounded to 16 bits, are multiplied in float32 and the result is rounded; torch's own kernels
+for such a CPU are no more accurate and 12 to 26 times slower.
 
-In float32 on a CPU torch asks MKL, which leaves the wide units of processors that are not Intel's unused: oneDNN, which
-torch brings as well, was 2.2 times as fast on an AMD EPYC. Products that are large enough go there (`asks_onednn`).
-torch has no switch for just that. It asks oneDNN for float32 where that may round operands to 2 bytes, which oneDNN
-does on units for such tiles (AMX) alone: there, and where a product comes out rounded, it is left alone.
+For float32 on a CPU torch calls MKL, which leaves the wide units of CPUs other than Intel's unused. oneDNN, which torch
+also ships, was 2.2 times as fast on an AMD EPYC, so matmuls that are large enough go there (`asks_onednn`). torch has
+no switch for just that: it calls oneDNN for float32 only where rounding operands to 16 bits is allowed. oneDNN rounds
+only on AMX units, so it is not used on a CPU with AMX, nor if a trial matmul comes out rounded.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
 WORTH_ONEDNN = 1 << 21
-"""Multiplications of a product below which oneDNN's call, 12 us, takes longer than it saves."""
+"""Multiplications in a matmul below which the overhead of a oneDNN call, 12 us, exceeds its gain."""
 ROUNDED = 1e-3
-"""Error of a product of 128 x 128 numbers up to 1: in float32 below 0.0001, in TF32 0.01, in bf16 0.1."""
+"""Error allowed in a matmul of 128 x 128 numbers up to 1; float32 has below 0.0001, TF32 0.01, bf16 0.1."""
 _SETTING: Any = getattr(torch.backends.mkldnn, "matmul", None)
-"""Of torch 2.9 and later."""
+"""Precision setting of oneDNN matmuls, in torch 2.9 and later."""
 UNSET = "none"
 
 
 @lru_cache(maxsize=4)
 def _native(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies `dtype` itself."""
+    """Return whether this CPU has matmul units for `dtype`."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype == torch.bfloat16 else (
         "_is_amx_fp16_supported",)  # fmt: skip
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def in_float(tensor: Tensor) -> bool:
-    """Whether products with `tensor` are made in float32 and rounded."""
+    """Return whether matmuls with `tensor` run in float32 and are rounded afterwards."""
     return tensor.dtype in LOW and tensor.device.type == "cpu" and not _native(tensor.dtype)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) @ b (k, n)."""
+    """Return a (m, k) @ b (k, n)."""
     if in_float(a):
         return product(a.float(), b.float()).to(a.dtype)
     with _chosen(a, b):
@@ -53,7 +53,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def affine(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """bias (n,) + a (m, k) @ b (k, n)."""
+    """Return bias (n,) + a (m, k) @ b (k, n)."""
     if in_float(a):
         return affine(bias.float(), a.float(), b.float()).to(a.dtype)
     with _chosen(a, b):
@@ -61,9 +61,9 @@ def affine(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out (m, n) = or += a (m, k) @ b (k, n); `out` may be of a wider dtype than the factors."""
+    """Write (if `first`) or add a (m, k) @ b (k, n) to out (m, n), whose dtype may be wider than the factors'."""
     on_cpu = a.device.type == "cpu" and a.dtype in LOW
-    if in_float(a) or (on_cpu and out.dtype != a.dtype):  # a CPU's own units would round what is to be added up
+    if in_float(a) or (on_cpu and out.dtype != a.dtype):  # a CPU's 16-bit units would round the summand
         a, b = a.float(), b.float()
     if out.dtype == a.dtype:
         with _chosen(a, b):
@@ -72,7 +72,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             else:
                 out.addmm_(a, b)
         return
-    exact = a.is_cuda and a.dtype in LOW and out.dtype == torch.float32  # the unit's sum, not rounded again
+    exact = a.is_cuda and a.dtype in LOW and out.dtype == torch.float32  # the unit's float32 sum, not rounded
     result = torch.mm(a, b, out_dtype=torch.float32) if exact else product(a, b)
     if first:
         out.copy_(result)
@@ -81,7 +81,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def asks_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN makes the product a (m, k) @ b (k, n)."""
+    """Return whether the matmul a (m, k) @ b (k, n) goes to oneDNN."""
     return (
         a.dtype == torch.float32
         and a.device.type == "cpu"
@@ -92,8 +92,11 @@ def asks_onednn(a: Tensor, b: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def onednn_is_faster() -> bool:
-    """Whether this is a processor for which MKL has no wide kernels, oneDNN's products are in float32, and nobody has
-    said by which kernels torch shall make them."""
+    """Return whether large float32 matmuls should go to oneDNN on this CPU.
+
+    True if MKL has no wide kernels for this CPU, oneDNN computes in float32 without rounding (by a trial), and the
+    user has not set torch's matmul precision.
+    """
     cpus = ""
     with suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text()
@@ -105,7 +108,7 @@ def onednn_is_faster() -> bool:
         if _SETTING.fp32_precision != UNSET:
             return False
         a = torch.linspace(-1, 1, 128 * 128, dtype=torch.float32, device="cpu").view(128, 128)
-        exact = torch.stack([(row[:, None].double() * a).sum(0) for row in a])  # by no product: that is on trial
+        exact = torch.stack([(row[:, None].double() * a).sum(0) for row in a])  # without a matmul, which is on trial
         with OneDNN():
             found = torch.addmm(a, a, a) - a
         return torch.allclose(found.double(), exact, atol=ROUNDED)
@@ -114,8 +117,10 @@ def onednn_is_faster() -> bool:
 
 
 class OneDNN:
-    """Within it torch asks oneDNN for products in float32 on a CPU. It is a setting of the process: of threads that
-    are within it, the last one to leave changes it back."""
+    """Context in which torch leaves float32 matmuls on a CPU to oneDNN.
+
+    The setting belongs to the process: of the threads inside the context, the last one to exit resets it.
+    """
 
     _within = 0
     _turn = Lock()
@@ -133,19 +138,21 @@ class OneDNN:
 
 
 def _chosen(a: Tensor, b: Tensor) -> AbstractContextManager[None]:
-    """Around the product a @ b: who makes it."""
+    """Return the context that selects the kernels for the matmul a @ b."""
     return OneDNN() if asks_onednn(a, b) else nullcontext()
 
 
 def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count, n): row r is the sum of those of x (m, n) whose number in `rows` (m,) is r; in float32 at least, since a
-    GPU adds one after the other in the result's dtype."""
+    """Return (count, n), whose row r is the sum of the rows x[i] of x (m, n) with rows[i] == r; `rows` is (m,).
+
+    The result is at least float32, since a GPU adds one row after the other in the result's dtype.
+    """
     wide = x.float() if x.dtype in LOW else x
     return wide.new_zeros((count, x.shape[1])).index_add_(0, rows, wide)
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """Sums of x (m, n) over rows, in float32 at least. As a product with ones: on a CPU that is twice as fast."""
+    """Return the sums of x (m, n) over its rows, (n,), in float32 at least."""
     if x.dtype in LOW:
         return x.sum(0, dtype=torch.float32)
-    return torch.mv(x.t(), x.new_ones(x.shape[0]))
+    return torch.mv(x.t(), x.new_ones(x.shape[0]))  # twice as fast as sum() on a CPU

@@ -1,6 +1,6 @@
-"""Bytes that a step of training leaves for later steps, as autograd and queued weight jobs keep them.
+"""Bytes that a step of the list keeps for later steps, in tensors saved by autograd and by queued weight jobs.
 
-The dry run counts with it on meta tensors, the profile on real ones.
+The dry run counts them on meta tensors, the profile on real ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class SavedBytes:
-    """Live bytes of the storages that are kept for later steps, and their peak; parameters and their views excepted."""
+    """Live bytes of storages kept for later steps, and their peak; `parameters` and their views are not counted."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._state = {t.untyped_storage()._cdata for t in parameters}
@@ -22,18 +22,20 @@ class SavedBytes:
 
     @contextmanager
     def counting(self) -> Iterator[SavedBytes]:
+        """Count what autograd saves inside the context."""
         with torch.autograd.graph.saved_tensors_hooks(self.hold, lambda held: held.tensor):
             yield self
 
     def mark(self) -> None:
-        """A step ends: what is live now stays."""
+        """End a step: include the bytes that are live now in the peak."""
         self.peak = max(self.peak, self.live)
 
     def hold(self, tensor: Tensor) -> _Held:
-        """Counts until the result is dropped."""
+        """Count `tensor` until the returned object is dropped."""
         return _Held(self, tensor)
 
     def add(self, tensor: Tensor) -> None:
+        """Add a user of the storage of `tensor`; only the first one adds bytes."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._state:
             return
@@ -42,6 +44,7 @@ class SavedBytes:
             self.live += storage.nbytes()
 
     def remove(self, tensor: Tensor) -> None:
+        """Remove a user of the storage of `tensor`; the last one removes its bytes."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._state:
             return
@@ -52,7 +55,7 @@ class SavedBytes:
 
 
 class _Held:
-    """A saved tensor; gives its bytes back when autograd drops it."""
+    """Saved tensor that is counted until autograd or the job drops it."""
 
     def __init__(self, owner: SavedBytes, tensor: Tensor) -> None:
         self.owner, self.tensor = owner, tensor

@@ -1,11 +1,11 @@
-"""Where weight gradients go.
+"""Sinks for weight gradients.
 
-Layers hand their weight gradients to a `GradSink` instead of leaving them to autograd. So a gradient is accumulated
-straight into its place in a flat buffer, the first write of a step overwrites (nothing is zeroed), and a schedule that
-computes weight gradients apart from input gradients (W apart from B) queues them as jobs.
+Layers hand their weight gradients to a `GradSink` instead of leaving them to autograd. A gradient is thus accumulated
+directly in its place in a flat buffer, the first write of a step overwrites (nothing is zeroed), and a schedule that
+computes weight gradients (W) apart from input gradients (B) queues them as jobs.
 
-What a job delivers it also returns, and a layer's backward returns that: nothing here, the gradients themselves with an
-`AutogradSink`, for an engine that finds them in autograd.
+A job returns the gradients that autograd is to receive, and the layer's backward returns them: none with a `GradSink`,
+the gradients themselves with an `AutogradSink`, for an engine that reads them from autograd.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from torch.nn import Parameter
 from dist_gpt.parallel.matmul import LOW, accumulate, column_sums, product, sum_rows
 
 Job: TypeAlias = Callable[[], tuple[Tensor | None, ...]]
-"""Delivers gradients of some parameters; returns what autograd is to have of them."""
+"""Function that delivers gradients of some parameters and returns those that autograd is to receive."""
 NOTHING = (None, None)
-"""What it is to have where jobs are run later: nothing of a weight, nothing of a bias."""
+"""Result of a queued job: autograd receives no gradient of the weight and none of the bias."""
 
 
 class GradSink:
-    """Accumulates gradients into bound buffers; parameters that are not bound use their `.grad`."""
+    """Accumulator of gradients in bound buffers; a parameter that is not bound uses its `.grad`."""
 
     def __init__(self) -> None:
         self._buffers: dict[Parameter, Tensor] = {}
         self._written: set[Parameter] = set()
         self._missing: set[Parameter] = set()
-        self.finishes_later = False  # where weight gradients come apart, so do those that are finished before
+        self.finishes_later = False  # ZeRO-2, -3: W opens the buffers, so gradients finished in a split B wait too
         self._queue: dict[Hashable, list[tuple[Job, list[object]]]] = {}
         self._deferred_to: Hashable | None = None
-        self.hold: Callable[[Tensor], object] = lambda tensor: tensor  # the dry run counts what queued jobs keep
-        self.again: Callable[[], AbstractContextManager[object]] = nullcontext  # around forwards that run once more
+        self.hold: Callable[[Tensor], object] = lambda tensor: tensor  # hook to count what queued jobs keep
+        self.again: Callable[[], AbstractContextManager[object]] = nullcontext  # entered around repeated forwards
 
     def bind(self, parameter: Parameter, buffer: Tensor) -> None:
-        """Gradients of `parameter` go to `buffer` (same shape); `parameter.grad` views it where it is of its dtype."""
+        """Collect gradients of `parameter` in `buffer` (same shape), its `grad` from now on if the dtypes match."""
         self._buffers[parameter] = buffer
         if buffer.dtype == parameter.dtype:
             parameter.grad = buffer
 
     def begin(self) -> None:
-        """Start of a step: the next write to each gradient overwrites."""
+        """Start a training step: the next write to each gradient overwrites."""
         self._written.clear()
         self._missing = set(self._buffers)
 
     def expect(self, parameters: Iterable[Parameter]) -> None:
-        """The next write to each of `parameters` overwrites."""
+        """Let the next write to the gradient of each of `parameters` overwrite."""
         self._written.difference_update(parameters)
 
     def unwritten(self) -> list[Parameter]:
-        """Bound parameters that got no gradient since `begin`."""
+        """Return the bound parameters that got no gradient since `begin`."""
         return list(self._missing)
 
     # --- what layers call in their backward --------------------------------------------------------------------
 
     def add(self, parameter: Parameter, gradient: Tensor) -> Tensor | None:
-        """gradient of `parameter` += `gradient`."""
+        """Add `gradient` to the gradient of `parameter`."""
         buffer, first = self._target(parameter)
         if first:
             buffer.copy_(gradient)
@@ -70,13 +70,13 @@ class GradSink:
         return None
 
     def add_product(self, parameter: Parameter, grad_out: Tensor, inputs: Tensor) -> Tensor | None:
-        """gradient of a weight (out, in) += grad_out (tokens, out)^T @ inputs (tokens, in)."""
+        """Add grad_out (tokens, out)^T @ inputs (tokens, in) to the gradient of a weight (out, in)."""
         buffer, first = self._target(parameter)
         accumulate(buffer, grad_out.t(), inputs, first)
         return None
 
     def add_column_sums(self, parameter: Parameter, grad_out: Tensor) -> Tensor | None:
-        """gradient of a bias (out,) += the sum of grad_out (tokens, out) over tokens."""
+        """Add the sum of grad_out (tokens, out) over tokens to the gradient of a bias (out,)."""
         buffer, first = self._target(parameter)
         sums = column_sums(grad_out)
         if first:
@@ -86,7 +86,7 @@ class GradSink:
         return None
 
     def add_rows(self, parameter: Parameter, rows: Tensor, gradient: Tensor) -> Tensor | None:
-        """gradient[rows[i]] += gradient[i]: the gradient of a lookup."""
+        """Add gradient[i] to row rows[i] of the gradient of `parameter`, a lookup table."""
         buffer, first = self._target(parameter)
         if first:
             buffer.zero_()
@@ -97,7 +97,7 @@ class GradSink:
         return None
 
     def submit(self, job: Job, *needs: Tensor) -> tuple[Tensor | None, ...]:
-        """Run `job`, which delivers weight gradients from `needs`, now, or queue it if the running step defers them."""
+        """Run `job` (it delivers weight gradients from `needs`) now, or queue it if the running step defers them."""
         if self._deferred_to is None:
             return job()
         kept = [self.hold(tensor) for tensor in needs]
@@ -105,12 +105,11 @@ class GradSink:
         return NOTHING
 
     def deliver(self, job: Job, *needs: Tensor) -> tuple[Tensor | None, ...]:
-        """As `submit` for what is finished in the backward of inputs: queued only where the place of gradients is not
-        there before the weight step."""
+        """Run a job whose gradients B has finished; submit it only if their buffer opens with W (`finishes_later`)."""
         return self.submit(job, *needs) if self.finishes_later else job()
 
     def deliver_column_sums(self, parameter: Parameter, grad_out: Tensor) -> Tensor | None:
-        """`add_column_sums`, of which only the sums are queued where they have to be."""
+        """Add column sums as `add_column_sums` does; if that must be queued, keep only the sums, not `grad_out`."""
         if self.finishes_later and self.deferring:
             sums = column_sums(grad_out).to(grad_out.dtype)
             return self.submit(lambda: (self.add(parameter, sums),), sums)[0]
@@ -118,17 +117,17 @@ class GradSink:
 
     @property
     def deferring(self) -> bool:
-        """Whether jobs are being queued: the running backward leaves weight gradients to a later step."""
+        """True while jobs are queued: the running backward leaves weight gradients to a later step."""
         return self._deferred_to is not None
 
     # --- what the executor calls ---------------------------------------------------------------------------------
 
     def defer(self, key: Hashable | None) -> None:
-        """Queue jobs under `key` from now on; None runs them at once again."""
+        """Queue jobs under `key` from now on; with None, run them at once again."""
         self._deferred_to = key
 
     def run(self, key: Hashable) -> None:
-        """Run the jobs queued under `key`, in the order they came."""
+        """Run the jobs queued under `key`, in the order of their submission."""
         with torch.no_grad():  # as in the backward that queued them: saved inputs still require gradients
             for job, _ in self._queue.pop(key):
                 job()
@@ -145,28 +144,32 @@ class GradSink:
 
 
 class AutogradSink(GradSink):
-    """Leaves gradients to autograd: whoever accumulates, reduces and keeps them finds them there."""
+    """Sink that returns gradients to autograd, where an engine finds, accumulates and reduces them."""
 
     def add(self, parameter: Parameter, gradient: Tensor) -> Tensor:
+        """Return `gradient` itself."""
         return gradient
 
     def add_product(self, parameter: Parameter, grad_out: Tensor, inputs: Tensor) -> Tensor:
+        """Return grad_out (tokens, out)^T @ inputs (tokens, in)."""
         return product(grad_out.t(), inputs)
 
     def add_column_sums(self, parameter: Parameter, grad_out: Tensor) -> Tensor:
+        """Return the sum of grad_out (tokens, out) over tokens, in its dtype."""
         return column_sums(grad_out).to(grad_out.dtype)
 
     def add_rows(self, parameter: Parameter, rows: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient of a table: row r is the sum of all gradient[i] with rows[i] == r."""
         return sum_rows(gradient, rows, parameter.shape[0]).to(gradient.dtype)
 
 
 class _Use(torch.autograd.Function):
-    """Identity on a parameter; its gradient goes to the sink."""
+    """Identity on a parameter whose gradient goes to the sink."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Parameter, sink: GradSink) -> Tensor:
         ctx.parameter, ctx.sink = parameter, sink
-        return parameter.data  # detach() would count a second gather of it as a change between forward and backward
+        return parameter.data  # after detach() autograd would take a second gather for an in-place change
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
@@ -175,6 +178,6 @@ class _Use(torch.autograd.Function):
 
 
 def use(parameter: Parameter, sink: GradSink) -> Tensor:
-    """`parameter` for an ordinary differentiable function, its gradient delivered to `sink`."""
+    """Return `parameter` for an ordinary differentiable function; its gradient is delivered to `sink`."""
     result: Tensor = _Use.apply(parameter, sink)
     return result

@@ -1,7 +1,8 @@
 """Vocabulary-parallel embedding and cross-entropy: each tp rank holds a range of vocabulary rows, of any size.
 
-Cross-entropy takes two collectives forward and none backward (Megatron-LM's fused form): the row maxima, then one
-sum of (sum of exponentials, target logit). The logits' storage becomes the gradient; no second copy is made.
+Cross-entropy takes two collectives in the forward and none in the backward (Megatron-LM's fused form): the row maxima,
+then one sum of (sum of exponentials, target logit). The logits' storage becomes the gradient without a second copy
+(16-bit logits are copied to float32 first).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from dist_gpt.parallel.sink import GradSink
 
 
 def refuse_outside(ids: Tensor, vocab_size: int, what: str) -> None:
-    """Check that ids (N,) are in the whole vocabulary: RuntimeError on a CPU, a failed device assertion on a GPU.
+    """Check that ids (N,) are in the vocabulary: raise RuntimeError on a CPU, fail a device assertion on a GPU.
 
-    The check runs on the device, so the host never waits for it. Without it, with tp 2 or more, every rank would
-    take such an id for one of another rank, and train on a row of zeros.
+    `what` names the ids in the message. The check runs on the device, so the host never waits for it. Without it, with
+    tp 2 or more, every rank would treat such an id as another rank's and train on a row of zeros.
     """
     inside = ((ids >= 0) & (ids < vocab_size)).all()
     torch._assert_async(inside, f"{what} holds a token id outside the vocabulary (model.vocab_size {vocab_size})")
@@ -70,7 +71,7 @@ def embedding(
     sequence_parallel: bool,
     sink: GradSink,
 ) -> Tensor:
-    """Return rows of the split table: tokens (N,) int64 -> (N/tp or N, H).
+    """Look up rows of the table that is split over tp: tokens (N,) int64 -> (N/tp or N, H).
 
     `first_row` is the first id in `weight`; `vocab_size` counts the rows on all tp ranks together.
     """
@@ -113,8 +114,11 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     logits: Tensor, targets: Tensor, first_id: int, vocab_size: int, scale: float, tp: Group
 ) -> Tensor:
-    """`scale` x the summed negative log-likelihood: logits (N, V/tp), targets (N,) int64 -> scalar, equal on all tp
-    ranks. Consumes `logits`: they become the gradient. `vocab_size` is V."""
+    """Return `scale` x the summed negative log-likelihood: logits (N, V/tp), targets (N,) int64 -> scalar.
+
+    The result is equal on all tp ranks. `first_id` is the id of the first column, `vocab_size` is V. `logits` are
+    consumed: their storage becomes the gradient.
+    """
     refuse_outside(targets, vocab_size, "the loss's targets")
     result: Tensor = _CrossEntropy.apply(logits, targets, first_id, scale, tp)
     return result

@@ -1,1 +1,1 @@
-"""The plan: what every rank will send, compute and hold, from config arithmetic alone."""
+"""Plan of a run: traffic, FLOPs and memory of every rank, computed from the configuration alone."""

@@ -1,7 +1,7 @@
-"""The documents of `plan` and `flops`, and their text. Torch-free: a login node can make them.
+"""Documents of `plan` and `flops`, and their text. Torch-free: a login node can make them.
 
-Everything here is a fold over the steps' declarations (`steps.RankPlan.declare`). Ranks that do the same are counted
-once and multiplied, and the schedule is made, proven and simulated once, so a plan for thousands of ranks is quick.
+Everything here is a fold over the steps' declarations (`steps.RankPlan.declare`). Ranks that do the same work are
+counted once and multiplied, and the schedule is checked and simulated once, so a plan for thousands of ranks is quick.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["flops_document", "flops_text", "plan_document", "plan_text", "simula
 
 
 def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
-    """What `dist-gpt plan --json` prints and plan.json holds, for a resolved configuration.
+    """Return the plan of a resolved configuration, as `dist-gpt plan --json` prints it and plan.json holds it.
 
-    `parameters` (elements stored), `model_flops` and `comm` are rank `rank`'s, of one training step; `total` is the
-    whole job's, each parameter once; `memory_bytes` is of the rank that needs most, `peak_rank` (the first such one),
-    and `rank_memory_bytes` is of `rank`. `bubble` is the simulated one, with FLOPs as the cost of an action; keys that
-    need a cluster's speeds are null. Raises ScheduleError if the schedule is incomplete or would deadlock, ValueError
-    if `rank` is outside the world.
+    `parameters` (elements stored), `model_flops` and `comm` are those of rank `rank` for one training step; `total` is
+    for the whole job, with each parameter counted once; `memory_bytes` is for the rank that needs most, `peak_rank`
+    (the first such rank), and `rank_memory_bytes` for `rank`. `bubble` is simulated, with FLOPs as the cost of an
+    action; keys that need a cluster's speeds are null. Raises ScheduleError if the schedule is incomplete or would
+    deadlock, ValueError if `rank` is outside the world.
     """
     layout = layout_of(config)
     coords = layout.coords(rank)
@@ -65,7 +65,7 @@ def plan_document(config: Config, rank: int = 0) -> dict[str, Any]:
 
 
 def _notes(config: Config) -> list[str]:
-    """What the numbers take for granted."""
+    """Return notes on what the numbers assume, and on settings without effect."""
     notes = []
     if config.optim.engine == "deepspeed":
         notes.append("comm: without DeepSpeed's own; memory: the most that DeepSpeed holds during a step")
@@ -124,7 +124,7 @@ def _layout_document(config: Config) -> dict[str, Any]:
 
 
 def _whole_job(config: Config) -> tuple[dict[str, Any], dict[str, int], int]:
-    """`total`, and the memory and number of the rank that needs most."""
+    """Return `total`, and the memory and number of the rank that needs most."""
     comm, flops = Counts(), 0
     worst: dict[str, int] = {}
     worst_rank = 0

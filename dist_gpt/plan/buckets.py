@@ -1,9 +1,9 @@
-"""How the parameters of a rank lie in flat buckets: pure arithmetic, shared by the plan and the run.
+"""Layout of a rank's parameters in flat buckets: pure arithmetic, shared by the plan and the run.
 
 A bucket is the unit of gradient reduction, optimizer sharding and parameter gathering. It holds whole blocks, in
-reverse order of the forward pass, so that its reduction can start while the backward of earlier blocks goes on.
-Inside a bucket parameters of one sort stand together, as *segments*: what is whole on every tp rank first (its
-partial gradients are then one contiguous tp sum), then what is sharded; each split by weight decay.
+reverse order of the forward pass, so that its reduction can start while the backward of earlier blocks continues.
+Inside a bucket, parameters of one kind are adjacent and form *segments*: first those whole on every tp rank (their
+partial gradients are then one contiguous tp sum), then the sharded ones, each split by weight decay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_gpt.plan.precision import Precision, shard_ranks, stage_of
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One parameter's place: elements [start, start + numel) of the bucket."""
+    """Place of one parameter: elements [start, start + numel) of the bucket."""
 
     param: Param
     shape: tuple[int, ...]
@@ -26,12 +26,13 @@ class Slot:
 
     @property
     def numel(self) -> int:
+        """Number of elements of the parameter on this tp rank."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring elements of one gradient kind and one decay group."""
+    """Adjacent elements of one gradient kind and one decay group."""
 
     start: int
     stop: int
@@ -41,8 +42,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A flat buffer of one chunk. `last_block` is the block whose backward completes it; `padded` is a multiple of
-    the shards it is cut into; `tied` marks the embedding that the first and the last stage both hold."""
+    """Flat buffer of one chunk.
+
+    `last_block` is the block whose backward completes it; `padded` is `numel` rounded up to a multiple of its shards;
+    `tied` marks the bucket of a tied embedding, which the first and the last stage both hold.
+    """
 
     index: int
     chunk: int
@@ -57,20 +61,20 @@ class Bucket:
 
     @property
     def partial_numel(self) -> int:
-        """Leading elements whose gradients are summed over tp."""
+        """Number of leading elements whose gradients are summed over tp."""
         return sum(s.stop - s.start for s in self.segments if s.kind == PARTIAL)
 
     def shard(self, shards: int, index: int) -> tuple[int, int]:
-        """Elements [start, stop) that shard `index` of `shards` owns (padding included)."""
+        """Return the elements [start, stop) that shard `index` of `shards` owns (padding included)."""
         width = self.padded // shards
         return index * width, (index + 1) * width
 
 
 def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_index: int) -> tuple[Bucket, ...]:
-    """Buckets of a rank that holds `chunks` (pairs of chunk number and its blocks), in the order of their reduction.
+    """Return the buckets of a rank that holds `chunks` (pairs of chunk number and blocks), in the order of reduction.
 
-    A tied embedding has a bucket of its own on every layout, and in ZeRO's stage 3 so has every block: there a bucket
-    is also what is gathered and freed together.
+    A tied embedding has its own bucket in every layout, and so has every block in ZeRO stage 3, where a bucket is also
+    gathered and freed as a whole. Raises ValueError if the rank would store the tied embedding twice.
     """
     limit = config.optim.bucket_mb * 1e6 / Precision.of(config).bytes("gradient") if stage_of(config) < 3 else 0.0
     head = config.model.num_layers + 1
@@ -88,7 +92,7 @@ def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_i
         members: list[Param] = []
         for block in reversed(blocks):
             members += [p for p in table if p.block == block and p not in tied]
-            # by the widest piece, tp rank 0's: all tp ranks must cut the same buckets
+            # sizes of tp rank 0, the widest: all tp ranks must cut the same buckets
             if sum(prod(p.local_shape(config.parallel.tp, 0)) for p in members) >= limit:
                 close(chunk, block, members)
                 members = []
@@ -104,8 +108,8 @@ def make_buckets(config: Config, chunks: list[tuple[int, tuple[int, ...]]], tp_i
 def _lay_out(
     config: Config, index: int, chunk: int, last_block: int, members: list[Param], tp_index: int, tied: tuple[int, ...]
 ) -> Bucket:
-    """`tied`: the blocks that use a tied embedding, where this is its bucket."""
-    ordered = sorted(members, key=lambda p: (p.kind == SHARDED, p.decay))  # stable: forward order inside a sort
+    """Lay out `members` as one bucket; `tied` are the blocks that use a tied embedding, if this is its bucket."""
+    ordered = sorted(members, key=lambda p: (p.kind == SHARDED, p.decay))  # stable: the given order in a segment
     slots: list[Slot] = []
     segments: list[Segment] = []
     at = 0

@@ -1,5 +1,6 @@
-"""Bytes of what a rank holds for a while besides activations: gathered parameters, gradients that are not reduced yet,
-casts of them, receive buffers. A walk over the steps; `parallel.flat` does exactly this and counts it.
+"""Bytes held for a while besides activations: gathered parameters, unreduced gradients, their casts, receive buffers.
+
+The walk over the steps takes and frees exactly what `parallel.buckets` takes, frees and tallies.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dist_gpt.schedule.expand import BACKWARD, FREE, GATHER, REDUCE, UPDATE, WEI
 
 
 def peak_transients(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Largest sum of gathered parameters (stage 3), whole gradients (stages 2 and 3) and gradients in the reduction's
-    dtype, at any moment of `steps`."""
+    """Return the largest sum of transient bytes at any moment of `steps`.
+
+    It adds gathered parameters (stage 3), whole gradients (stages 2 and 3) and gradients in the reduction's dtype.
+    """
     walk = _Walk(plan)
     for step in steps:
         walk.take(step)
@@ -22,8 +25,11 @@ def peak_transients(plan: RankPlan, steps: Sequence[Step]) -> int:
 
 
 def needs_room(plan: RankPlan) -> bool:
-    """Whether a reduce-scatter needs a receive buffer (see comm.group): on gloo, unless the ranks that share state are
-    on one node and read each other's memory. Where the backend is left open, gloo, which needs more."""
+    """Return whether a reduce-scatter needs a receive buffer (see comm.group).
+
+    It does on gloo, unless the ranks that share state are on one node and read each other's memory. If the backend is
+    left open, gloo is assumed, which needs more.
+    """
     launch = plan.config.launch
     if launch.backend == "nccl":
         return False
@@ -34,12 +40,12 @@ def needs_room(plan: RankPlan) -> bool:
 
 
 REDUCTIONS_AHEAD = {1: 1, 2: 0, 3: 0}
-"""Stage -> reductions that may be under way when another one starts; without sharding all of them may (they need no
-room)."""
+"""Stage -> number of reductions that may be under way when another one starts. Without sharding all may: they need no
+buffers."""
 
 
 def scatter_bytes(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Receive buffers of reduce-scatters under way."""
+    """Return the peak bytes of the receive buffers of reduce-scatters under way."""
     if not plan.stage or not needs_room(plan):
         return 0
     element, shards = plan.precision.bytes("reduce"), plan.shards
@@ -49,16 +55,17 @@ def scatter_bytes(plan: RankPlan, steps: Sequence[Step]) -> int:
 
 
 class _Walk:
-    """What is live, step by step."""
+    """Live transient bytes, step by step, and their peak."""
 
     def __init__(self, plan: RankPlan) -> None:
         self.plan, self.precision = plan, plan.precision
         self.live = self.peak = 0
-        self.open: set[int] = set()  # buckets whose whole gradient is there
-        self.reducing: list[int] = []  # bytes that go when reductions end
-        self.reduced_last: int | None = None  # of stages 2 and 3: one at a time
+        self.open: set[int] = set()  # buckets with a live whole gradient
+        self.reducing: list[int] = []  # bytes freed when reductions end
+        self.reduced_last: int | None = None  # in stages 2 and 3, one at a time
 
     def take(self, step: Step) -> None:
+        """Apply what `step` allocates and frees."""
         plan = self.plan
         bucket = plan.buckets[step.bucket] if step.bucket is not None else None
         if step.kind == GATHER and plan.stage == 3 and bucket is not None:
@@ -108,5 +115,5 @@ class _Walk:
 
 
 def buckets_of_gradients(plan: RankPlan, step: Step) -> list[Bucket]:
-    """Buckets into which the gradients of `step` go."""
+    """Return the buckets that receive the gradients of `step`."""
     return [b for b in plan.buckets if b.chunk == step.action.chunk and step.block in b.blocks]

@@ -1,4 +1,4 @@
-"""Folds over declared steps: traffic, FLOPs and memory of a rank, of the whole job, and of its worst rank."""
+"""Folds over declared steps: traffic, FLOPs and memory of a rank, and the kinds of ranks in a job."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _INPUT = {Op.F: Op.RECV_F, Op.B: Op.RECV_B}  # the message that an action may re
 
 
 def size_of(plan: RankPlan, axis: str) -> int:
-    """Ranks in a group of `axis` that issues collectives (a pipeline message joins two)."""
+    """Return the number of ranks in a group of `axis` that issues collectives (a pipeline message joins two)."""
     return 2 if axis in ("pp", "embed") else plan.layout.size(axis)
 
 
 def count_comm(plan: RankPlan, steps: Sequence[Step]) -> Counts:
-    """Calls and bytes that `steps` declare."""
+    """Return the calls and bytes that `steps` declare."""
     counts = Counts()
     for step, times in _distinct(steps).items():
         for call in plan.declare(step).comm:
@@ -34,17 +34,17 @@ def count_comm(plan: RankPlan, steps: Sequence[Step]) -> Counts:
 
 
 def count_flops(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Model FLOPs that `steps` declare."""
+    """Return the model FLOPs that `steps` declare."""
     return sum(times * plan.declare(step).flops for step, times in _distinct(steps).items())
 
 
 def count_recomputed(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """FLOPs that `steps` declare for running forwards again."""
+    """Return the FLOPs that `steps` declare for recomputing forwards."""
     return sum(times * plan.declare(step).recompute_flops for step, times in _distinct(steps).items())
 
 
 def _distinct(steps: Sequence[Step]) -> Counter[Step]:
-    """Steps that differ only in their micro-batch declare the same: count them as one."""
+    """Count steps that differ only in their micro-batch as one: they declare the same."""
     counter: Counter[tuple[object, ...]] = Counter()
     example: dict[tuple[object, ...], Step] = {}
     for step in steps:
@@ -55,9 +55,11 @@ def _distinct(steps: Sequence[Step]) -> Counter[Step]:
 
 
 def peak_activations(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Largest sum of bytes that stay between two steps, for later ones of the same block. A forward leaves what
-    autograd keeps (its input alone, where the rest is computed again); a backward frees it, and where weight gradients
-    come later leaves what these need."""
+    """Return the largest sum of bytes that stay between two steps, for later steps of the same block.
+
+    A forward leaves what autograd keeps (only its input if the rest is recomputed); a backward frees it and, if weight
+    gradients come later, leaves what they need.
+    """
     kinds = (FORWARD, RECOMPUTE, BACKWARD)
     left = {(s.kind, s.block): plan.declare(s).saved_bytes for s in _distinct(steps) if s.kind in kinds}
     live = peak = 0
@@ -74,7 +76,7 @@ def peak_activations(plan: RankPlan, steps: Sequence[Step]) -> int:
 
 
 def peak_messages(plan: RankPlan, steps: Sequence[Step]) -> int:
-    """Largest sum of bytes of receives that are posted and not yet read."""
+    """Return the largest sum of bytes of receives that are posted and not yet read."""
     size = plan.hidden_bytes // (plan.layout.tp if plan.config.parallel.sequence_parallel else 1)
     waiting: set[object] = set()
     peak = 0
@@ -90,8 +92,11 @@ def peak_messages(plan: RankPlan, steps: Sequence[Step]) -> int:
 def memory_document(
     parameters: int, gradients: int, optimizer: int, activations: int, buffers: int, host: int = 0
 ) -> dict[str, int]:
-    """The memory_bytes object of plan and dry run. `optimizer`: masters and averages; `buffers`: messages, gathered
-    parameters, gradients on their way; `host`: what the optimizer keeps in host memory, not part of the peak."""
+    """Return the `memory_bytes` object of plan and dry run, in bytes.
+
+    `optimizer`: masters and moments; `buffers`: messages, gathered parameters, gradients under reduction; `host`: what
+    the optimizer keeps in host memory, not part of the peak.
+    """
     parts = {
         "parameters": parameters,
         "gradients": gradients,
@@ -103,7 +108,7 @@ def memory_document(
 
 
 def count_memory(plan: RankPlan, steps: Sequence[Step]) -> dict[str, int]:
-    """Return the bytes of one rank in training, by category; with DeepSpeed, at the fullest moment of a step."""
+    """Return the training memory of one rank in bytes, by category; with DeepSpeed, at the fullest moment of a step."""
     if not plan.ours:
         index = plan.layout.data_index(plan.rank)
         held = DeepSpeedMemory(plan.config, plan.coords.tp, index, peak_activations(plan, steps))
@@ -125,7 +130,7 @@ def count_memory(plan: RankPlan, steps: Sequence[Step]) -> dict[str, int]:
 
 
 def owned_elements(plan: RankPlan) -> int:
-    """Parameter elements whose optimizer state this rank holds (padding left out)."""
+    """Return the number of parameter elements whose optimizer state this rank holds (without padding)."""
     total = 0
     for bucket in plan.buckets:
         start, stop = bucket.shard(plan.shards, plan.shard_index)
@@ -134,18 +139,18 @@ def owned_elements(plan: RankPlan) -> int:
 
 
 def stored_parameters(plan: RankPlan) -> int:
-    """Parameter elements this rank stores (padding left out)."""
+    """Return the number of parameter elements that this rank stores (without padding)."""
     return sum(b.numel for b in plan.buckets)
 
 
 def total_parameters(config: Config) -> int:
-    """Parameters of the model, each once."""
+    """Return the number of parameters of the model, each counted once."""
     return sum(p.numel for p in parameter_table(config))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Ranks that do the same: one example and how many there are."""
+    """Set of ranks that do the same work: the plan of one of them, and their number."""
 
     plan: RankPlan
     ranks: int
@@ -163,17 +168,17 @@ def _kinds(config_json: str) -> tuple[Kind, ...]:
 
 
 def _example(config: Config, tp: int) -> int:
-    """Return the data rank that holds most: the first has no padding, but DeepSpeed cuts inside parameters."""
+    """Return the data rank that holds most: the first, without padding; DeepSpeed, however, cuts inside parameters."""
     return fullest_rank(config, tp) if config.optim.engine == "deepspeed" else 0
 
 
 def _vocabulary_kinds(config: Config) -> list[tuple[int, int]]:
-    """(first tp rank, how many) of each width of a vocabulary piece; nothing else differs between tp ranks."""
+    """Return (first tp rank, number of ranks) per width of a vocabulary piece; tp ranks differ in nothing else."""
     tp = config.parallel.tp
-    wider = int(config.model.vocab_size or 0) % tp  # the first so many hold one row more
+    wider = int(config.model.vocab_size or 0) % tp  # that many ranks, the first ones, hold one more row
     return [(0, wider), (wider, tp - wider)] if wider else [(0, tp)]
 
 
 def rank_kinds(config: Config) -> Iterator[Kind]:
-    """Yield kinds of ranks that do the same work; the example of each is the rank that holds most."""
+    """Yield the kinds of ranks of a job; the plan of each kind is that of the rank that holds most."""
     yield from _kinds(config.model_dump_json())

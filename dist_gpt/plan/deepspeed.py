@@ -1,7 +1,7 @@
-"""Count the bytes that a rank holds when DeepSpeed trains: pure arithmetic, after the source of DeepSpeed 0.19.8.
+"""Bytes that a rank holds when DeepSpeed trains: pure arithmetic, after the source of DeepSpeed 0.19.8.
 
-DeepSpeed allocates and frees most of its memory as it goes, so adding up the largest of each category would be too
-much. Instead the few moments of a step that can be the fullest are counted, and the plan gives the fullest of them.
+DeepSpeed allocates and frees most of its memory as it goes, so the sum of the largest of each category would be too
+much. Instead, the few moments of a step that can be the fullest are counted, and the plan gives the fullest of them.
 `tests/ranks/test_deepspeed_memory.py` compares the result with tracked storages.
 """
 
@@ -19,12 +19,12 @@ FP32 = DTYPE_BYTES["fp32"]
 ALIGNMENT = 2
 """Flat groups of stages 1 and 2 are padded to a multiple of this times the data ranks."""
 COALESCED = 500_000_000
-"""Elements after which stage 0 and BF16_Optimizer send the gradients that they have coalesced."""
+"""Elements after which stage 0 and BF16_Optimizer reduce the gradients that they have coalesced."""
 PREFETCHED = 50_000_000
 """Elements that stage 3 gathers ahead of their use (stage3_prefetch_bucket_size)."""
 LIVE = 1_000_000_000
-"""Elements of gathered parameters at which stage 3 stops gathering ahead (stage3_max_live_parameters). Below
-that, nearly all that the forward gathers is kept for the backward."""
+"""Elements of gathered parameters at which stage 3 stops gathering ahead (stage3_max_live_parameters). Below that,
+nearly all that the forward gathers is kept for the backward."""
 PERSISTENT = 100_000
 """Elements up to which a parameter may stay whole in stage 3 (stage3_param_persistence_threshold)."""
 
@@ -39,11 +39,12 @@ class Moment:
 
     @property
     def total(self) -> int:
+        """Bytes of all three categories together."""
         return self.gradients + self.activations + self.buffers
 
 
 def bucket_elements(config: Config) -> int:
-    """Return the elements of one of DeepSpeed's buckets."""
+    """Return the number of elements of one DeepSpeed bucket."""
     return max(1, int(config.optim.bucket_mb * 1e6 / FP32))
 
 
@@ -76,18 +77,18 @@ class DeepSpeedMemory:
 
     @property
     def low(self) -> bool:
-        """Return whether parameters take fewer bytes than the sums of gradients."""
+        """True if parameters take fewer bytes than the sums of gradients."""
         return self.element < FP32
 
     @property
     def flat(self) -> int:
-        """Return the elements of the flat groups of stages 1 and 2, with padding."""
+        """Elements of the flat groups of stages 1 and 2, with padding."""
         unit = ALIGNMENT * self.ranks
         return sum(ceil(sum(group) / unit) * unit for group in self.groups)
 
     @property
     def shard(self) -> int:
-        """Return the elements that this rank steps."""
+        """Elements that this rank steps."""
         if self.stage == 0:
             return self.whole
         if self.stage == 3:
@@ -96,26 +97,26 @@ class DeepSpeedMemory:
 
     @property
     def parameters(self) -> int:
-        """Return the bytes of parameters between two steps."""
+        """Bytes of parameters between two steps."""
         if self.stage == 3:
             return (self.shard + self.kept_whole) * self.element
         return (self.flat if self.stage else self.whole) * self.element
 
     @property
     def kept_whole(self) -> int:
-        """Return the elements of parameters that stage 3 keeps whole, in addition to their shards."""
+        """Elements of parameters that stage 3 keeps whole, in addition to their shards."""
         threshold = persistence_threshold(self.config)
         return sum(size for size in self.sizes.values() if size <= threshold) if self.ranks > 1 else 0
 
     @property
     def optimizer(self) -> int:
-        """Return the bytes of masters and Adam's moments. From stage 1 on there are masters in fp32, too."""
+        """Bytes of masters and Adam's moments. From stage 1 on there are masters in fp32 training, too."""
         masters = FP32 if self.stage else 0
         return self.shard * (masters + FP32 * self.averages)
 
     @property
     def gradients(self) -> int:
-        """Return the bytes of gradients kept from one micro-batch to the next, or as long as the engine exists."""
+        """Bytes of gradients kept from one micro-batch to the next, or as long as the engine exists."""
         if self.stage == 3:
             return self.shard * FP32
         if self.stage == 2:
@@ -124,11 +125,11 @@ class DeepSpeedMemory:
 
     @property
     def owned(self) -> int:
-        """Return the elements of the parameters of which this rank steps a part; it keeps whole gradients, in fp32."""
+        """Elements of the parameters of which this rank steps a part; it keeps their whole gradients, in fp32."""
         return self.owned_by_rank()[self.index]
 
     def owned_by_rank(self) -> list[int]:
-        """Return `owned` of every data rank; a parameter on the border of two shards counts for both."""
+        """Return `owned` of every data rank; a parameter cut by the border of two shards counts for both."""
         totals = [0] * self.ranks
         for group in self.groups:
             width = ceil(sum(group) / (ALIGNMENT * self.ranks)) * ALIGNMENT
@@ -141,7 +142,7 @@ class DeepSpeedMemory:
 
     @property
     def host(self) -> int:
-        """Return the bytes in host memory with optim.offload."""
+        """Bytes in host memory; 0 without optim.offload."""
         if not self.offload:
             return 0
         gradient = self.shard * FP32
@@ -165,7 +166,7 @@ class DeepSpeedMemory:
         }
 
     def moments(self) -> Iterator[Moment]:
-        """Yield the candidates: the end of the forward, the end of the backward, a reduction, the update."""
+        """Yield the candidates for the fullest moment: end of the forward or backward, a reduction, the update."""
         if self.stage == 3:
             return self._stage_3()
         if self.stage == 2:
@@ -180,12 +181,12 @@ class DeepSpeedMemory:
 
     @property
     def _head(self) -> int:
-        """Return the bytes of the head's new gradient before it is added to anything."""
+        """Bytes of the head's new gradient before it is added to anything."""
         return self.sizes["embed.weight" if self._tied else "head.weight"] * self.element
 
     @property
     def _last(self) -> int:
-        """Return the bytes on top of the gradients when the last one, the embedding's, arrives.
+        """Bytes on top of the gradients when the last one, the embedding's, arrives.
 
         For a tied embedding, autograd holds the head's and the embedding's gradient and adds them up into a third.
         """
@@ -194,20 +195,20 @@ class DeepSpeedMemory:
 
     @property
     def _sent(self) -> int:
-        """Return the elements of the largest reduction; gradients larger than a bucket travel alone."""
+        """Elements of the largest reduction; a gradient larger than a bucket is reduced alone."""
         return min(self.whole, max(self.bucket, self.largest))
 
     def _buckets(self, element: int) -> int:
-        """Return the bytes of the buckets of stages 1 and 2; on a GPU one is filled while the other travels.
+        """Return the bytes of the buckets of stages 1 and 2; on a GPU one is filled while the other is reduced.
 
-        They are made with each backward. Offload adds room for one gradient on its way to the host.
+        Each backward allocates them. Offload adds a buffer for one gradient on its way to the host.
         """
         return (2 if self.cuda else 1) * self.bucket * element + (self.largest * self.element if self.offload else 0)
 
     def _copied(self, groups: list[int]) -> int:
         """Return the most elements copied into one tensor, of up to about COALESCED, to be reduced together.
 
-        A gradient that travels alone is not copied.
+        A gradient that is reduced alone is not copied.
         """
         most = held = count = 0
         for size in groups:
@@ -228,13 +229,13 @@ class DeepSpeedMemory:
         yield Moment(whole if self.repeated else 0, self.activations, self._head + buckets)
         yield Moment(whole, 0, self._last + buckets)
         owned = 0 if self.offload else self.owned * FP32
-        left = 0 if self.whole <= self.bucket else whole  # the rest lies in the bucket
+        left = 0 if self.whole <= self.bucket else whole  # 0: all lie in the bucket
         yield Moment(left, 0, buckets + max(owned, self._sent * FP32))
         yield Moment(owned, 0, self._stepped)
 
     @property
     def _stepped(self) -> int:
-        """Return the bytes of the copy of gradients with which the optimizer steps the larger group."""
+        """Bytes of the copy of gradients with which the optimizer steps the larger group."""
         return 0 if self.offload else ceil(max(map(sum, self.groups)) / self.ranks) * FP32
 
     def _stage_1_low(self) -> Iterator[Moment]:
@@ -262,13 +263,13 @@ class DeepSpeedMemory:
         yield Moment(owned, 0, self._stepped)
 
     def _stage_2_low(self) -> Iterator[Moment]:
-        """Yield moments in 16-bit: gradients of the own shard are summed in fp32; those reduced are copied and cast."""
+        """Yield moments in 16-bit: the own shard's gradients are summed in fp32; reduced ones are copied and cast."""
         buckets, own = self._buckets(self.element), self.shard * FP32
         yield Moment(own if self.repeated else 0, self.activations, self._head + buckets)
         yield Moment(own, 0, buckets + self._sent * (self.element + FP32))
 
     def _stage_3(self) -> Iterator[Moment]:
-        """Yield moments. The gradients' shard (in host memory with offload) and the bucket are always there."""
+        """Yield moments of stage 3; the gradient shard (in host memory with offload) and the bucket are always held."""
         own, bucket = 0 if self.offload else self.shard * FP32, self.bucket * FP32
         gathered, ahead = self._gathered
         yield Moment(own, self.activations, bucket + gathered + ahead)
@@ -282,7 +283,7 @@ class DeepSpeedMemory:
 
     @property
     def _gathered(self) -> tuple[int, int]:
-        """Return the bytes of parameters gathered by the end of the forward, and of those arriving then."""
+        """Bytes of parameters gathered by the end of the forward, and of those arriving then."""
         if self.ranks == 1:
             return 0, 0
         cut = self.whole - self.kept_whole
@@ -292,11 +293,11 @@ class DeepSpeedMemory:
 
 
 def fullest_rank(config: Config, tp_index: int) -> int:
-    """Return the data rank that holds most."""
+    """Return the data rank that owns most (see `DeepSpeedMemory.owned`)."""
     totals = DeepSpeedMemory(config, tp_index, 0, 0).owned_by_rank()
     return totals.index(max(totals))
 
 
 def state_bytes(held: DeepSpeedMemory) -> int:
-    """Return the bytes of parameters, gradients, masters and moments, on any device: what ZeRO shards."""
+    """Return the bytes of parameters, gradients, masters and Adam's moments, on any device: all that ZeRO shards."""
     return held.parameters + held.gradients + held.optimizer

@@ -1,8 +1,8 @@
-"""Every matmul of the model: its shape, its FLOPs forward and backward, its share. Torch-free.
+"""Every matmul of the model: its shape, forward and backward FLOPs, and share of the total. Torch-free.
 
-Counted are the products with weights and the two products of attention, a multiplication and an addition each being
-one FLOP. Attention counts all T x T scores (non-causal), as the published formulas do. Biases, norms, activations and
-the embedding's lookup are no matmuls.
+Counted are the matmuls with weights and the two of attention; a multiplication and an addition are one FLOP each.
+Attention counts all T x T scores (non-causal), as the published formulas do. Biases, norms, activations and the
+embedding lookup are not matmuls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAST_OF_LAYER = "mlp.down"
 
 @dataclass(frozen=True)
 class Matmul:
-    """`batch` products (m, k) @ (k, n) for one sequence, in each of `count` layers."""
+    """`batch` matmuls (m, k) @ (k, n) for one sequence, in each of `count` layers."""
 
     name: str
     m: int
@@ -30,17 +30,17 @@ class Matmul:
 
     @property
     def forward_flops(self) -> int:
-        """Of all layers, for one sequence."""
+        """Forward FLOPs of all layers, for one sequence."""
         return 2 * self.m * self.k * self.n * self.batch * self.count
 
     @property
     def backward_flops(self) -> int:
-        """Two products of the same size, one for each factor's gradient."""
+        """Backward FLOPs of all layers: two matmuls of the same size, one for the gradient of each factor."""
         return 2 * self.forward_flops
 
 
 def matmuls(config: Config) -> list[Matmul]:
-    """The matmuls of the whole model for one sequence, in the order of the forward pass."""
+    """Return the matmuls of the whole model for one sequence, in the order of the forward pass."""
     m = config.model
     tokens, hidden, layers, ffn = m.seq_len, m.hidden_size, m.num_layers, int(m.ffn_size or 0)
     q, k, v = qkv_sections(config)
@@ -58,8 +58,11 @@ def matmuls(config: Config) -> list[Matmul]:
 
 
 def flops_document(config: Config) -> dict[str, Any]:
-    """What `dist-gpt flops --json` prints. FLOPs of a matmul are for one sequence and all layers; `share` is of their
-    sum. Per-token numbers are for training: forward and backward."""
+    """Return what `dist-gpt flops --json` prints.
+
+    FLOPs of a matmul are for one sequence and all layers; `share` is its part of the sum over all matmuls. Per-token
+    numbers are for training: forward and backward.
+    """
     rows = matmuls(config)
     tokens = config.model.seq_len
     model = sum(r.forward_flops + r.backward_flops for r in rows)
@@ -87,8 +90,10 @@ def flops_document(config: Config) -> dict[str, Any]:
 
 
 def _recomputed(config: Config, rows: list[Matmul]) -> int:
-    """FLOPs of one sequence that `train.recompute` runs again: nothing, the attention products, or each layer up to,
-    not including, its last matmul."""
+    """Return the FLOPs of one sequence that `train.recompute` repeats.
+
+    These are none, the attention matmuls (selective), or each layer's matmuls but the last (full).
+    """
     if config.train.recompute == "none":
         return 0
     if config.train.recompute == "selective":
@@ -97,12 +102,12 @@ def _recomputed(config: Config, rows: list[Matmul]) -> int:
 
 
 def _published(config: Config, rows: list[Matmul], model: int) -> dict[str, int]:
-    """The same by other conventions, per token.
+    """Return the model FLOPs per token by other conventions, and N.
 
-    `6n_12lht`: 6 N + 12 L H T (PaLM, arXiv:2204.02311, appendix B). N are the parameters without the tables that are
-    only looked up (positions; the token embedding where the head has its own weight); it holds norms and biases, so it
-    lies a little above the matmuls' own sum.
-    `causal`: only the half of the scores that a causal mask leaves (FlashAttention, arXiv:2307.08691, section 4.1).
+    `6n_12lht`: 6 N + 12 L H T (PaLM, arXiv:2204.02311, appendix B). N is the number of parameters without the tables
+    that are only looked up (positions; the token embedding if the head has its own weight); it includes norms and
+    biases, so the result is slightly above the sum of the matmuls.
+    `causal`: only the half of the scores that a causal mask leaves (FlashAttention-2, arXiv:2307.08691, section 4.1).
     """
     m = config.model
     lookup = {"embed.position"} if m.tie_embeddings else {"embed.position", "embed.weight"}

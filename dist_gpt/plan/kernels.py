@@ -1,7 +1,7 @@
-"""The products of one rank and micro-batch: shapes, FLOPs and the least bytes they must move. Torch-free.
+"""Matmuls of one rank and micro-batch: shapes, FLOPs and the least bytes that they must move. Torch-free.
 
-The bytes are each factor read once and the result written once, as the roofline model has it (Williams, Waterman,
-Patterson 2009, doi:10.1145/1498765.1498785). The two products of attention run as one fused kernel that keeps the
+The bytes count each factor read once and the result written once, as in the roofline model (Williams, Waterman,
+Patterson 2009, doi:10.1145/1498765.1498785). The two matmuls of attention run as one fused kernel that keeps the
 scores on the chip: its bytes are those of q, k, v and the output.
 """
 
@@ -17,8 +17,11 @@ ATTENTION = "attention"
 
 @dataclass(frozen=True)
 class Kernel:
-    """`batch` products (m, k) @ (k, n). Of attention: m = n = the sequence, k = a head's width, batch = the heads of
-    the whole micro-batch, and `kv_batch` those of keys and values."""
+    """`batch` matmuls (m, k) @ (k, n) of `element` bytes per number.
+
+    For attention, m = n = sequence length, k = head width, `batch` = query heads of the whole micro-batch, and
+    `kv_batch` = its key and value heads.
+    """
 
     name: str
     m: int
@@ -30,20 +33,20 @@ class Kernel:
 
     @property
     def flops(self) -> int:
-        """Forward; attention's two products over all T x T scores."""
+        """Forward FLOPs; for attention, of its two matmuls over all T x T scores."""
         products = 2 if self.name == ATTENTION else 1
         return 2 * products * self.batch * self.m * self.k * self.n
 
     @property
     def bytes(self) -> int:
-        """Compulsory traffic."""
+        """Compulsory memory traffic in bytes."""
         if self.name == ATTENTION:
             return 2 * (self.batch + self.kv_batch) * self.m * self.k * self.element  # q and output, k and v
         return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n) * self.element
 
 
 def rank_kernels(config: Config) -> list[Kernel]:
-    """Forward products of tp rank 0, one of each shape, in the order of the forward pass."""
+    """Return the forward matmuls of tp rank 0, one of each shape, in the order of the forward pass."""
     m, p, t = config.model, config.parallel, config.train
     tokens, head = t.micro_batch * m.seq_len // p.cp, m.hidden_size // m.num_heads
     q, k, v = (width // p.tp for width in qkv_sections(config))

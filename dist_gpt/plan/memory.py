@@ -1,7 +1,7 @@
-"""Bytes a rank must hold: state exactly, activations by what each block keeps for its backward.
+"""Activation bytes of a rank: what each block keeps for its backward.
 
-The activation terms count what the blocks' code saves, tensor by tensor, as the tests measure it with saved-tensor
-hooks; the published formula s b h (34 + 5 a s / h) (arXiv:2205.05198) is for unfused attention and is not this.
+The terms count what the blocks' code saves, tensor by tensor, as the tests measure it with saved-tensor hooks. The
+published formula s b h (34 + 5 a s / h) (arXiv:2205.05198) is for unfused attention and does not apply.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TOKEN_BYTES = 8  # int64
 
 
 def input_bytes(config: Config) -> int:
-    """Bytes of a layer's input, one micro-batch: all that is kept of it where the rest is computed again."""
+    """Return the bytes of a layer's input for one micro-batch: all that it keeps if the rest is recomputed."""
     m, p = config.model, config.parallel
     tokens = config.train.micro_batch * m.seq_len // p.cp
     here = tokens // p.tp if p.sequence_parallel else tokens
@@ -22,9 +22,11 @@ def input_bytes(config: Config) -> int:
 
 
 def queued_bytes(config: Config, block: int, tp_index: int = 0) -> int:
-    """Bytes that a backward of inputs alone leaves for the weight step of `block`, one micro-batch: the input and the
-    output gradient of every product with a weight; both instead of what the forward left. Where whole gradients are
-    not kept (ZeRO's stages 2 and 3) also the finished gradients of norms and positions, until the weight step.
+    """Return the bytes that a backward of inputs alone leaves for the weight step of `block`, for one micro-batch.
+
+    These are the input and the output gradient of every matmul with a weight; they replace what the forward left. If
+    whole gradients are not kept (ZeRO stages 2 and 3), finished ones of norms, positions and row-parallel biases stay
+    as well.
     """
     m, p = config.model, config.parallel
     tokens = config.train.micro_batch * m.seq_len // p.cp
@@ -45,8 +47,10 @@ def queued_bytes(config: Config, block: int, tp_index: int = 0) -> int:
 
 
 def _finished(config: Config, block: int) -> int:
-    """Elements of parameters whose gradient is finished in the backward of inputs: norms, positions, and biases that
-    are added behind a sum over tp."""
+    """Return the number of elements whose gradient the backward of inputs finishes.
+
+    They belong to norms, positions, and biases that are added after a sum over tp.
+    """
     m = config.model
     norm = m.hidden_size * (2 if m.norm == "layernorm" and m.bias else 1)
     if block == 0:
@@ -57,16 +61,16 @@ def _finished(config: Config, block: int) -> int:
 
 
 def saved_bytes(config: Config, block: int, tp_index: int = 0) -> int:
-    """Bytes that the forward of `block` leaves on the tape for one micro-batch: its input and what autograd keeps."""
+    """Return the bytes that the forward of `block` leaves on the tape for one micro-batch: input and saved tensors."""
     m, p = config.model, config.parallel
     tokens = config.train.micro_batch * m.seq_len // p.cp
     element = DTYPE_BYTES[config.train.dtype]
     statistic = Precision.of(config).statistic
-    here = tokens // p.tp if p.sequence_parallel else tokens  # rows of what is split by sequence parallelism
+    here = tokens // p.tp if p.sequence_parallel else tokens  # rows of tensors that sequence parallelism splits
     hidden = here * m.hidden_size * element
     norm = hidden + here * statistic * (2 if m.norm == "layernorm" else 1)  # its output, and mean and/or 1/deviation
     if block == 0:
-        return tokens * TOKEN_BYTES + (tokens if p.tp > 1 else 0)  # row numbers; which of them are foreign
+        return tokens * TOKEN_BYTES + (tokens if p.tp > 1 else 0)  # row numbers; mask of rows on other ranks
     if block == m.num_layers + 1:
         start, stop = vocab_range(config, tp_index)
         loss = tokens * (stop - start) * statistic + tokens * (2 * statistic + TOKEN_BYTES + 1)

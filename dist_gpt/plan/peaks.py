@@ -1,4 +1,4 @@
-"""Published peak speeds of devices: the denominators of MFU and HFU."""
+"""Published peak speeds of devices, the denominators of MFU and HFU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of dense matmuls, by dtype, and bytes/s of device memory."""
+    """Peak FLOP/s of dense matmuls, by dtype, and bytes/s of device memory."""
 
     name: str
     flops_per_s: dict[str, float]
@@ -27,5 +27,5 @@ PEAKS = (
 
 
 def published_peak(device: str) -> Peak | None:
-    """The row whose name is in `device` (as torch names it); None for what is not listed, a CPU among others."""
+    """Return the row whose name occurs in `device` (as torch names it); None for an unlisted device, such as a CPU."""
     return next((peak for peak in PEAKS if peak.name in device), None)

@@ -1,6 +1,6 @@
-"""A small stand-in for a large configuration, for the certificate: what divides what is kept, sizes are not.
+"""Small stand-in for a large configuration, for the certificate: it keeps divisibility, not sizes.
 
-Bugs of composed parallelisms show at any size, as long as the same axes, remainders and options are in play.
+Bugs of combined parallelisms show at any size, as long as the same axes, remainders and options are in play.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ MAX_PARAMETERS = 3_000_000
 
 
 def certificate_config(config: Config, full: bool, parameters: int) -> tuple[Config, list[str]]:
-    """`config` as the certificate runs it, and what was changed, in words: float64, attention dropout off, no
-    warm-up; with more than MAX_WORLD ranks or MAX_PARAMETERS parameters, and not `full`, also smaller."""
+    """Return `config` as the certificate runs it, and the changes in words.
+
+    It is in float64 throughout, on gloo, without attention dropout and warm-up. With more than MAX_WORLD ranks or
+    MAX_PARAMETERS parameters it is also smaller, unless `full`.
+    """
     notes = []
     if config.train.dtype != "fp64":
         notes.append(f"train.dtype {config.train.dtype} -> fp64")
@@ -43,13 +46,16 @@ def certificate_config(config: Config, full: bool, parameters: int) -> tuple[Con
 
 
 def shrunk(config: Config) -> dict[str, dict[str, Any]]:
-    """Changed keys by section. Degrees shrink to at most MAX_WORLD ranks, none from above 1 to 1."""
+    """Return the changed keys by section.
+
+    Degrees shrink to at most MAX_WORLD ranks, none from above 1 to 1 (except cp, if all four are above 1).
+    """
     p, m, t = config.parallel, config.model, config.train
     degrees = {"pp": p.pp, "dp": int(p.dp), "tp": p.tp, "cp": p.cp}
     while _product(degrees) > MAX_WORLD and max(degrees.values()) > 2:
         largest = max(degrees, key=lambda axis: degrees[axis])
         degrees[largest] = max(2, degrees[largest] // 2)
-    while _product(degrees) > MAX_WORLD:  # four axes of 2: give up the last
+    while _product(degrees) > MAX_WORLD:  # four axes of 2: give up cp
         degrees[next(a for a in ("cp", "dp", "pp", "tp") if degrees[a] > 1)] = 1
     virtual = min(p.virtual_stages, 2) if degrees["pp"] > 1 else 1
     schedule = p.schedule if degrees["pp"] > 1 or virtual == p.virtual_stages else "1f1b"
@@ -69,7 +75,10 @@ def shrunk(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _small_launch(config: Config, degrees: dict[str, int]) -> dict[str, int]:
-    """One node; where state is sharded inside nodes, as many as leave two data ranks in each, if there are four."""
+    """Return the nodes, and the ranks per node: one node, unless state is sharded inside nodes.
+
+    In that case an even number of data ranks, at least 4, makes nodes of two data ranks each.
+    """
     world, data = _product(degrees), degrees["dp"] * degrees["cp"]
     nodes = 1
     if config.optim.shard_group == "node" and data % 2 == 0 and data >= 4:
@@ -78,7 +87,7 @@ def _small_launch(config: Config, degrees: dict[str, int]) -> dict[str, int]:
 
 
 def _micro_batches(given: int, pp: int, small_pp: int) -> int:
-    """Whether pp divides the number of micro-batches is kept, and whether there are fewer than stages."""
+    """Return a small number of micro-batches: a multiple of `small_pp` if `given` is one of `pp`; 1 stays 1."""
     if given == 1:
         return 1
     if given % pp == 0:
@@ -87,7 +96,10 @@ def _micro_batches(given: int, pp: int, small_pp: int) -> int:
 
 
 def _small_model(config: Config, tp: int) -> dict[str, Any]:
-    """Heads: the grouped-query ratio (at most 4) and divisibility by tp; vocabulary: its remainder over tp."""
+    """Return small model sizes that keep the grouped-query ratio (at most 4) and the vocabulary's remainder over tp.
+
+    Heads and the MLP's width are divisible by tp.
+    """
     m = config.model
     kv_given = int(m.num_kv_heads or m.num_heads)
     ratio = min(4, m.num_heads // kv_given)

@@ -1,4 +1,4 @@
-"""Which blocks each pipeline chunk holds.
+"""Split of the blocks into pipeline chunks.
 
 Blocks are numbered as in `params`: 0 embedding, 1 .. L layers, L + 1 head. Chunks are contiguous; the embedding is
 in the first and the head in the last.
@@ -13,9 +13,9 @@ from dist_gpt.params import qkv_sections
 
 
 def layer_forward_flops(config: Config, tokens: int) -> int:
-    """Forward FLOPs of one layer over `tokens` tokens: the four matmuls and non-causal attention.
+    """Return the forward FLOPs of one layer over `tokens` tokens: the four matmuls and non-causal attention.
 
-    Source: arXiv:2205.05198 appendix A; grouped-query attention and SwiGLU change the widths only.
+    Source: arXiv:2205.05198 appendix A; grouped-query attention and SwiGLU only change the widths.
     """
     m = config.model
     heads, kv, _ = qkv_sections(config)
@@ -25,12 +25,12 @@ def layer_forward_flops(config: Config, tokens: int) -> int:
 
 
 def head_forward_flops(config: Config, tokens: int) -> int:
-    """Forward FLOPs of the vocabulary projection."""
+    """Return the forward FLOPs of the vocabulary projection over `tokens` tokens."""
     return 2 * tokens * config.model.hidden_size * int(config.model.vocab_size or 0)
 
 
 def layers_per_chunk(config: Config) -> list[int]:
-    """Layers of each chunk, in chunk order. Their sum is num_layers (ValueError otherwise)."""
+    """Return the number of layers of each chunk, in chunk order; raise ValueError if they do not fit the model."""
     m, p = config.model, config.parallel
     chunks = p.pp * p.virtual_stages
     if isinstance(p.layers, list):
@@ -49,9 +49,9 @@ def layers_per_chunk(config: Config) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _balanced(layers: int, chunks: int, head_cost: float) -> tuple[int, ...]:
-    """The split with the smallest largest chunk, a layer costing 1 and the head `head_cost`.
+    """Return the split with the smallest largest chunk, where a layer costs 1 and the head `head_cost`.
 
-    Dynamic program over (chunks placed, layers placed); of equals it takes one with a small sum of squares.
+    It is a dynamic program over (chunks placed, layers placed); among equals it takes one with a small sum of squares.
     """
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for chunk in range(chunks):
@@ -70,7 +70,7 @@ def _balanced(layers: int, chunks: int, head_cost: float) -> tuple[int, ...]:
 
 
 def split_blocks(config: Config) -> list[tuple[int, ...]]:
-    """The blocks of each chunk, in chunk order."""
+    """Return the blocks of each chunk, in chunk order."""
     chunks, start = [], 1
     counts = layers_per_chunk(config)
     for index, count in enumerate(counts):

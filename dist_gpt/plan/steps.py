@@ -1,10 +1,10 @@
-"""What every step declares: its collectives, its FLOPs and the bytes it leaves on the tape.
+"""Declarations of every step: its collectives, its FLOPs and the bytes that it leaves on the tape.
 
 This is the only place where traffic and work are derived from the configuration. Counting and memory are folds over
-these declarations; at run time each Group compares what it issues with what the running step declared.
+these declarations; at run time the ledger compares what is issued with what the running step declared.
 
-Payload is the full tensor: the unsharded one for all-gather and reduce-scatter, once for all-reduce; a send carries
-its own payload, a receive 0.
+Payload is the full tensor: the unsharded one for all-gather and reduce-scatter, counted once for all-reduce; a send
+carries its own payload, a receive 0.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from dist_gpt.schedule.lower import add_communication, add_reduce_and_step
 from dist_gpt.schedule.orders import forward_only, make_orders, placement
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all_reduce", "all_gather", "reduce_scatter"
-STATISTICS_BYTES = 24  # three float64: summed loss, squared gradient norm, and how many ranks want to stop
+STATISTICS_BYTES = 24  # three float64: summed loss, squared gradient norm, number of ranks that want to stop
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`calls` collectives of one sort, `payload` bytes each."""
+    """`calls` collectives of one kind, `payload` bytes each."""
 
     axis: str
     op: str
@@ -60,8 +60,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Declaration of one step on one rank: collectives, model FLOPs, FLOPs that only run a forward again, and bytes
-    that stay for later steps."""
+    """Declaration of one step on one rank.
+
+    It gives collectives, model FLOPs, bytes that stay for later steps, and FLOPs that only repeat a forward.
+    """
 
     comm: tuple[Call, ...] = ()
     flops: int = 0
@@ -70,23 +72,23 @@ class Cost:
 
 
 def layout_of(config: Config) -> Layout:
-    """The mesh of a resolved configuration."""
+    """Return the mesh of a resolved configuration."""
     p = config.parallel
     shards = shard_ranks(config) if config.optim.shard_group == "node" else 0
-    inside = shards if shards > 1 else 0  # alone in its node: nothing is shared
+    inside = shards if shards > 1 else 0  # a rank alone in its node shares nothing
     return Layout(pp=p.pp, dp=int(p.dp), cp=p.cp, tp=p.tp, shard=inside)
 
 
 @lru_cache(maxsize=16)
 def lowered_orders(name: str, pp: int, virtual_stages: int, micro_batches: int) -> tuple[list[Action], ...]:
-    """The lists of all pipeline ranks for one training step, with messages, reductions and the update."""
+    """Return the orders of all pipeline ranks for one training step, with messages, reductions and the update."""
     orders = make_orders(name, pp, virtual_stages, micro_batches)
     return tuple(add_reduce_and_step(add_communication(orders, placement(name, pp, virtual_stages))))
 
 
 @dataclass
 class RankPlan:
-    """Everything that is known about one rank before it starts."""
+    """All that is known about one rank before it starts."""
 
     config: Config
     rank: int
@@ -97,9 +99,9 @@ class RankPlan:
     holders: tuple[int, ...] = field(init=False)
     precision: Precision = field(init=False)
     shards: int = field(init=False)
-    """Pieces into which state is cut."""
+    """Number of pieces into which state is cut."""
     stage: int = field(init=False)
-    """ZeRO's, 0 to 3."""
+    """ZeRO stage, 0 to 3."""
 
     def __post_init__(self) -> None:
         p = self.config.parallel
@@ -114,12 +116,12 @@ class RankPlan:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """The list of one training step."""
+        """Step list of one training step."""
         p = self.config.parallel
         return self.expand(lowered_orders(p.schedule, p.pp, p.virtual_stages, self.config.micro_batches))
 
     def expand(self, orders: Sequence[list[Action]]) -> list[Step]:
-        """Steps of this rank for lowered `orders` (one list of actions per pipeline rank)."""
+        """Return the step list of this rank for lowered `orders` (one list of actions per pipeline rank)."""
         gathers = {0: NEVER, 1: FIRST, 2: FIRST, 3: self._stage_3}
         layers = range(1, self.config.model.num_layers + 1) if self.config.train.recompute == "full" else ()
         rules = Rules(frozenset(layers), self.stage >= 2, gathers[self.stage]) if self.ours else Rules()
@@ -131,8 +133,10 @@ class RankPlan:
 
     @property
     def ours(self) -> bool:
-        """Whether the state is reduced, gathered and stepped by steps of ours. DeepSpeed does that by itself, outside
-        of what is declared here; buckets then only say how much there is."""
+        """True if steps of the list reduce, gather and step the state (engine native).
+
+        DeepSpeed does that by itself, outside these declarations; buckets then only give sizes.
+        """
         return self.config.optim.engine == "native"
 
     @property
@@ -143,7 +147,7 @@ class RankPlan:
 
     @cached_property
     def eval_steps(self) -> list[Step]:
-        """The list of one validation batch: forwards only."""
+        """Step list of one validation batch: forwards only."""
         p = self.config.parallel
         orders = forward_only(p.schedule, p.pp, p.virtual_stages, self.config.micro_batches)
         rules = Rules(gather=self._stage_3 if self.stage == 3 and self.ours else NEVER)
@@ -151,12 +155,12 @@ class RankPlan:
 
     @cached_property
     def refresh_steps(self) -> list[Step]:
-        """What comes before the forwards of a validation where ranks have stepped their own shards only."""
+        """Gathers before the forwards of a validation, if ranks have stepped only their own shards."""
         wanted = self.buckets if self.stage in (1, 2) and self.ours else ()
         return [Step(GATHER, Action(b.chunk, Op.F, 0), bucket=b.index) for b in reversed(wanted)]
 
     def declare(self, step: Step) -> Cost:
-        """Collectives, FLOPs and saved bytes of `step`."""
+        """Return the collectives, FLOPs and saved bytes of `step`."""
         if step.kind == FORWARD:
             return self._forward(step)
         if step.kind == BACKWARD:
@@ -184,32 +188,32 @@ class RankPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch on this rank's context shard."""
+        """Number of tokens of one micro-batch on this rank's context shard."""
         return self.config.train.micro_batch * self.config.model.seq_len // self.config.parallel.cp
 
     @property
     def element(self) -> int:
-        """Bytes of a parameter or an activation."""
+        """Bytes of one element of a parameter or an activation."""
         return self.precision.bytes("compute")
 
     @property
     def shard_axis(self) -> str:
-        """Over which axis shards are gathered and reduced."""
+        """Axis over which shards are gathered and reduced."""
         return "shard" if self.layout.shard else "data"
 
     @property
     def shard_index(self) -> int:
-        """Which shard of the state this rank owns."""
+        """Index of the shard of the state that this rank owns."""
         return self.layout.data_index(self.rank) % self.shards
 
     @property
     def replicas(self) -> int:
-        """Copies of each shard, on different nodes."""
+        """Number of copies of each shard, on different nodes; 1 without sharding."""
         return self.layout.data // self.shards if self.stage else 1
 
     @property
     def hidden_bytes(self) -> int:
-        """One activation (tokens, hidden), whole."""
+        """Bytes of one whole activation (tokens, hidden)."""
         return self.tokens * self.config.model.hidden_size * self.element
 
     @property
@@ -218,12 +222,13 @@ class RankPlan:
         return p.tp if p.sequence_parallel else 1
 
     def is_head(self, block: int) -> bool:
+        """Return whether `block` is the head."""
         return block == self.config.model.num_layers + 1
 
     # --- blocks ------------------------------------------------------------------------------------------------
 
     def _tp(self, *ops: str, calls: int = 1) -> tuple[Call, ...]:
-        """Collectives over tp of one hidden activation each."""
+        """Return collectives over tp, each of one hidden activation: `calls` of each op."""
         if self.layout.tp == 1:
             return ()
         return tuple(Call("tp", op, calls, self.hidden_bytes) for op in ops)
@@ -233,7 +238,7 @@ class RankPlan:
         return self.config.parallel.sequence_parallel
 
     def block_flops(self, block: int) -> tuple[int, int]:
-        """Forward FLOPs of `block` on this rank: (matmuls with weights, attention products)."""
+        """Return the forward FLOPs of `block` on this rank: (matmuls with weights, attention matmuls)."""
         if block == 0:
             return 0, 0
         if self.is_head(block):
@@ -267,11 +272,11 @@ class RankPlan:
         return self._tp(ALL_REDUCE, calls=2)
 
     def _recomputed(self, block: int) -> bool:
-        """Whether the forward of `block` keeps its input only."""
+        """Return whether the forward of `block` keeps only its input."""
         return self.config.train.recompute == "full" and block != 0 and not self.is_head(block)
 
     def _recompute(self, step: Step) -> Cost:
-        """A layer's forward without its last product and the sum behind it: nothing that is kept needs them."""
+        """Return the cost of repeating a layer's forward up to its last matmul, which no saved tensor needs."""
         block = step.block or 0
         matmul, attention = self.block_flops(block)
         m, p = self.config.model, self.config.parallel
@@ -288,8 +293,11 @@ class RankPlan:
         return Cost(early.comm + late.comm, early.flops + late.flops, recompute_flops=early.recompute_flops)
 
     def _split_backward(self, step: Step) -> Cost:
-        """Input gradients. Sequence parallel gathers what leaves a row-parallel product and scatters what enters a
-        column-parallel one."""
+        """Return the cost of the input gradients.
+
+        Sequence parallelism gathers output gradients of row-parallel matmuls and scatters input gradients of
+        column-parallel ones.
+        """
         block = step.block or 0
         matmul, attention = self.block_flops(block)
         if block == 0:
@@ -305,7 +313,7 @@ class RankPlan:
         return Cost(comm, matmul + 2 * attention, queued, again)
 
     def _weight(self, step: Step) -> Cost:
-        """Weight gradients; sequence parallel gathers the inputs of column-parallel products again."""
+        """Return the cost of the weight gradients; sequence parallelism gathers column-parallel inputs again."""
         block = step.block or 0
         matmul, _ = self.block_flops(block)
         columns = 0 if block == 0 else 1 if self.is_head(block) else 2
@@ -338,12 +346,12 @@ class RankPlan:
         return calls
 
     def eval_calls(self) -> tuple[Call, ...]:
-        """What follows the forwards of one validation batch: the loss, summed over the world."""
+        """Return the collective after the forwards of one validation batch: the loss, summed over the world."""
         return (Call("world", ALL_REDUCE, 1, 8),) if self.layout.world > 1 else ()
 
 
 def calls_by_key(comm: Iterable[Call]) -> dict[tuple[str, str, int], int]:
-    """{(axis, op, payload): calls}: the form in which the ledger compares."""
+    """Return {(axis, op, payload): calls}, the form in which the ledger compares."""
     calls: dict[tuple[str, str, int], int] = {}
     for call in comm:
         key = (call.axis, call.op, call.payload)
@@ -352,5 +360,5 @@ def calls_by_key(comm: Iterable[Call]) -> dict[tuple[str, str, int], int]:
 
 
 def p2p_direction(op: Op) -> str:
-    """'f' for activations, 'b' for gradients: which of the two directed edges a SEND or RECV uses."""
+    """Return which of the two directed edges a SEND or RECV uses: 'f' for activations, 'b' for gradients."""
     return "f" if op in (Op.SEND_F, Op.RECV_F) else "b"

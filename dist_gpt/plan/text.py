@@ -1,4 +1,4 @@
-"""The plan and the FLOPs of a model as tables for people; numbers of bytes are powers of ten (MB = 1e6)."""
+"""Plan and FLOPs of a model as text tables; units of bytes are powers of ten (MB = 1e6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_gpt.plan.timeline import timeline
 from dist_gpt.schedule.draw import draw_text
 
 DRAWN_RANKS, DRAWN_MICRO_BATCHES = 8, 16
-_GRID_WIDTH = 84  # with the rank before it and the idle share behind it, 110 columns
+_GRID_WIDTH = 84  # 110 columns with the rank in front and the idle share behind
 _HOLDS = {
     "parameters": "of the stages held here, or this rank's shard",
     "gradients": "of the same, or this rank's shard",
@@ -25,7 +25,7 @@ _HOLDS = {
 
 
 def plan_text(doc: dict[str, Any], config: Config) -> str:
-    """`plan_document` for people, at most 110 columns wide."""
+    """Return `plan_document` as text, at most 110 columns wide."""
     rank = doc["rank"]
     sections = [
         [f"{doc['name']}: plan for {_many(doc['layout']['world'], 'rank')}"],
@@ -44,7 +44,7 @@ def plan_text(doc: dict[str, Any], config: Config) -> str:
 
 
 def flops_text(doc: dict[str, Any]) -> str:
-    """`flops_document` for people, at most 110 columns wide."""
+    """Return `flops_document` as text, at most 110 columns wide."""
     rows = [("matmul", "m", "k", "n", "products", "layers", "forward", "backward", "share")]
     for r in doc["matmuls"]:
         m, k, n = r["shape"]
@@ -70,7 +70,7 @@ def flops_text(doc: dict[str, Any]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as `1.23 GB`, powers of ten."""
+    """Format a number of bytes as `1.23 GB`, in powers of ten."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:,.2f} {unit}"
@@ -78,7 +78,7 @@ def size(count: float) -> str:
 
 
 def si(count: float) -> str:
-    """A number as `1.23 T`, three digits behind the first."""
+    """Format a number as `1.23 T`, with two decimals and an SI prefix, to be followed by a unit."""
     for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
             return f"{count / scale:,.2f} {unit}"
@@ -90,7 +90,7 @@ def _many(count: int, what: str, plural: str = "s") -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], right: Iterable[int] | None = None) -> list[str]:
-    """Aligned columns, two blanks before each; all but the first to the right unless `right` names them."""
+    """Return aligned columns, two blanks before each; right-aligned are those in `right`, else all but the first."""
     rows = list(rows)
     columns = len(rows[0])
     to_right = set(range(1, columns) if right is None else right)
@@ -132,7 +132,7 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
 
 
 def _memory_settings(at: dict[str, Any]) -> list[tuple[str, str]]:
-    """What decides the memory; of the rarer settings those that are set, in rows of their own."""
+    """Return rows of the settings that decide the memory; rarer ones appear only if set, in rows of their own."""
     rarer = [
         "by DeepSpeed" if at["engine"] == "deepspeed" else "",
         "inside nodes" if at["shard_group"] == "node" else "",
@@ -181,7 +181,7 @@ def _schedule_lines(doc: dict[str, Any], config: Config) -> list[str]:
 
 
 def _stages(schedule: dict[str, Any], pp: int) -> list[str]:
-    """Layers of each pipeline rank, neighbours that hold the same written as one row."""
+    """Return a table of the layers of each pipeline rank; neighbours with the same layers share a row."""
     held = [
         " + ".join(str(n) for chunk, n in enumerate(schedule["chunks"]) if schedule["placement"][chunk] == rank)
         for rank in range(pp)

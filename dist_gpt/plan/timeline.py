@@ -1,4 +1,4 @@
-"""The schedule of a configuration: proven, then simulated with the declared FLOPs of each action as its cost."""
+"""Schedule of a configuration: checked, then simulated with the declared FLOPs of each action as its cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {Op.F: (FORWARD,), Op.B: (RECOMPUTE, BACKWARD), Op.W: (WEIGHT,)}
 
 
 def timeline(config: Config) -> Timeline:
-    """The training step of every pipeline rank in time, in units of the dearest action; messages are free.
+    """Simulate a training step on every pipeline rank; time is in units of the costliest action, messages are free.
 
     Raises ScheduleError if the schedule is incomplete or would deadlock.
     """
@@ -28,13 +28,16 @@ def timeline(config: Config) -> Timeline:
 
 
 def simulated_bubble(config: Config) -> float:
-    """The share of the step in which a pipeline rank is idle, mean over ranks, by FLOPs alone (no communication)."""
+    """Return the idle share of a pipeline rank in the step, mean over ranks, by FLOPs alone (no communication)."""
     return timeline(config).bubble
 
 
 def schedule_document(config: Config) -> dict[str, Any]:
-    """The `schedule` of a plan: `chunks` are layers per chunk, `placement` the pipeline rank of each, `orders` what
-    every pipeline rank computes."""
+    """Return the `schedule` of a plan.
+
+    `chunks` are layers per chunk, `placement` the pipeline rank of each chunk, `orders` the compute actions of every
+    pipeline rank.
+    """
     p = config.parallel
     simulated = timeline(config)
     orders = lowered_orders(p.schedule, p.pp, p.virtual_stages, config.micro_batches)
@@ -68,8 +71,10 @@ def _timeline(
 
 
 def _action_flops(config: Config) -> dict[tuple[int, Op], int]:
-    """Declared FLOPs of an F, B or W of each chunk, on the tp rank with the largest piece of the vocabulary; a forward
-    that is computed again is part of B."""
+    """Return the declared FLOPs of an F, B or W of each chunk; a recomputed forward is part of B.
+
+    They are those of the tp rank with the largest piece of the vocabulary.
+    """
     p = config.parallel
     layout = layout_of(config)
     holders = placement(p.schedule, p.pp, p.virtual_stages)

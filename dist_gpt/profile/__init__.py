@@ -1,8 +1,8 @@
-"""What a run measures of itself, and writes as events: the window, memory, products alone, the device.
+"""Measurements that a run takes of itself and writes as events: the window, memory, matmuls alone, the device.
 
-recorder.py       around every training step; opens and closes the profiling window
-memory.py         one step's bytes by category, beside the plan's
-kernels.py        the rank's products measured alone, and what the device can do at most
-device.py         clocks and power of a GPU
+recorder.py       records every training step; opens and closes the profiling window
+memory.py         one step's bytes, in the categories of the plan
+kernels.py        the rank's matmuls measured alone, and the peak rates of the device
+device.py         clocks, power and temperature of a GPU
 torch_trace.py    torch.profiler over the window, on chosen ranks
 """

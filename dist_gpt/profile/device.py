@@ -1,4 +1,4 @@
-"""Clocks, power and temperature of a GPU, sampled on a thread while the window is open. Nothing on a CPU."""
+"""Clocks, power and temperature of a GPU, sampled on a thread while the window is open; none on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_SAMPLES = 2_000
 
 
 class DeviceSampler:
-    """Reads NVML every PERIOD_S between `start` and `stop`; `samples` are (CLOCK_MONOTONIC ns, reading)."""
+    """Sampler of NVML every PERIOD_S seconds from `start` to `stop`; `samples` are (CLOCK_MONOTONIC ns, reading)."""
 
     def __init__(self, device: torch.device) -> None:
         self.samples: list[tuple[int, dict[str, float]]] = []
@@ -23,11 +23,13 @@ class DeviceSampler:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Start the sampling thread, once, if NVML knows the device."""
         if self._handle is not None and self._thread is None:
             self._thread = threading.Thread(target=self._run, name="device sampler", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
+        """End the sampling; wait for its thread for at most 2 x PERIOD_S."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * PERIOD_S)
@@ -39,7 +41,7 @@ class DeviceSampler:
 
 
 def _handle(device: torch.device) -> Any:
-    """NVML's handle of the device, found by its UUID (CUDA_VISIBLE_DEVICES renumbers); None where NVML has none."""
+    """Return NVML's handle of the device, by its UUID (CUDA_VISIBLE_DEVICES renumbers); None if NVML has none."""
     if device.type != "cuda":
         return None
     try:
@@ -48,7 +50,7 @@ def _handle(device: torch.device) -> Any:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         return pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    except Exception:  # no driver, no NVML (AMD), not permitted: the run goes on without samples
+    except Exception:  # no driver, no NVML (AMD), not permitted: the run continues without samples
         return None
 
 

@@ -1,7 +1,7 @@
-"""The rank's products measured alone, and what this device can do at most: the two sides of a roofline.
+"""Matmuls of a rank measured alone, and the peak rates of its device: the two sides of a roofline.
 
-Each is the fastest of several runs: what disturbs a run only makes it longer. Products are made as training makes them
-(`parallel.matmul`): on a CPU without units for 2 bytes in float32, whose speed is then the ceiling.
+Each is the fastest of several runs, since a disturbance only makes a run longer. Matmuls run as in training
+(`parallel.matmul`): on a CPU without 16-bit units in float32, whose speed is then the ceiling.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dist_gpt.parallel.matmul import accumulate, in_float, product
 from dist_gpt.plan.kernels import ATTENTION, Kernel, rank_kernels
 
 BUDGET_S, TOTAL_S = 0.12, 3.0
-"""For all runs of one product, and for all products: the other ranks wait meanwhile."""
+"""Seconds for all runs of one matmul, and for all matmuls: the other ranks wait meanwhile."""
 LEAST_RUNS = 4
 LARGE = {"cpu": (512, 1024), "cuda": (4096,)}
-"""Sides of the square products behind the ceiling: the faster one counts."""
+"""Sides of the square matmuls behind the ceiling: the faster one counts."""
 COPIED = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Bytes of the copy behind the bandwidth: far more than any cache."""
 
 
 def kernel_facts(config: Config, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of the events file: `ceiling`, then a `kernel` for each product of this rank that fits into the time."""
+    """Return rows of the events file: `ceiling`, then a `kernel` for each matmul that fits into the time."""
     dtype, started = TORCH_DTYPE[config.train.dtype], time.perf_counter()
     best = ceiling(device, dtype)
     facts: list[dict[str, Any]] = [{"ceiling": {**best, "dtype": config.train.dtype}}]
@@ -44,7 +44,7 @@ def kernel_facts(config: Config, device: torch.device) -> list[dict[str, Any]]:
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of a large square product, and bytes per second of a large copy (read and written)."""
+    """Measure FLOP/s of a large square matmul, and bytes per second of a large copy (read and written)."""
     speed = max(2 * side**3 / fastest(_square(side, device, dtype), device) for side in LARGE[device.type])
     source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device).fill_(1)
     copy = torch.empty_like(source)
@@ -61,7 +61,7 @@ def _square(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[],
 
 
 def runner(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """What runs `kernel` once, its operands made here."""
+    """Return a function that runs `kernel` once, on operands made here."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -81,7 +81,7 @@ def runner(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Callable
 
 
 def fastest(run: Callable[[], object], device: torch.device, budget_s: float = BUDGET_S) -> float:
-    """Seconds of the fastest of at least three runs, as many as fit into `budget_s`."""
+    """Return the seconds of the fastest of at least three runs, as many as fit into `budget_s`."""
     best, ran, started = float("inf"), 0, time.perf_counter()
     with torch.no_grad():
         while ran < LEAST_RUNS or time.perf_counter() - started < budget_s:
@@ -89,7 +89,7 @@ def fastest(run: Callable[[], object], device: torch.device, budget_s: float = B
             began = time.perf_counter()
             run()
             _settle(device)
-            if ran:  # the first one warms up
+            if ran:  # the first run is a warm-up
                 best = min(best, time.perf_counter() - began)
             ran += 1
     return best

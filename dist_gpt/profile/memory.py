@@ -1,4 +1,4 @@
-"""Measured memory of one training step, in the categories of the plan, with the allocator's own peak beside them."""
+"""Measured memory of one training step, in the categories of the plan, and the allocator's own peak."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from dist_gpt.rank import Rank
 
 
 class MemoryWatch:
-    """Watches one step of `rank`. On a CPU the heap in use is read between the entries of the step list; what was in
-    use before the model was built (`baseline`) is taken off. On a GPU the allocator knows its peak."""
+    """Memory measurement of one step of `rank`.
+
+    On a CPU the heap in use is read between the entries of the step list, less what was in use before the model was
+    built (`baseline`). On a GPU the allocator keeps its peak.
+    """
 
     def __init__(self, rank: Rank, baseline: int | None) -> None:
         self.rank = rank
@@ -30,7 +33,7 @@ class MemoryWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, one step is trained."""
+        """Measure the step that is trained inside the context."""
         executor, sink = self.rank.executor, self.rank.sink
         before = executor.after_step, sink.hold
         executor.after_step, sink.hold = self._look, self.saved.hold
@@ -56,7 +59,7 @@ class MemoryWatch:
             self.peak = max(self.peak or 0, in_use - self.baseline)
 
     def fact(self, step: int) -> dict[str, Any]:
-        """The row of the events file."""
+        """Return the row of the events file."""
         source = "cuda" if self.cuda else "mallinfo2" if self.peak is not None else None
         return {
             "step": step,
@@ -68,8 +71,10 @@ class MemoryWatch:
 
 
 def held_now(rank: Rank) -> dict[str, int]:
-    """What `rank` holds at this moment but for activations, by the plan's categories; nothing where another engine
-    trains it."""
+    """Return the bytes that `rank` holds now, without activations, by the plan's categories.
+
+    The result is empty if another engine trains the rank.
+    """
     if rank.config.optim.engine != "native":
         return {}
     found = parts(rank, 0, rank.mesh.shard.scratch_bytes)
@@ -78,7 +83,7 @@ def held_now(rank: Rank) -> dict[str, int]:
 
 
 def parts(rank: Rank, activations: int, scratch: int) -> dict[str, int]:
-    """What `rank` holds, by the plan's categories; `scratch` are receive buffers of reductions under way."""
+    """Return the bytes `rank` holds, by the plan's categories; `scratch` are receive buffers of running reductions."""
     flats = rank.buffers.buckets
     return memory_document(
         parameters=sum((b.parameters if b.keeps_parameters else b.parameter_shard).nbytes for b in flats),
@@ -91,6 +96,6 @@ def parts(rank: Rank, activations: int, scratch: int) -> dict[str, int]:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Return the largest resident set size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Around every training step: what it spent goes to the events file; inside the window every call and span does.
+"""Recorder of every training step: its totals go to the events file, inside the window every call and span as well.
 
 Nothing here waits for the device or for another rank while a step runs, and nothing is written before the step is over.
 """
@@ -37,7 +37,7 @@ from dist_gpt.rank import Rank
 from dist_gpt.track import record_failure
 
 TOLD = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "MKL_", "OMPI_COMM_", "PMI_", "UCX_", "FI_", "MASTER_")
-"""Beginnings of the environment variables that the header keeps."""
+"""Prefixes of the environment variables that the header keeps."""
 TOLD_BY_NAME = {
     f"SLURM_{name}"
     for name in (
@@ -46,20 +46,20 @@ TOLD_BY_NAME = {
         "RESTART_COUNT", "ARRAY_JOB_ID", "ARRAY_TASK_ID",
     )
 }  # fmt: skip
-"""Slurm's are told one by one: among the others is a bearer token (SLURM_JWT)."""
+"""Slurm's variables are listed one by one: among the others is a bearer token (SLURM_JWT)."""
 SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CRED", "AUTH", "JWT")
 COST_RECORDS = 2_000
 
 
 @dataclass
 class Taken:
-    """One training step; `seconds` are known when it is over."""
+    """Duration of one training step; `seconds` is set when the step is over."""
 
     seconds: float = 0.0
 
 
 class Recorder:
-    """Records the steps of `rank`. `baseline` are the heap bytes in use before the model was built."""
+    """Recorder of the steps of `rank`. `baseline` is the heap in use before the model was built, in bytes."""
 
     def __init__(self, config: Config, rank: Rank, env: RankEnv, run_dir: Path, baseline: int | None = None) -> None:
         self.config, self.rank, self.baseline = config, rank, baseline
@@ -77,7 +77,7 @@ class Recorder:
 
     @contextmanager
     def step(self, number: int) -> Iterator[Taken]:
-        """Inside, training step `number` runs and ends with a read of its loss."""
+        """Record training step `number`, which runs inside the context and ends with a read of its loss."""
         taken, memory = Taken(), None
         self._open(number)
         before = self.ledger.counts(TRAIN)
@@ -113,26 +113,29 @@ class Recorder:
         self._close(number)
 
     def evaluation(self, step: int, phase: str, seconds: float, comm: Counts) -> None:
-        """A validation after `step` steps."""
+        """Record a validation after `step` steps: its phase, its seconds, and the traffic `comm`."""
         self.events.step(step, phase, seconds, comm)
 
     def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint after `step` steps. It communicates over the store alone: no collective."""
+        """Record a checkpoint after `step` steps. It communicates over the store alone: no collective."""
         self.events.step(step, SAVE, seconds, Counts())
 
     def network(self, found: Network | None) -> None:
-        """What was found of the network before the first step."""
+        """Record the result of the network probe before the first step, if there was one."""
         if found is not None:
             self.events.fact("probe", found.fact())
 
     def clock(self, reading: ClockReading | None) -> None:
-        """This rank's clock against rank 0's."""
+        """Record a reading of this rank's clock against rank 0's, if there is one."""
         if reading is not None:
             at = reading.at_ns - self.events.base_ns
             self.events.fact("clock", {"at_ns": at, "offset_ns": reading.offset_ns, "error_ns": reading.error_ns})
 
     def finish(self, differences: list[str]) -> None:
-        """All steps are done, or the run leaves early. `differences` is this rank's account."""
+        """End the window and write the closing facts, after the last step or an early stop.
+
+        `differences` says where this rank's traffic differs from the plan; empty if it matches exactly.
+        """
         self._end_window()
         if self.window is not None and self.rank.mesh.rank == 0:
             self._measure_kernels()
@@ -151,7 +154,7 @@ class Recorder:
         self.events.fact("end", end)
 
     def _measure_kernels(self) -> None:
-        """Products alone. The run has done its work: what goes wrong here (memory is short) must not end it."""
+        """Measure matmuls alone. Training is done: an error here (memory is short) must not end the run."""
         try:
             for fact in kernel_facts(self.config, self.rank.device):
                 for name, content in fact.items():
@@ -160,7 +163,7 @@ class Recorder:
             self.events.fact("kernels_failed", {"error": f"{type(error).__name__}: {error}"[:500]})
 
     def close(self) -> None:
-        """Leave what there is on disk; also when training failed."""
+        """Stop sampling and close the events file; also when training failed."""
         self.sampler.stop()
         self.events.close()
 
@@ -176,8 +179,11 @@ class Recorder:
             self.torch.start()
 
     def _failed(self, number: int) -> None:
-        """The tape holds what led to it. On a GPU reading it would wait for what never comes; and nothing that goes
-        wrong here may hide the failure itself."""
+        """Write the tape of a failed step, which holds what led to the failure, and stop the trace.
+
+        On a GPU the tape is not read, which would wait for work that never completes. No error in here may hide the
+        failure itself.
+        """
         self.ledger.tape = None
         if self.tape is not None and self.rank.device.type == "cpu":
             with suppress(Exception):
@@ -187,7 +193,7 @@ class Recorder:
                 self.torch.stop()
 
     def _over(self, number: int) -> dict[str, float]:
-        """A step is over; returns what the tape says of it as a whole."""
+        """Write the tape of a completed step; return its CPU time between entries of the step list, if known."""
         self.ledger.tape = None
         if self.tape is None:
             return {}
@@ -209,8 +215,8 @@ class Recorder:
             self.torch.stop()
 
     def _memory_step(self) -> int | None:
-        """The step whose memory is measured: beside the window, not inside, since watching costs time."""
-        if self.window is None or self.config.optim.engine != "native":  # nobody knows what DeepSpeed holds of what
+        """Return the step whose memory is measured: next to the window, not inside, since measuring takes time."""
+        if self.window is None or self.config.optim.engine != "native":  # DeepSpeed's memory is not known by category
             return None
         first, last = max(1, self.window[0]), self.window[1]
         if first > 1:
@@ -219,8 +225,10 @@ class Recorder:
 
 
 def attempts_in(run_dir: Path, rank: int) -> int:
-    """Attempts that have begun to write rank `rank`'s events: headers in its file. A header may stand behind a line
-    that the attempt before it left cut off."""
+    """Return the number of attempts that have begun to write rank `rank`'s events: the headers in its file.
+
+    A header may be on the same line as a row that the attempt before it did not complete.
+    """
     path = run_dir / f"events.rank{rank}.jsonl"
     if not path.is_file():
         return 0
@@ -229,7 +237,7 @@ def attempts_in(run_dir: Path, rank: int) -> int:
 
 
 def make_timer(device: torch.device) -> Timer:
-    """Who measures on `device`."""
+    """Return the timer for `device`. Raise ConfigError on a GPU if TORCH_NCCL_BLOCKING_WAIT is set."""
     if device.type == "cuda":
         if os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0") not in ("", "0"):
             raise ConfigError([
@@ -243,12 +251,12 @@ def make_timer(device: torch.device) -> Timer:
 
 
 def started() -> float:
-    """Return when this process, or the one that it was forked from by the launcher, began; seconds since 1970."""
+    """Return when this process, or the one from which the launcher forked it, began, in seconds since 1970."""
     return float(os.environ.get("DIST_GPT_STARTED_S") or psutil.Process().create_time())
 
 
 def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
-    """What identifies this rank's process and place."""
+    """Return the facts that identify this rank's process and its place."""
     cuda = rank.device.type == "cuda"
     return {
         "world": env.world,
@@ -268,7 +276,7 @@ def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
 
 
 def told(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that say how ranks communicate and compute; none that may hold a secret."""
+    """Return the variables that affect how ranks communicate and compute, and none that may hold a secret."""
     return {
         name: value
         for name, value in sorted(environ.items())
@@ -277,7 +285,7 @@ def told(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Nothing:
-    """A backend whose collectives are over at once."""
+    """Backend whose collectives complete at once."""
 
     def name(self) -> str:
         return "none"
@@ -289,7 +297,7 @@ class _Nothing:
 
 
 def record_cost_ns() -> float:
-    """What one record costs outside of the window, measured in isolation: a collective that does nothing, recorded."""
+    """Return the ns that one record costs outside of the window, measured on collectives that do nothing."""
     group = Group("tp", (0, 1), 0, _Nothing(), Ledger({"tp": 2}))
     tensor = torch.empty(1)
     started = time.perf_counter_ns()

@@ -1,4 +1,4 @@
-"""An action: one thing that a pipeline rank does, such as `2F0` (chunk 2, forward, micro-batch 0)."""
+"""Actions: the single operations of a pipeline rank, such as `2F0` (chunk 2, forward, micro-batch 0)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from enum import Enum
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be made, read or executed; the text says what was given and what to change."""
+    """Error of a schedule that cannot be made, read or executed; the text says what was given and what to change."""
 
 
 class Op(str, Enum):
-    """What an action does with its chunk and micro-batch."""
+    """Operation of an action on its chunk and micro-batch."""
 
     F = "F"  # forward
-    B = "B"  # backward; where the schedule holds any W, of the inputs only
+    B = "B"  # backward; of the inputs only if the schedule holds any W
     W = "W"  # gradients of the weights, apart from B
     R = "R"  # recompute the forward, before B
     SEND_F = "SEND_F"  # this chunk's output to the next chunk
@@ -26,7 +26,7 @@ class Op(str, Enum):
     REDUCE = "REDUCE"  # this chunk's gradients over the data ranks
     STEP = "STEP"  # the optimizer, all chunks of the rank
 
-    __hash__ = str.__hash__  # Enum's own is written in Python; schedules are looked up by the million
+    __hash__ = str.__hash__  # Enum's own is slow Python code; a schedule makes millions of look-ups
 
     def __str__(self) -> str:
         return self.value
@@ -37,7 +37,7 @@ SENDS = frozenset({Op.SEND_F, Op.SEND_B})
 RECVS = frozenset({Op.RECV_F, Op.RECV_B})
 MESSAGES = SENDS | RECVS
 
-# The other end of a message: its op, and how many chunks further on it happens.
+# The other end of a message: its op, and the distance to its chunk.
 _PARTNER = {
     Op.SEND_F: (Op.RECV_F, +1),
     Op.RECV_F: (Op.SEND_F, -1),
@@ -45,7 +45,7 @@ _PARTNER = {
     Op.RECV_B: (Op.SEND_B, +1),
 }
 
-# Which ops do not have both a chunk and a micro-batch.
+# Ops that lack a chunk or a micro-batch: (has chunk, has micro-batch).
 _HAS = {Op.REDUCE: (True, False), Op.STEP: (False, False)}
 
 _PATTERN = re.compile(r"(?P<chunk>\d+)?(?P<op>[A-Z_]+)(?P<micro_batch>\d+)?")
@@ -56,7 +56,7 @@ class Action:
     """One entry of a rank's order.
 
     `chunk` counts virtual stages over the whole pipeline: 0 holds the embedding, the last one the head.
-    REDUCE has no micro-batch, STEP has neither: there they are 0 and not written.
+    REDUCE has no micro-batch and STEP has neither; these fields are then 0 and not written.
     """
 
     chunk: int
@@ -70,12 +70,12 @@ class Action:
 
     @classmethod
     def reduce(cls, chunk: int) -> Action:
-        """The reduction of a chunk's gradients."""
+        """Return the reduction of a chunk's gradients."""
         return cls(chunk, Op.REDUCE, 0)
 
     @classmethod
     def step(cls) -> Action:
-        """The optimizer step of a rank."""
+        """Return the optimizer step of a rank."""
         return cls(0, Op.STEP, 0)
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """Read `2F0`, `2SEND_F0`, `2REDUCE` or `STEP`; the inverse of str()."""
+        """Parse `2F0`, `2SEND_F0`, `2REDUCE` or `STEP`, the inverse of str(); raise ScheduleError for other text."""
         match = _PATTERN.fullmatch(text)
         if match is not None and match["op"] in Op.__members__:
             op = Op[match["op"]]
@@ -97,7 +97,7 @@ class Action:
 
     @property
     def partner(self) -> Action:
-        """The other end of a message: of `1SEND_F0` it is `2RECV_F0`. Only sends and receives have one."""
+        """The other end of a message: `2RECV_F0` for `1SEND_F0`. Only sends and receives have one."""
         return Action(self.partner_chunk, _PARTNER[self.op][0], self.micro_batch)
 
     @property
@@ -107,15 +107,15 @@ class Action:
 
 
 def parse_order(text: str) -> list[Action]:
-    """Read one rank's order from actions with white space between them."""
+    """Parse one rank's order from actions separated by white space."""
     return [Action.parse(word) for word in text.split()]
 
 
 def format_order(order: Iterable[Action]) -> str:
-    """Write one rank's order; `parse_order` reads it back."""
+    """Return one rank's order as text that `parse_order` reads."""
     return " ".join(map(str, order))
 
 
 def parse_grid(text: str) -> list[list[Action]]:
-    """Read a hand-written schedule: one line per rank, rank 0 first; empty lines are skipped."""
+    """Parse a hand-written schedule: one line per rank, rank 0 first; empty lines are skipped."""
     return [parse_order(line) for line in text.splitlines() if line.strip()]

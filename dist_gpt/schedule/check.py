@@ -2,13 +2,13 @@
 
 `check` shows in turn that
 1. every rank does each of its actions exactly once, and nothing else;
-2. on its own rank, everything stands behind what it needs; STEP is last;
-3. messages between two ranks are received in the order in which they were sent (no message carries a name);
-4. every rank reaches its end where transfers are *rendezvous*: a transfer happens only when its SEND and its RECV
-   both stand at the head of their queues. A rank puts both into queues without waiting, and waits only before an F
-   or B whose message has not arrived.
+2. each action comes after what it needs on its own rank; STEP is last;
+3. messages between two ranks are received in the order in which they were sent (messages carry no tag);
+4. every rank reaches its end with *rendezvous* transfers: a transfer happens only when its SEND and its RECV are both
+   at the head of their queues. A rank queues them without waiting, and waits only before an F or B whose message has
+   not arrived.
 
-Which messages share a queue depends on how point-to-point channels are made, see CHANNELS.
+Which messages share a queue depends on how point-to-point channels are built, see CHANNELS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dist_gpt.schedule.action import MESSAGES, RECVS, SENDS, Action, Op, Schedul
 from dist_gpt.schedule.draw import draw_orders
 from dist_gpt.schedule.lower import Order, edge, receive_before, send_after, weight_gradient_op
 
-# Channel layout -> the queue in which a rank holds a message of an edge (source, destination, direction).
+# Channel layout -> the queue in which a rank holds the messages of an edge (source, destination, direction).
 CHANNELS: dict[str, Callable[[int, int, str], Hashable]] = {
     "rank": lambda source, destination, direction: "all",  # one group for the whole pipeline
     "rank_direction": lambda source, destination, direction: direction,  # two such groups
@@ -35,8 +35,8 @@ def check(
 ) -> None:
     """Prove that lowered `orders` (one per pipeline rank) work; `placement` is the rank of every chunk.
 
-    With `training` every chunk needs B, REDUCE and STEP as well; without, the orders are forwards and their messages.
-    Raises ScheduleError, with the orders and a mark at the first fault, or with what every rank waits for.
+    With `training`, B, REDUCE and STEP are needed as well; without it, orders are forwards and their messages only.
+    Raises ScheduleError, with the orders and a mark at the first fault, or with what every stuck rank waits for.
     """
     if channels not in CHANNELS:
         raise ScheduleError(f"channel layout {channels!r} does not exist; it is one of {', '.join(CHANNELS)}")
@@ -54,7 +54,7 @@ def _fail(orders: Sequence[Order], marks: dict[int, tuple[int, str]], what: str)
 
 
 def _check_complete(orders: Sequence[Order], placement: Sequence[int], micro_batches: int, training: bool) -> None:
-    """1. Each rank's actions are exactly those that its chunks and micro-batches call for."""
+    """Raise ScheduleError unless each rank has exactly the actions of its chunks and micro-batches (1)."""
     recomputed = {action.chunk for order in orders for action in order if action.op is Op.R}  # all of a chunk, or none
     split = weight_gradient_op(orders) is Op.W
     for rank, order in enumerate(orders):
@@ -90,7 +90,7 @@ def _check_complete(orders: Sequence[Order], placement: Sequence[int], micro_bat
 
 
 def _check_rank_order(orders: Sequence[Order], rank: int, order: Order, placement: Sequence[int]) -> None:
-    """2. Everything stands behind what it needs from its own rank."""
+    """Raise ScheduleError unless each action comes after what it needs on its own rank (2)."""
     position_of = {action: position for position, action in enumerate(order)}
     for position, action in enumerate(order):
         for needed in _needs(action, order, placement):
@@ -100,7 +100,7 @@ def _check_rank_order(orders: Sequence[Order], rank: int, order: Order, placemen
 
 
 def _needs(action: Action, order: Order, placement: Sequence[int]) -> list[Action]:
-    """What must stand before `action` on its own rank (R and W: if they are there at all)."""
+    """Return the actions that must come before `action` on its own rank (R and W only if the order has them)."""
     chunk, i = action.chunk, action.micro_batch
     if action.op is Op.STEP:
         return [other for other in order if other is not action]
@@ -120,7 +120,7 @@ def _needs(action: Action, order: Order, placement: Sequence[int]) -> list[Actio
 
 
 def _check_fifo(orders: Sequence[Order], placement: Sequence[int], channels: str) -> None:
-    """3. On each channel, what one rank sends to another arrives in the order in which that one receives."""
+    """Raise ScheduleError unless, on each channel, messages are received in the order in which they are sent (3)."""
     sent: dict[tuple[int, int, Hashable], list[tuple[int, Action]]] = defaultdict(list)
     received: dict[tuple[int, int, Hashable], list[tuple[int, Action]]] = defaultdict(list)
     for order in orders:
@@ -145,7 +145,7 @@ def _check_fifo(orders: Sequence[Order], placement: Sequence[int], channels: str
 
 
 def _check_progress(orders: Sequence[Order], placement: Sequence[int], channels: str) -> None:
-    """4. Run the schedule with rendezvous transfers through in-order queues; every rank must reach its end."""
+    """Run the schedule with rendezvous transfers through in-order queues; raise ScheduleError on a deadlock (4)."""
     position = [0] * len(orders)
     queues: dict[tuple[int, Hashable], deque[Action]] = defaultdict(deque)
     received: set[Action] = set()
@@ -156,7 +156,7 @@ def _check_progress(orders: Sequence[Order], placement: Sequence[int], channels:
             action = orders[rank][position[rank]]
             receive = receive_before(action, placement)
             if receive is not None and receive not in received:
-                break  # woken again by the transfer
+                break  # the transfer wakes the rank again
             position[rank] += 1
             if action.op in MESSAGES:
                 queue = CHANNELS[channels](*edge(action, placement))
@@ -181,7 +181,7 @@ def _check_progress(orders: Sequence[Order], placement: Sequence[int], channels:
 def _transfer(
     queues: dict[tuple[int, Hashable], deque[Action]], rank: int, channel: Hashable, placement: Sequence[int]
 ) -> list[Action]:
-    """Carry out what has become possible after `rank` put a message into `channel`; returns the finished RECVs."""
+    """Do the transfers that are possible after `rank` put a message into `channel`; return the finished RECVs."""
     finished = []
     changed = [rank]
     while changed:

@@ -17,8 +17,11 @@ IDLE = "."
 def draw_orders(
     orders: Sequence[Sequence[Action]], marks: Mapping[int, tuple[int, str]] | None = None, window: int = 12
 ) -> str:
-    """One row per rank with its actions. `marks` maps a rank to (position, text), and its row shows only the
-    `window` actions on each side of that position, the one in [brackets], with the text at the end."""
+    """Return one row of actions per rank.
+
+    `marks` maps a rank to (position, text): its row shows only that action, in [brackets], the `window` actions on each
+    side of it, and the text at the end. Rows of other ranks are then cut to as many actions.
+    """
     marks = marks or {}
     rows = []
     for rank, order in enumerate(orders):
@@ -35,11 +38,11 @@ def draw_orders(
 
 
 def draw_text(timeline: Timeline, width: int = 100) -> str:
-    """One row per rank, time from left to right in `width` columns.
+    """Return one row per rank, with time from left to right in `width` columns.
 
-    Where there is room an action reads `F0-` (with its chunk, `2F0-`, if a rank holds several), else as a run of its
-    letter, small for odd micro-batches; `+` is REDUCE, `=` STEP, `.` idle. Sends and receives run beside the compute
-    and are not drawn.
+    If there is room, actions read `F0-` (with their chunk, `2F0-`, if a rank holds several), else they are a run of
+    their letter, lower-case for odd micro-batches; `+` is REDUCE, `=` STEP, `.` idle. Sends and receives run beside the
+    compute and are not drawn.
     """
     rows = [[s for s in rank if s.action.op not in MESSAGES and s.end > s.start] for rank in timeline.spans]
     start = min((s.start for row in rows for s in row), default=0.0)
@@ -51,7 +54,7 @@ def draw_text(timeline: Timeline, width: int = 100) -> str:
             return LETTER[action.op]
         return str(action) if several else f"{action.op}{action.micro_batch}"
 
-    # A label needs a column more than its letters, else neighbours run together.
+    # A label needs one column more than its letters, else neighbours run together.
     fits = all(len(label(s.action)) < int((s.end - s.start) * scale + 1e-9) for row in rows for s in row)
     lines = []
     for rank, row in enumerate(rows):

@@ -1,14 +1,13 @@
-"""The second level of lowering: every action of a rank's list becomes steps, one per block.
+"""Second level of lowering: every action of a rank's list becomes steps, one per block.
 
     F   forward(block) ...                       B   (recompute(block)) backward(block) ..., last block first
     W   weight(block) ...                        REDUCE  reduce(bucket) ...
 
-A bucket's reduction starts right after the step that completes it, under the rest of the backward. Only what the
-chunk's first block completes waits, behind the SEND that a neighbour waits for. Where state is sharded the collectives
-that this takes are steps too, by the `Rules`: gather(bucket) starts to collect its parameters, free(bucket) lets go of
-them.
+A bucket's reduction starts right after the step that completes it and overlaps the rest of the backward. Only buckets
+that the chunk's first block completes wait: the SEND that a neighbour needs goes first. If state is sharded, its
+collectives are steps too, as the `Rules` say: gather(bucket) starts to gather its parameters, free(bucket) frees them.
 
-The executor runs exactly this list; `plan.steps.declare` says what each step communicates, computes and keeps.
+The executor runs exactly this list; `RankPlan.declare` (plan.steps) gives each step's traffic, FLOPs and saved bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ NEVER, FIRST, EACH_PASS, EACH_STEP = "never", "first", "each_pass", "each_step"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One entry of a rank's list. `block` of a forward, backward, weight or recompute step; `bucket` of a reduce,
-    gather or free.
+    """One entry of a rank's step list.
 
-    `split` marks a backward whose weight gradients come later, as a weight step.
+    Forward, backward, weight and recompute steps have a `block`; reduce, gather and free steps have a `bucket`.
+    `split` marks a backward whose weight gradients come later, in a weight step.
     """
 
     kind: str
@@ -46,8 +45,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class BucketPlace:
-    """What lowering needs to know of a bucket: the blocks that compute with its parameters, in `chunk`, and the one
-    whose gradients complete it."""
+    """Place of a bucket in the model.
+
+    `blocks` (in `chunk`) compute with its parameters, and the gradients of `last_block` complete it.
+    """
 
     index: int
     chunk: int
@@ -57,12 +58,12 @@ class BucketPlace:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How steps share memory and the data axis.
+    """Rules for recomputation and for collectives over the data axis.
 
     `recomputed`: blocks whose forward runs again before their backward. `reduce_each`: reduce after every micro-batch,
-    not only after the last. `gather`: when the shards of parameters are collected: never (every rank has stepped all),
-    first of all (each rank has stepped its own; the forward of a block waits for its bucket alone), for each pass over
-    a block, or once per step.
+    not only after the last. `gather`: when the shards of parameters are gathered: never (every rank has stepped all),
+    first (each rank has stepped its own; the forward of a block waits only for its bucket), for each pass over a block,
+    or once per step.
     """
 
     recomputed: frozenset[int] = frozenset()
@@ -76,7 +77,7 @@ def expand(
     buckets: Sequence[BucketPlace] = (),
     rules: Rules | None = None,
 ) -> list[Step]:
-    """Steps of one rank; `blocks` are those of each of its chunks."""
+    """Return the steps of one rank; `blocks` maps each of its chunks to its blocks."""
     rules = rules or Rules()
     steps = _Expansion(actions, blocks, buckets, rules).steps()
     if rules.gather == FIRST:
@@ -87,7 +88,7 @@ def expand(
 
 
 class _Expansion:
-    """From actions to steps per block, with reductions."""
+    """Expansion of actions into steps per block, with reductions."""
 
     def __init__(
         self,
@@ -98,10 +99,11 @@ class _Expansion:
     ) -> None:
         self.actions, self.blocks, self.buckets, self.rules = actions, blocks, buckets, rules
         self.split = any(a.op is Op.W for a in actions)
-        self.producing = Op.W if self.split else Op.B  # what makes weight gradients
-        self.final = {a.chunk: a for a in actions if a.op is self.producing}  # the last one of each chunk wins
+        self.producing = Op.W if self.split else Op.B  # the op that makes weight gradients
+        self.final = {a.chunk: a for a in actions if a.op is self.producing}  # the last one of each chunk
 
     def steps(self) -> list[Step]:
+        """Return the steps without gathers."""
         steps: list[Step] = []
         due: list[Step] = []  # reductions that let a SEND go first
         for action in self.actions:
@@ -128,7 +130,7 @@ class _Expansion:
         return steps + due
 
     def _gradients(self, action: Action) -> list[Step]:
-        """The blocks of a B or W, and the reductions that run under the rest of it."""
+        """Return the steps of a B or W, with the reductions that overlap the rest of it."""
         steps: list[Step] = []
         first = self.blocks[action.chunk][0]
         each = self.rules.reduce_each and action.op is self.producing
@@ -149,8 +151,10 @@ class _Expansion:
 
 
 def _with_gathers(steps: Sequence[Step], buckets: Sequence[BucketPlace], whole_step: bool) -> list[Step]:
-    """Gather each bucket one block ahead of its use, under the block before; free it when the next block to be computed
-    does not use it (or, for the `whole_step`, after its last use)."""
+    """Return `steps` with each bucket gathered one block ahead of its use, to overlap the block before.
+
+    A bucket is freed when the next block does not use it (with `whole_step`, after its last use).
+    """
     places = {(step.kind, step.action.chunk, step.block): step for step in steps}
     found_for = {place: _needs(step, buckets) for place, step in places.items()}
     needs = [found_for[step.kind, step.action.chunk, step.block] for step in steps]
@@ -176,6 +180,6 @@ def _with_gathers(steps: Sequence[Step], buckets: Sequence[BucketPlace], whole_s
 
 
 def _needs(step: Step, buckets: Sequence[BucketPlace]) -> tuple[int, ...]:
-    """Buckets whose parameters a step reads. Weight gradients need none; nor does the embedding's backward."""
+    """Return the buckets whose parameters a step reads. Weight steps and the embedding's backward need none."""
     reads = step.kind in (FORWARD, RECOMPUTE) or (step.kind == BACKWARD and step.block != 0)
     return tuple(b.index for b in buckets if reads and b.chunk == step.action.chunk and step.block in b.blocks)

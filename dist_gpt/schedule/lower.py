@@ -1,11 +1,11 @@
-"""Lowering: from what a rank computes to everything it does.
+"""Lowering: from the compute actions of a rank to all of its actions.
 
     orders = make_orders("1f1b", pp, virtual_stages, micro_batches)     compute only
     orders = add_communication(orders, placement)                       + SEND and RECV
     orders = add_reduce_and_step(orders)                                + REDUCE and STEP
 
-How the executor reads the result: a SEND starts a transfer and does not wait for its end; a RECV posts the buffer and
-does not wait either; the F or B that uses the message waits for it. A `placement` is the pipeline rank of every chunk.
+In the executor, a SEND starts a transfer without waiting for its end, and a RECV posts the buffer without waiting
+either; the F or B that uses the message waits for it. A `placement` is the pipeline rank of every chunk.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dist_gpt.schedule.action import MESSAGES, SENDS, Action, Op, ScheduleError
 Order = list[Action]
 
 
-# What an F or B needs from another chunk: the receiving op, and how many chunks further on that one is.
+# The message that an F or B reads, and the one that it makes: its op, and the distance to the other chunk.
 _INPUT = {Op.F: (Op.RECV_F, -1), Op.B: (Op.RECV_B, +1)}
 _OUTPUT = {Op.F: (Op.SEND_F, +1), Op.B: (Op.SEND_B, -1)}
 
 
 def receive_before(action: Action, placement: Sequence[int]) -> Action | None:
-    """The RECV whose message `action` needs; None if it needs none (its input is made on its own rank)."""
+    """Return the RECV whose message `action` needs; None if it needs none (its input is made on its own rank)."""
     return _message(action, placement, _INPUT)
 
 
 def send_after(action: Action, placement: Sequence[int]) -> Action | None:
-    """The SEND that carries the result of `action` to another rank; None if nobody there needs it."""
+    """Return the SEND that carries the result of `action` to another rank; None if no other rank needs it."""
     return _message(action, placement, _OUTPUT)
 
 
@@ -43,19 +43,19 @@ def _message(action: Action, placement: Sequence[int], ops: dict[Op, tuple[Op, i
 
 
 def edge(message: Action, placement: Sequence[int]) -> tuple[int, int, str]:
-    """(source rank, destination rank, "fwd" or "bwd") of a SEND or RECV."""
+    """Return (source rank, destination rank, "fwd" or "bwd") of a SEND or RECV."""
     here, there = placement[message.chunk], placement[message.partner_chunk]
     direction = "fwd" if message.op in (Op.SEND_F, Op.RECV_F) else "bwd"
     return (here, there, direction) if message.op in SENDS else (there, here, direction)
 
 
 def add_communication(orders: Sequence[Order], placement: Sequence[int], recv_ahead: int = 1) -> list[Order]:
-    """Insert SEND right after the action that makes a message and RECV before the one that uses it.
+    """Return `orders` with a SEND right after the action that makes a message and a RECV before the one that uses it.
 
-    A RECV stands `recv_ahead` compute actions before its user, so that the transfer runs under those. Any value is
-    safe where every directed edge has a channel of its own (`check`'s "edge"): all receives move by the same count,
-    so their order on each channel stays, and nobody waits for a SEND or at a RECV, so who waits for whom stays. On
-    channels that share a queue, `check` has to say. Each step ahead holds one more receive buffer.
+    A RECV stands `recv_ahead` compute actions before its user, so that the transfer overlaps these. Any value is safe
+    if every directed edge has its own channel (`check`'s "edge"): all receives move by the same count, so their order
+    on each channel stays, and no rank waits at a SEND or RECV, so the dependencies between ranks stay. On channels that
+    share a queue, `check` decides. Each action ahead holds one more receive buffer.
     """
     if recv_ahead < 0:
         raise ScheduleError(f"recv_ahead = {recv_ahead}; it is a number of actions, at least 0")
@@ -77,7 +77,7 @@ def _communicate(order: Order, placement: Sequence[int], recv_ahead: int) -> Ord
 
 
 def add_reduce_and_step(orders: Sequence[Order]) -> list[Order]:
-    """Append to each chunk's last weight gradient (and the SEND behind it) the chunk's REDUCE; end with one STEP."""
+    """Return `orders` with a REDUCE after each chunk's last weight gradient (and its SEND), and one STEP at the end."""
     gradient = weight_gradient_op(orders)
     return [_reduce_and_step(order, gradient) for order in orders]
 
@@ -97,10 +97,10 @@ def _reduce_and_step(order: Order, gradient: Op) -> Order:
 
 
 def weight_gradient_op(orders: Sequence[Order]) -> Op:
-    """W where the schedule holds any W, else B: the op that makes weight gradients."""
+    """Return the op that makes weight gradients: W if the schedule holds any, else B."""
     return Op.W if any(action.op is Op.W for order in orders for action in order) else Op.B
 
 
 def is_lowered(orders: Sequence[Order]) -> bool:
-    """Does any rank send or receive?"""
+    """Return whether any rank sends or receives."""
     return any(action.op in MESSAGES for order in orders for action in order)

@@ -1,8 +1,8 @@
-"""How long does a schedule take, and how much of that is bubble?
+"""Simulation of a schedule: how long it takes, and how much of that is bubble.
 
 Every rank carries out its order as the executor does: sends and receives are posted without waiting, a transfer
 starts when both of its ends are posted and its channel is free, and an F or B waits for its message. As every order
-is fixed, times follow from one another directly: no event has to be guessed or taken back.
+is fixed, times follow directly from one another, without an event queue.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Edge = tuple[int, int, str]
 
 
 class Span(NamedTuple):
-    """An action in time. Of a SEND or RECV: from its post to the end of the transfer, beside the rank's compute."""
+    """Action in time. A SEND or RECV lasts from its post to the end of the transfer, beside the rank's compute."""
 
     action: Action
     start: float
@@ -30,43 +30,43 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The simulated schedule, in the unit of the costs."""
+    """Simulated schedule; times are in the unit of the costs."""
 
     spans: tuple[tuple[Span, ...], ...]
-    """Per rank, in the order of its actions."""
+    """Spans of each rank, in the order of its actions."""
     busy: tuple[float, ...]
-    """Per rank, the sum of what it computes, reduces and steps."""
+    """Time of each rank in actions other than sends and receives."""
     peak_in_flight: tuple[int, ...]
-    """Per rank, see `peak_in_flight`."""
+    """Most activations that each rank holds at once (see the function of this name)."""
 
     @property
     def active(self) -> tuple[tuple[float, float], ...]:
-        """Per rank, the start of its first and the end of its last action other than sends and receives."""
+        """Start of the first and end of the last action of each rank, other than sends and receives."""
         rows = [[span for span in rank if span.action.op not in MESSAGES] for rank in self.spans]
         return tuple((row[0].start, row[-1].end) if row else (0.0, 0.0) for row in rows)
 
     @property
     def makespan(self) -> float:
-        """From the first start to the last end over all ranks."""
+        """Time from the first start to the last end over all ranks."""
         return max(end for _, end in self.active) - min(start for start, _ in self.active)
 
     @property
     def bubble_by_rank(self) -> tuple[float, ...]:
-        """Per rank, the share of the makespan in which it is idle."""
+        """Share of the makespan in which each rank is idle."""
         makespan = self.makespan
         return tuple((makespan - busy) / makespan if makespan > 0 else 0.0 for busy in self.busy)
 
     @property
     def bubble(self) -> float:
-        """The share of the makespan in which a rank is idle, mean over ranks."""
+        """Share of the makespan in which a rank is idle, mean over ranks."""
         return sum(self.bubble_by_rank) / len(self.busy)
 
     @property
     def bubble_without_flush(self) -> float:
-        """As published for zero-bubble schedules (arXiv:2401.10241): the makespan is the longest single rank's.
+        """Bubble as published for zero-bubble schedules (arXiv:2401.10241): the makespan is the longest single rank's.
 
-        A rank may then start its next step before the others have ended this one. Where the first rank to start is
-        also the last to end, as in GPipe and 1F1B, this equals `bubble`.
+        A rank may then start its next step before the others have finished this one. If the first rank to start is
+        also the last to finish, as in GPipe and 1F1B, this equals `bubble`.
         """
         longest = max(end - start for start, end in self.active)
         return (longest - sum(self.busy) / len(self.busy)) / longest if longest > 0 else 0.0
@@ -78,10 +78,10 @@ def simulate(
     cost: Cost,
     comm_cost: float | Callable[[int, int, Action], float] = 0.0,
 ) -> Timeline:
-    """Carry out `orders` with `cost(rank, action)` for each F, B, W, R, REDUCE and STEP.
+    """Simulate `orders` with `cost(rank, action)` for each F, B, W, R, REDUCE and STEP.
 
-    A message costs `comm_cost`, or `comm_cost(source, destination, receive)`. Orders that hold no SEND or RECV are
-    simulated with all receives posted at the start. Raises ScheduleError where a rank waits for ever.
+    A message costs `comm_cost`, or `comm_cost(source, destination, receive)`. Orders without SEND and RECV are
+    simulated with all receives posted at the start. Raises ScheduleError if a rank waits forever.
     """
     if not is_lowered(orders):
         orders = add_communication(orders, placement, recv_ahead=max(map(len, orders), default=0))
@@ -100,7 +100,7 @@ def simulate(
             receive = receive_before(action, placement)
             if receive is not None:
                 if receive not in channels.end:
-                    break  # woken again by the transfer
+                    break  # the transfer wakes the rank again
                 now = max(now, channels.end[receive])
             done.append(Span(action, now, now + cost(rank, action)))
             now = done[-1].end
@@ -117,7 +117,7 @@ def simulate(
 
 
 class _Channels:
-    """The transfers: one channel per directed edge, in order, one at a time."""
+    """Transfers: one channel per directed edge, in order, one at a time."""
 
     def __init__(self, placement: Sequence[int], comm_cost: float | Callable[[int, int, Action], float]) -> None:
         self.placement = placement
@@ -128,7 +128,7 @@ class _Channels:
         self.end: dict[Action, float] = {}  # of finished transfers, by SEND and by RECV
 
     def post(self, message: Action, now: float) -> list[int]:
-        """A rank reaches a SEND or RECV; returns the ranks whose messages have now arrived."""
+        """Post a SEND or RECV at time `now`; return the ranks that receive a message which now has both ends."""
         channel = edge(message, self.placement)
         sends, receives = self.sends[channel], self.receives[channel]
         (sends if message.op in SENDS else receives).append(Span(message, now, now))
@@ -145,7 +145,7 @@ class _Channels:
         return woken
 
     def finish(self, span: Span) -> Span:
-        """Give a SEND or RECV the end of its transfer."""
+        """Return `span`, for a SEND or RECV with the end of its transfer; raise ScheduleError if that is missing."""
         if span.action.op not in MESSAGES:
             return span
         if span.action not in self.end:
@@ -154,7 +154,7 @@ class _Channels:
 
 
 def peak_in_flight(orders: Sequence[Order]) -> tuple[int, ...]:
-    """Per rank, the most (chunk, micro-batch) pairs that hold activations at once: from F to B, or to W if split."""
+    """Return for each rank the most (chunk, micro-batch) pairs with live activations: from F to B, or to W if split."""
     last_use = weight_gradient_op(orders)
     peaks = []
     for order in orders:
