@@ -38,23 +38,23 @@ BY_NAME_ONLY = {"sharding"}
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     default = Settings()
-    p = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure what the README compares.")
+    p = argparse.ArgumentParser(prog="python -m benchmarks", description="Run the benchmarks that the README cites.")
     p.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"of {', '.join(NAMES)}; default all but {', '.join(sorted(BY_NAME_ONLY))}",
+        help=f"any of {', '.join(NAMES)}; default: all but {', '.join(sorted(BY_NAME_ONLY))}",
     )
     p.add_argument("--pairs", type=_positive, help="alternating pairs, or runs (default: the benchmark's own)")
     p.add_argument("--warm-up", type=_positive, default=default.warm_up, help="steps of each side before the pairs")
-    p.add_argument("--threads", type=_positive, help="threads of one process of ours (default 1)")
-    p.add_argument("--family", choices=sorted(FAMILIES), default=default.family, help="kind of model")
+    p.add_argument("--threads", type=_positive, help="threads of each dist_gpt process (default 1)")
+    p.add_argument("--family", choices=sorted(FAMILIES), default=default.family, help="model family")
     for name in ("hidden", "layers", "heads", "seq", "vocab", "micro-batch"):
         value = getattr(default, name.replace("-", "_"))
         p.add_argument(f"--{name}", type=_positive, default=value, help=f"(default {value})")
     p.add_argument("--micro-batches", type=_positive, help="per step, over all data ranks (one-process 2, layouts 8)")
     p.add_argument(
-        "--only", action="append", default=[], metavar="AXIS", help="layouts, sharding: some of their cases; repeatable"
+        "--only", action="append", default=[], metavar="AXIS", help="layouts, sharding: run only this case; repeatable"
     )
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key; repeatable")
     p.add_argument("--stamp", default=None, help="date in the results (default now)")
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise argparse.ArgumentTypeError(f"got {text}; expected a number of at least 1")
     return value
 
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the named benchmarks and return the exit code. A missed target does not stop the next benchmark."""
     given = parser().parse_args(argv)
     if unknown := [name for name in given.names if name not in NAMES]:
-        _say(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        _say(f"unknown benchmark: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
         return 2
     stamp = given.stamp or time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results: list[Result] = []

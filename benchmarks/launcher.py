@@ -85,7 +85,7 @@ def bare() -> float:
     ]
     codes = [process.wait() for process in processes]
     if any(codes):
-        raise RuntimeError(f"importing torch ended with {codes}")
+        raise RuntimeError(f"importing torch failed, exit codes {codes}")
     return time.perf_counter() - started
 
 

@@ -66,7 +66,7 @@ class Worker:
         if not line:
             ended = self.process.wait(CLOSE_S) if ready else None
             how = f"ended with exit code {ended}" if ready else f"gave no answer in {timeout_s:.0f} s"
-            raise WorkerError(f"{self.name} {how}; its own message, if any, stands above")
+            raise WorkerError(f"{self.name} {how}; its own message, if any, is above")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(f"{self.name}: {answer['error']}")

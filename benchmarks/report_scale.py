@@ -47,7 +47,7 @@ def work(folder: Path) -> dict[str, float]:
     write_files(run, found, document)
     done("write")
     if run.problems or not found.meetings.complete.all():
-        raise WorkerError(f"the run was not read whole: {run.problems}")
+        raise WorkerError(f"the run was not read completely: {run.problems}")
     rows = sum(len(log.calls) + len(log.spans) for log in run.ranks.values())
     html = (folder / "report.html").stat().st_size
     return {**stages, "rows": rows, "calls": len(found.calls), "meetings": len(found.meetings), "html_bytes": html}
@@ -96,7 +96,7 @@ def _measured(folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
     if done.returncode:
-        raise WorkerError(f"the child ended with code {done.returncode}; its own message stands above")
+        raise WorkerError(f"the child ended with code {done.returncode}; its own message is above")
     return {**json.loads(done.stdout), "seconds": time.perf_counter() - started}
 
 

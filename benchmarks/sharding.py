@@ -74,7 +74,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
     result.grid.append(HEAD)
     cores = machine()["cores"]
     for ranks in sorted({case.ranks for case in chosen if case.ranks > cores}):
-        result.notes.append(f"{ranks} ranks share {cores} cores: their times are those of a crowded machine")
+        result.notes.append(f"{ranks} ranks share {cores} cores: their times include waiting for a core")
     for case in chosen:
         _case(case, settings, result, say)
     if not settings.only:

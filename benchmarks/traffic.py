@@ -92,7 +92,7 @@ class TrueReduceScatter(ReduceScatter):
     ) -> None:
         """Reduce `input_tensor` into `output_tensor`; `async_op` is not supported."""
         if async_op:
-            raise NotImplementedError("fully_shard was seen to wait for its reductions; this one has no handle")
+            raise NotImplementedError("expected fully_shard to wait for its reductions; async_op is not supported")
         reduce_scatter(output_tensor, input_tensor, op, group)
 
 
@@ -104,7 +104,7 @@ def patch_reduce_scatter() -> None:
 
     def patched(output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False):  # type: ignore[no-untyped-def]
         if async_op:
-            raise NotImplementedError("DeepSpeed was seen to wait for its reductions; this one has no handle")
+            raise NotImplementedError("expected DeepSpeed to wait for its reductions; async_op is not supported")
         reduce_scatter(output, input, op, group)
 
     dist.reduce_scatter_tensor = patched

@@ -40,8 +40,8 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, value read as YAML: --set train.steps=10."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document; progress goes to stderr.")]
-GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="World size; default as the configuration says.")]
-RankOption = Annotated[int, typer.Option("--rank", min=0, help="Whose counts and bytes.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="World size (default: the configuration's).")]
+RankOption = Annotated[int, typer.Option("--rank", min=0, help="Rank whose counts and bytes are shown.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -55,7 +55,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Plan, run and report distributed GPT training."""
@@ -66,15 +66,15 @@ def launch(
     config: ConfigArg,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-    via: Annotated[str, typer.Option("--via", help="Who starts the ranks: local, torchrun, slurm, mpi.")] = "local",
+    via: Annotated[str, typer.Option("--via", help="Launcher of the ranks: local, torchrun, slurm, mpi.")] = "local",
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; same as --set launch.nodes=N.")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Same as --set launch.ranks_per_node=G.")] = None,
     resume: Annotated[
-        str | None, typer.Option("--resume", metavar="auto|PATH", help="Go on from the newest checkpoint, or PATH.")
+        str | None, typer.Option("--resume", metavar="auto|PATH", help="Resume from the newest checkpoint, or PATH.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only look: preflight, and a collective per axis.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check: preflight, and a collective per axis.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started; start nothing.")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="With --via slurm: submit, and do not follow.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="With --via slurm: submit without following.")] = False,
 ) -> None:
     """Train CONFIG on this machine, under torchrun, in a Slurm job or with mpirun.
 
@@ -164,7 +164,7 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|PATH",
-            help="Go on from the newest checkpoint of the run directory, or from a checkpoint or run directory PATH.",
+            help="Resume from the newest checkpoint of the run directory, or from a checkpoint or run directory PATH.",
         ),
     ] = None,
 ) -> None:
@@ -197,7 +197,7 @@ def _refuse_other_run_dir(config: Config) -> None:
     made, run_dir = Path(os.environ["DIST_GPT_RUN_DIR"]), Path(str(config.run_dir))
     if made != run_dir or not made.is_dir():
         raise ConfigError([
-            f"DIST_GPT_RUN_DIR={made} is not a run directory that a launcher has made for run_dir {run_dir}; unset the "
+            f"DIST_GPT_RUN_DIR={made} is not a run directory that a launcher made for run_dir {run_dir}; unset the "
             "DIST_GPT_* variables that an earlier job left behind"
         ])  # fmt: skip
 
@@ -332,8 +332,8 @@ def flops(config: ConfigArg, overrides: SetOption = None, as_json: JsonOption = 
 
 @app.command()
 def report(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a run, also one that still goes on.")],
-    compare: Annotated[str | None, typer.Option("--compare", metavar="OTHER", help="A run to hold it against.")] = None,
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Directory of a finished or running run.")],
+    compare: Annotated[str | None, typer.Option("--compare", metavar="OTHER", help="Run to compare with.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Report where every millisecond and every byte went.
@@ -355,7 +355,8 @@ def _load_for_rank(config: str, overrides: list[str] | None, gpus: int | None, r
 
     loaded = load(config, overrides or [], world=gpus)
     if rank >= loaded.world_size:
-        raise ConfigError([f"--rank {rank}: the world has {loaded.world_size} ranks, 0 to {loaded.world_size - 1}"])
+        expected = f"0 to {loaded.world_size - 1}" if loaded.world_size > 1 else "0"
+        raise ConfigError([f"--rank {rank}: expected {expected}, as the world has {_ranks(loaded)}"])
     return loaded
 
 

@@ -163,10 +163,14 @@ class Counts:
             got, want = self.tallies.get((axis, op), Tally()), expected.tallies.get((axis, op), Tally())
             if (got.calls, got.payload_bytes) != (want.calls, want.payload_bytes):
                 lines.append(
-                    f"{axis} {op}: issued {got.calls} calls, {got.payload_bytes} payload bytes; "
-                    f"declared {want.calls} calls, {want.payload_bytes} payload bytes"
+                    f"{axis} {op}: issued {_calls(got.calls)}, {got.payload_bytes} payload bytes; "
+                    f"declared {_calls(want.calls)}, {want.payload_bytes} payload bytes"
                 )
         return lines
+
+
+def _calls(count: int) -> str:
+    return f"{count} call{'' if count == 1 else 's'}"
 
 
 def total(parts: Iterable[Counts]) -> Counts:

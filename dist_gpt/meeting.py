@@ -138,7 +138,7 @@ def agree_on_attempt(store: Store, env: RankEnv, before: int) -> int:
     scope = scoped(store, "attempt")
     scope.set(str(env.rank), str(before))
     keys = {rank: str(rank) for rank in range(env.world)}
-    wait_for(scope, env, keys, "say how often it has started")
+    wait_for(scope, env, keys, "report the number of starts")
     return max(int(scope.get(key)) for key in keys.values())
 
 
@@ -146,7 +146,7 @@ def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker)
     """Collect `differences` from all ranks and report them on rank 0. Return the exit code, 0 or 1, on every rank."""
     store.set(f"accounting/{env.rank}", json.dumps(differences))
     keys = {rank: f"accounting/{rank}" for rank in range(env.world)}
-    wait_for(store, env, keys, "hand in its account")
+    wait_for(store, env, keys, "report the accounting")
     found = [f"rank {rank}: {line}" for rank, key in keys.items() for line in json.loads(store.get(key))]
     if env.rank == 0:
         tracker.message("accounting: differs" if found else "accounting: exact")
@@ -154,5 +154,5 @@ def settle(store: Store, env: RankEnv, differences: list[str], tracker: Tracker)
             tracker.message(f"  {line}")
     store.set(f"left/{env.rank}", "")
     if env.rank == 0:  # rank 0 may host the store, so it exits last
-        wait_for(store, env, {rank: f"left/{rank}" for rank in range(env.world)}, "read the accounts")
+        wait_for(store, env, {rank: f"left/{rank}" for rank in range(env.world)}, "read the accounting")
     return 1 if found else 0

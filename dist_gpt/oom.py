@@ -45,13 +45,13 @@ def explain(
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"backend": backend})})
     plan = RankPlan(config, rank)
     counted = count_memory(plan, plan.steps)
-    there = _listed(held) + "; activations and temporaries on top" if held else "not even the whole model"
+    there = _listed(held) + ", plus activations and temporaries" if held else "less than the whole model"
     lines = [
         f"rank {rank} ({plan.coords}) ran out of memory: {' '.join(str(error).split())[:300]}",
-        f"  held when it happened: {there}",
-        f"  the plan's count for its peak: {_listed(counted)}; at once {size(counted['peak'])}"
+        f"  held at the time of the error: {there}",
+        f"  planned peak of this rank: {_listed(counted)}; in total {size(counted['peak'])}"
         + (f" of {size(limit)}" if limit else "")
-        + "; what kernels need for a moment comes on top",
+        + ", plus temporaries of kernels",
     ]
     fitting = sorted(_alternatives(config, rank, counted["peak"], limit is not None), key=lambda found: found[1])
     room = int(SPARE * limit) if limit else counted["peak"]
@@ -60,7 +60,7 @@ def explain(
         lines += ["  would fit:" if limit else "  would need less:", *fits[:SHOWN]]
     else:
         lines.append(
-            "  no single setting is enough: more ranks, or several of recompute, zero3, offload and micro_batch: 1"
+            "  no single setting is enough: use more ranks, or combine recompute, zero3, offload and micro_batch: 1"
         )
     return OutOfMemoryError("\n".join(lines))
 

@@ -149,9 +149,9 @@ class Pulse:
             while not self._over.is_set():
                 now = self.clock.now()
                 if self._is_silent(now):
-                    self._lost("the link between this host and that one, or the launcher, is gone")
+                    self._lost("the link to its host is down, or the launcher has died")
                 if self._is_late(now):
-                    self._give_up(f"not saved within {self._grace_s:.0f} s without a launcher; this rank exits")
+                    self._give_up(f"no checkpoint within {self._grace_s:.0f} s of losing the launcher; this rank exits")
                 if now >= beat:
                     self._send({"beat": self._position()})
                     beat = now + BEAT_S
@@ -160,7 +160,7 @@ class Pulse:
                         self._knock()
                     elif not self._read():
                         if not self._leaving:
-                            self._lost("its connection was closed: the launcher is gone")
+                            self._lost("the connection was closed, so the launcher has died")
                         ready.unregister(self.line)
 
     def _is_silent(self, now: float) -> bool:
@@ -196,7 +196,7 @@ class Pulse:
         if word["do"] == "stop":
             self.stop.request("asked by the launcher")
         elif word["do"] == "leave":
-            self._leave(f"told to leave by the launcher: {word.get('why', '')}")
+            self._leave(f"told to exit by the launcher: {word.get('why', '')}")
         elif word["do"] == "probe":
             Thread(target=self._probe, args=(dict(word["targets"]),), name="probe", daemon=True).start()
 

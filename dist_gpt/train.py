@@ -112,8 +112,8 @@ class Trainer:
             return
         if self.config.optim.engine == "deepspeed":
             raise RuntimeError(
-                f"asked to stop after step {step}, and optim.engine: deepspeed saves no checkpoints: what was trained "
-                "is lost. Set optim.engine: native for runs that may be interrupted"
+                f"asked to stop after step {step}, but optim.engine: deepspeed saves no checkpoints: the training so "
+                "far is lost. Set optim.engine: native for runs that may be interrupted"
             )
         self.tracker.sync()
         tensors = tensors_of(self.rank.buffers.tensors(), self.rank.optimizer)
@@ -181,10 +181,10 @@ def gave_up(skips: Skips, loss: float, norm: float, scale: float | None) -> Dive
     """Return the error of a run whose last train.max_skipped steps were all skipped."""
     change = CHANGE
     if scale is not None and math.isfinite(loss):
-        fp16 = f"The fp16 loss scale came down to {scale:.0f}"
+        fp16 = f"The fp16 loss scale has dropped to {scale:.0f}"
         if scale > 1:
             change = (
-                f"{fp16}, and may have to come down further: raise train.max_skipped, or lower "
+                f"{fp16} and may have to drop further: raise train.max_skipped, or lower "
                 "train.loss_scale (a resumed run continues with its checkpoint's)"
             )
         else:
@@ -292,7 +292,7 @@ def begin(rank: Rank, checkpoints: Checkpoints, resume: str | None) -> Start:
     loaded = checkpoints.load(resume) if resume is not None else None
     if loaded is None:
         rank.initialise()
-        none_yet = f"no checkpoint in {checkpoints.folder} yet: training begins at the start"
+        none_yet = f"no checkpoint in {checkpoints.folder} yet: training starts from the beginning"
         return Start() if resume is None else Start(after=-1, lines=(none_yet,))
     restore(loaded.tensors, rank.buffers.tensors(), rank.optimizer)
     line = f"resumed at step {loaded.step} from {loaded.path}"
@@ -342,14 +342,15 @@ def expected_env(config: Config) -> RankEnv:
     env = rank_env(config.launch.timeout_s)
     if env.world != config.world_size:
         raise RendezvousError(
-            f"{env.world} ranks were started, but the layout pp {config.parallel.pp} x dp {config.parallel.dp} x "
-            f"cp {config.parallel.cp} x tp {config.parallel.tp} has {config.world_size}"
+            f"the world size is {env.world}, but the layout pp {config.parallel.pp} x dp {config.parallel.dp} x "
+            f"cp {config.parallel.cp} x tp {config.parallel.tp} needs {config.world_size}: start that many ranks, or "
+            "change the degrees in parallel"
         )
     nodes, per_node = config.launch.nodes, env.local_world
     if config.optim.shard_group == "node" and per_node * nodes != env.world:  # the plan would assume other nodes
         raise ConfigError([
-            f"launch.nodes {nodes} with optim.shard_group node, but {per_node} of the {env.world} ranks were started "
-            f"on this node; set launch.nodes: {env.world // per_node}, or shard_group: data"
+            f"launch.nodes {nodes} with optim.shard_group node, but this node runs {per_node} of the {env.world} "
+            f"ranks; set launch.nodes: {env.world // per_node}, or shard_group: data"
         ])  # fmt: skip
     return env
 
@@ -444,8 +445,8 @@ def engine_lines(rank: Rank) -> list[str]:
     if facts is None:
         return []
     rows = [
-        f"{facts['name']} {facts['version']} moves its own messages, outside of what is accounted for; rank "
-        f"{rank.mesh.rank} in a step:"
+        f"{facts['name']} {facts['version']} sends its own messages, which the accounting does not include; "
+        f"rank {rank.mesh.rank}, per step:"
     ]
     for axis, op, calls, payload, wire in moved_by_engine(facts):
         rows.append(f"  {axis} {op}: {calls:.3g} calls, payload {size(payload)}, wire {size(wire)}")
@@ -457,13 +458,14 @@ def greeting(env: RankEnv, rank: Rank, bound: Sequence[int]) -> str:
     device = rank.device
     where = f"{torch.cuda.get_device_name(device)} ({device}), NCCL" if device.type == "cuda" else "CPU, gloo"
     if bound:
-        where += f"; kept to processors {bound[0]} to {bound[-1]} (launch.bind)"
+        cpus = f"CPU {bound[0]}" if len(bound) == 1 else f"CPUs {bound[0]} to {bound[-1]}"
+        where += f"; pinned to {cpus} (launch.bind)"
     if rank.mesh.reads_memory:
         where += "; ranks of a node read each other's memory (launch.single_copy)"
-        where += "" if rank.config.optim.engine == "native" else ", but for what DeepSpeed sends by itself"
+        where += "" if rank.config.optim.engine == "native" else ", except in DeepSpeed's own communication"
     shard = rank.mesh.shard
     expected = device.type == "cpu" and shard.size > 1 and not needs_room(rank.plan)
     if rank.mesh.refusal or (expected and shard.near is None):
         why = rank.mesh.refusal or "they are on several nodes, or cannot see each other's processes"
-        where += f"; they do not read each other's memory ({why}): plan with --set launch.single_copy=off"
+        where += f"; they do not read each other's memory ({why}): plan this run with --set launch.single_copy=off"
     return f"rank {env.rank}/{env.world} local {env.local_rank}/{env.local_world} ({rank.mesh.coords}) on {where}"

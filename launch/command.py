@@ -1,6 +1,6 @@
-"""Ranks that another program starts: srun, torchrun or mpirun is this starter's only child.
+"""Start ranks through one command: srun, torchrun or mpirun, the starter's only child process.
 
-The ranks write their own logs and beat to the watch; the program's own words go to `log`.
+The ranks write their own logs and send heartbeats to the watch; the command's own output goes to `log`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from launch.spec import LAUNCHER_PID
 from launch.starter import Failure
 
 LEAVE_S = 5.0
-"""Ranks that were told to leave do; then they are killed."""
+"""Seconds in which ranks that were told to exit may do so before they are killed."""
 GONE_S = 15.0
 
 
 def start_process(argv: Sequence[str], env: Mapping[str, str], log: int) -> subprocess.Popen[bytes]:
-    """Start a process that writes to the descriptor `log`, in a session of its own."""
+    """Start a process that writes to the descriptor `log`, in its own session."""
     return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
 class CommandRanks:
-    """The ranks of one attempt, started by one command."""
+    """Ranks of one attempt, started by one command."""
 
     live = False
 
     def __init__(
         self, argv: Sequence[str], env: Mapping[str, str], log: Path, end_elsewhere: Callable[[], None] | None = None
     ) -> None:
-        """`end_elsewhere` kills what the command started on other hosts (Slurm's steps)."""
+        """Store the command; `end_elsewhere` kills what it has started on other hosts (Slurm's steps)."""
         self.argv, self.env, self.log, self.end_elsewhere = tuple(argv), dict(env), log, end_elsewhere
         self.wake: SimpleQueue[object] = SimpleQueue()
         self.process: subprocess.Popen[bytes] | None = None
@@ -47,7 +47,7 @@ class CommandRanks:
         self.thread: threading.Thread | None = None
 
     def start(self, env: Mapping[str, str]) -> None:
-        """Start the command, in a session of its own: Ctrl-C is for the supervisor alone."""
+        """Start the command in its own session, so that Ctrl-C reaches only the supervisor."""
         whole = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ, **self.env, **env}
         whole[LAUNCHER_PID] = "parent"
         self.ended = None
@@ -62,20 +62,23 @@ class CommandRanks:
         self.wake.put(self)
 
     def running(self) -> bool:
+        """Return whether the command still runs."""
         return self.process is not None and self.ended is None
 
     def failures(self) -> list[Failure]:
+        """Return an empty list: only the end of the whole command is known."""
         return []
 
     def code(self) -> int:
-        """Its exit code; 1 where it was killed."""
+        """Return the exit code of the command; 1 if it was killed."""
         return 0 if not self.ended else self.ended if self.ended > 0 else 1
 
     def where(self) -> str:
+        """Return the path of the command's own log."""
         return str(self.log)
 
     def end(self, hurried: Callable[[], bool] = lambda: False) -> None:
-        """The ranks have been told to leave over the watch; whatever stays is killed, here and elsewhere."""
+        """Wait up to LEAVE_S, less if `hurried`, for ranks told to exit over the watch; kill the rest on all hosts."""
         deadline = time.monotonic() + LEAVE_S
         while self.running() and time.monotonic() < deadline and not hurried():
             time.sleep(0.05)
@@ -88,7 +91,7 @@ class CommandRanks:
             self.thread.join(GONE_S)
 
     def _kill_tree(self, pid: int) -> None:
-        """The command and all that descends from it, in whatever sessions."""
+        """Kill the command and all its descendants, whatever their sessions."""
         with suppress(psutil.Error):
             top = psutil.Process(pid)
             for process in [top, *top.children(recursive=True)]:

@@ -1,10 +1,10 @@
-"""Find the rank, meeting place and run directory of a `train` that dist-gpt launch did not start, but srun, mpirun, ...
+"""Find the rank, meeting place and run directory of a `train` that srun, mpirun, ... starts without dist-gpt launch.
 
-    start = recognise(os.environ)       # which rank of how many, by the table of launch.discover; changes nothing
-    start.enter(os.environ)             # torchrun's variables, with the address at which the ranks meet
-    folder = RunFolder(config, ...)     # the run directory: checked at once, made by rank 0 when all ranks are there
+    start = recognise(os.environ)       # rank and world, by the table in launch.discover; changes nothing
+    start.enter(os.environ)             # sets torchrun's variables, with the address at which the ranks meet
+    folder = RunFolder(config, ...)     # run directory: checked at once, made by rank 0 once all ranks have met
 
-Ranks of an mpirun agree on the address over MPI; on one node they can also derive it without MPI.
+Ranks started by mpirun agree on the address over MPI; on one node they can also derive it without MPI.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from launch.ports import port_of
 from launch.spec import ATTEMPT, MASTER, STORE_FD, TERMINAL
 
 QUIET_S, SLURM_QUIET_S = 20.0, 5.0
-"""How long a rank waits for rank 0 to report an error that all ranks found. Meanwhile the program that started them
-ends the rank; srun alone waits for all ranks."""
+"""Seconds that a rank waits for rank 0 to report an error that all ranks found. Meanwhile the program that started them
+ends the rank; only srun waits for all ranks."""
 LINGER_S = 5.0
-"""How long a rank that exits with an error code waits for rank 0, which would otherwise be killed."""
+"""Seconds that a rank exiting with an error code waits for rank 0, which would otherwise be killed."""
 SLURM, FLUX, TORCHRUN = "Slurm step", "Flux", "torchrun"
 ASKS_MPI = ("Open MPI", "MVAPICH", "MPICH (PMI)")
 NAMED_BY_TORCH = ("dist-gpt launch", TORCHRUN, "RANK and WORLD_SIZE")
-"""Starters that set torchrun's variables themselves; missing ones are not guessed."""
+"""Launchers that set torchrun's variables themselves; missing ones are not guessed."""
 ALONE = ("RANK and WORLD_SIZE", "single process")
-"""Ranks that are started one by one, each with its own terminal, all report their errors."""
+"""Ways to start ranks one by one, each with its own terminal: every rank reports its errors."""
 RANK_NAMES = {
     SLURM: "SLURM_PROCID",
     FLUX: "FLUX_TASK_RANK",
     **{who: names[0][0] for who, names in MPI_NAMES.items()},
 }
-"""The variable in which each starter gives the rank; the others use RANK."""
+"""Variable in which each launcher gives the rank; the others use RANK."""
 SIGNS = (
     "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE", "MPI_LOCALRANKID", "PMI_ID", "FLUX_TASK_RANK",
     "JSM_NAMESPACE_RANK", "MV2_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK",
 )  # fmt: skip
-"""Variables of programs that start several processes; on their own, they do not say how many."""
+"""Variables of launchers that start several processes; on their own, they do not say how many."""
 STALE = (STORE_FD, ATTEMPT, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
-"""Variables for the ranks of one start: left over, they would turn this start into a restart or move its store."""
+"""Variables of one start of the ranks; left over, they would turn this start into a restart or move its store."""
 DAEMONS = ("prterun", "prted", "orterun", "orted", "mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy",
            "hydra_bstrap_proxy", "pmi_proxy", "mpirun_rsh", "mpispawn")  # fmt: skip
 
@@ -92,7 +92,7 @@ class Start:
 
 
 def recognise(environ: Mapping[str, str]) -> Start:
-    """Return which rank this is. Raise ConfigError if the variables contradict each other or say too little."""
+    """Return the Start of this rank. Raise ConfigError if the variables contradict each other or say too little."""
     who = started_by(environ)
     if who == "single process":
         seen = [name for name in SIGNS if environ.get(name)]
@@ -113,7 +113,7 @@ def rank_of(environ: Mapping[str, str]) -> int:
 
 
 def is_restart(environ: Mapping[str, str]) -> bool:
-    """Return whether torchrun has started its ranks again after a failure."""
+    """Return whether torchrun has restarted its ranks after a failure."""
     restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return started_by(environ) == TORCHRUN and restarts.isdecimal() and int(restarts) > 0
 
@@ -121,7 +121,7 @@ def is_restart(environ: Mapping[str, str]) -> bool:
 def speaks(environ: Mapping[str, str], shared: bool) -> bool:
     """Return whether this rank prints its error. Ranks other than 0 first wait, to give rank 0 time to print it.
 
-    `shared`: every rank finds the same error. When rank 0 exits with an error code, most starters end the other ranks
+    `shared`: every rank finds the same error. When rank 0 exits with an error code, most launchers end the other ranks
     during this wait. srun may not, so one rank of each node prints the error.
     """
     who = started_by(environ)
@@ -135,7 +135,7 @@ def speaks(environ: Mapping[str, str], shared: bool) -> bool:
 
 
 def _with_meeting_place(who: str, place: Place, environ: MutableMapping[str, str]) -> Place:
-    """Return `place` with an address that all its ranks know, if they can find one."""
+    """Return `place` with an address that all ranks know, if they can find one."""
     if environ.get(MASTER):
         addr, port = split_address(environ[MASTER], MASTER)
         return replace(place, master_addr=addr, master_port=port)
@@ -151,7 +151,7 @@ def _with_meeting_place(who: str, place: Place, environ: MutableMapping[str, str
 
 
 def _over_mpi(place: Place, environ: MutableMapping[str, str]) -> Place:
-    """Ask the other ranks over MPI; if that fails and all are on one node, derive the address."""
+    """Return the place agreed on with the other ranks over MPI; if that fails on one node, derive the address."""
     local = _on_one_node(place, environ)
     if local is not None and importlib.util.find_spec("mpi4py") is None:
         return local
@@ -167,7 +167,7 @@ def _over_mpi(place: Place, environ: MutableMapping[str, str]) -> Place:
 
 
 def _on_one_node(place: Place, environ: Mapping[str, str]) -> Place | None:
-    """Return `place` with an address on loopback, derived from the name of this start; None if it has none."""
+    """Return `place` with a loopback address derived from the name of this start; None if it has none or many nodes."""
     if place.nodes > 1:
         return None
     name = environ.get("PMIX_NAMESPACE") or environ.get("FLUX_JOB_ID") or _daemon_name()
@@ -175,7 +175,7 @@ def _on_one_node(place: Place, environ: Mapping[str, str]) -> Place | None:
 
 
 def _daemon_name() -> str | None:
-    """Return a name for the mpirun above this process on this host; None if there is none."""
+    """Return name and PID of the mpirun above this process on this host; None if there is none."""
     found = _daemon()
     return f"{found.name()} {found.pid}" if found is not None else None
 
@@ -226,29 +226,31 @@ def _listens(address: str) -> bool:
 
 
 class RunFolder:
-    """The run directory of a training without a launcher. Only rank 0 may call its methods, except `restart`.
+    """Run directory of a training run without dist-gpt launch. Only rank 0 may call its methods, except `restart`.
 
     It is made once all ranks have met and have their data, and is locked from then on: a start that fails earlier
-    leaves nothing behind, and a second training in the folder is refused. The lock lasts as long as `held` is open.
+    leaves nothing behind, and a second run in the folder is refused. The lock lasts as long as `held` is open.
     """
 
     def __init__(
         self, config: Config, resolve: Callable[[bool], Resume], resumes: bool, restarted: bool, held: ExitStack
     ) -> None:
-        """Prepare for rank 0. `resumes`: --resume is given; `restarted`: torchrun has restarted the ranks. `resolve` is
-        called with the latter and returns what --resume means."""
+        """Prepare without writing. `resumes`: --resume is given; `restarted`: torchrun has restarted the ranks.
+
+        `resolve(restarted)` returns what --resume means.
+        """
         self._config, self._resolve, self._resumes, self._restarted = config, resolve, resumes, restarted
         self._held, self._path = held, Path(str(config.run_dir))
         self._plan: dict[str, Any] = {}
         self._made = False
 
     def restart(self) -> None:
-        """Note that torchrun has started its ranks again, which the agent of this node may not have counted."""
+        """Note that torchrun has restarted its ranks, which the agent of this node may not have counted."""
         self._restarted = True
 
     def check(self) -> None:
         """Raise ConfigError if the run directory cannot be made or continued; change nothing."""
-        if self._resumes or self._restarted:  # then another training may be running there
+        if self._resumes or self._restarted:  # then another run may be using it
             self._look()
         if not self._resolve(self._restarted).goes_on:
             run.refuse_existing(self._config)
@@ -265,7 +267,7 @@ class RunFolder:
             self._held.enter_context(lock.hold(self._path))
         except ConfigError:
             if not there:
-                with suppress(OSError):  # not empty: another training was faster and uses it
+                with suppress(OSError):  # not empty: another run was faster and uses it
                     self._path.rmdir()
             raise
         self._made = not there
@@ -286,7 +288,7 @@ class RunFolder:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _look(self) -> None:
-        """Raise ConfigError if another training holds the folder.
+        """Raise ConfigError if another training run holds the folder.
 
         torchrun may have moved rank 0 to another host; then wait until the lock of its former process is stale.
         """

@@ -1,23 +1,23 @@
-"""Which rank of how many this process is, from the variables of whoever started it. THE table, first match wins:
+"""Find this process's rank and world from the variables of the launcher that started it; the first match wins:
 
-    who started it    recognised by
+    launcher          recognised by
     dist-gpt launch   DIST_GPT_LAUNCHER, or DIST_GPT_ERROR_FILE beside RANK: our local launcher set torchrun's names
     torchrun          TORCHELASTIC_RUN_ID (also under srun: the step's task is then torchrun itself, not the rank)
     Slurm step        SLURM_PROCID, SLURM_STEP_NUM_TASKS and a SLURM_STEP_ID that is a step's number (a batch script and
                       an interactive shell have SLURM_PROCID too), unless an mpirun is nearer
-    Open MPI          OMPI_COMM_WORLD_SIZE: only mpirun sets it (srun --mpi=pmix does not); jsrun's Spectrum MPI too
+    Open MPI          OMPI_COMM_WORLD_SIZE: only mpirun sets it (srun --mpi=pmix does not); also jsrun's Spectrum MPI
     MVAPICH           MV2_COMM_WORLD_SIZE
-    MPICH, Intel MPI  PMI_SIZE; PALS (aprun, Cray's mpiexec) too
+    MPICH, Intel MPI  PMI_SIZE; also PALS (aprun, Cray's mpiexec)
     jsrun             JSM_NAMESPACE_SIZE
     Flux              FLUX_TASK_RANK and FLUX_JOB_SIZE
-    another program   RANK and WORLD_SIZE
+    another program   RANK or WORLD_SIZE; both are needed
     none of these     a single process
 
-An mpirun is nearer than a Slurm step: in an allocation mpirun starts its daemons (orted, prted, hydra's proxies) with
-srun, so a rank on another node sees SLURM_PROCID and the like of the daemon's step, one task per node, and on mpirun's
-own node those of the batch script. So where OMPI_COMM_WORLD_SIZE is set, or MPI_LOCALNRANKS (hydra's; Slurm's own
-pmi2 plugin sets PMI_RANK and PMI_SIZE in a true step, but not that one), the step is the daemon's. A step that we
-started ourselves says DIST_GPT_STARTER=srun, and is believed even so (launch inside an mpirun).
+An mpirun is nearer to a rank than a Slurm step: in an allocation mpirun starts its daemons (orted, prted, Hydra's
+proxies) with srun, so a rank on another node sees SLURM_PROCID and the like of the daemon's step, one task per node,
+and a rank on mpirun's own node those of the batch script. So if OMPI_COMM_WORLD_SIZE is set, or Hydra's MPI_LOCALNRANKS
+(Slurm's own pmi2 plugin sets PMI_RANK and PMI_SIZE in a true step, but not this one), the step is the daemon's. A step
+of dist-gpt launch has DIST_GPT_STARTER=srun, which takes precedence (dist-gpt launch inside an mpirun).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from dataclasses import dataclass
 from dist_gpt.config.errors import ConfigError
 from launch.nodelist import counts, expand
 from launch.ports import port_of
-from launch.spec import ERROR_FILE, MASTER
+from launch.spec import ERROR_FILE, MASTER, counted
 
 LAUNCHER = "DIST_GPT_LAUNCHER"
-"""Set by a launcher of ours that has set torchrun's variables itself; its value is shown."""
+"""Set by a dist-gpt launcher that has set torchrun's variables itself; its value is shown in messages."""
 STARTER = "DIST_GPT_STARTER"
-"""srun, torchrun or mpi: what our launcher used to start ranks."""
+"""srun, torchrun or mpi: the launcher that dist-gpt launch used to start the ranks."""
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Numbers from here on are no steps: batch script, extern, interactive shell (slurm.h)."""
+"""Step numbers from here on are not steps but batch script, extern or interactive shell (slurm.h)."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is. Ranks of a node are consecutive."""
+    """Position of a rank in its job. The ranks of a node are consecutive."""
 
     source: str
-    """Who said so: `torchrun`, `Slurm step 12.0`, ..."""
+    """Origin of the values: `torchrun`, `Slurm step 12.0`, ..."""
     rank: int
     world: int
     local_rank: int
@@ -51,7 +51,7 @@ class Place:
     node: int
     nodes: int
     master_addr: str | None
-    """None: not known, and not needed where the world is 1."""
+    """None: not known, or not needed because the world is 1."""
     master_port: int | None
 
     def __post_init__(self) -> None:
@@ -65,12 +65,12 @@ class Place:
                 shown = value if what != "ranks of a node" else value + 1
                 raise ConfigError([
                     f"the variables of {self.source} contradict each other: {what} {shown} of {end} (rank {self.rank}, "
-                    f"world {self.world}, local rank {self.local_rank}, {self.local_world} ranks on the node, node "
-                    f"{self.node} of {self.nodes}); unset those that an earlier job left behind"
+                    f"world {self.world}, local rank {self.local_rank}, {counted(self.local_world, 'rank')} on the "
+                    f"node, node {self.node} of {self.nodes}); unset those that an earlier job left behind"
                 ])  # fmt: skip
 
     def environ(self) -> dict[str, str]:
-        """torchrun's variables. ConfigError where several ranks would have no place to meet."""
+        """Return torchrun's variables. Raise ConfigError if there are several ranks and no address to meet at."""
         if self.world > 1 and (self.master_addr is None or self.master_port is None):
             raise ConfigError([
                 f"this is rank {self.rank} of {self.world} (started by: {self.source}), but the address at which "
@@ -90,7 +90,7 @@ class Place:
         return found
 
     def sentence(self) -> str:
-        """`rank 5/8 node 1/2 local 1/4 (Slurm step 12.0)`, all counted from 0."""
+        """Return `rank 5/8 node 1/2 local 1/4 (Slurm step 12.0)`, all counted from 0."""
         return (
             f"rank {self.rank}/{self.world} node {self.node}/{self.nodes} "
             f"local {self.local_rank}/{self.local_world} ({self.source})"
@@ -102,12 +102,13 @@ Reader = Callable[[Mapping[str, str]], Place]
 
 @dataclass(frozen=True)
 class Variables:
-    """The environment, read with errors that name the variable and who should have set it."""
+    """Reader of the environment; its errors name the variable and the launcher that should have set it."""
 
     environ: Mapping[str, str]
     source: str
 
     def text(self, name: str) -> str:
+        """Return the value of variable `name`. Raise ConfigError if it is unset or empty."""
         value = self.environ.get(name, "")
         if not value:
             raise ConfigError([
@@ -117,6 +118,7 @@ class Variables:
         return value
 
     def number(self, name: str, default: int | None = None) -> int:
+        """Return variable `name` as a whole number, or `default` if it is unset. Raise ConfigError without either."""
         if default is not None and not self.environ.get(name):
             return default
         value = self.text(name)
@@ -125,7 +127,7 @@ class Variables:
         return int(value)
 
     def master(self) -> tuple[str | None, int | None]:
-        """Ours first: it is set for exactly this job."""
+        """Return address and port at which the ranks meet, by MASTER first: it is set for exactly this job."""
         if self.environ.get(MASTER):
             return split_address(self.environ[MASTER], MASTER)
         if not self.environ.get("MASTER_ADDR") and not self.environ.get("MASTER_PORT"):
@@ -137,7 +139,7 @@ class Variables:
 
 
 def split_address(text: str, name: str) -> tuple[str, int]:
-    """`host:port` or `[::1]:port`; `name` is what it is called in errors."""
+    """Split `host:port` or `[::1]:port`. Raise ConfigError, which calls the text `name`, if it is neither."""
     host, colon, port = text.rpartition(":")
     if not colon or not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise ConfigError([f"{name}={text!r} is not HOST:PORT, for example node1:29500"])
@@ -145,7 +147,7 @@ def split_address(text: str, name: str) -> tuple[str, int]:
 
 
 def is_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Whether this process is a task of a Slurm step (a batch script, an salloc shell and an mpirun's rank are not)."""
+    """Return whether this is a task of a Slurm step (a batch script, an salloc shell and an mpirun's rank are not)."""
     step = environ.get("SLURM_STEP_ID", "")
     if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return False
@@ -169,7 +171,7 @@ def _plain(environ: Mapping[str, str]) -> Place:
 
 def _torch_names(seen: Variables) -> Place:
     rank, world = seen.number("RANK"), seen.number("WORLD_SIZE")
-    # Without the local ones (a hand-written environment) all ranks are taken to be on one node.
+    # Without local variables (a hand-written environment), all ranks are assumed to be on one node.
     local_world = seen.number("LOCAL_WORLD_SIZE", max(1, world))
     local = seen.number("LOCAL_RANK", rank % max(1, local_world))
     node = seen.number("GROUP_RANK", rank // max(1, local_world))
@@ -198,7 +200,7 @@ def _slurm(environ: Mapping[str, str]) -> Place:
         addr, port = split_address(environ[MASTER], MASTER)
     else:
         hosts = expand(seen.text("SLURM_STEP_NODELIST"))
-        # A step on one node stays on loopback, whatever its host's name resolves to.
+        # A step on one node stays on loopback, whatever its host name resolves to.
         addr = hosts[0] if len(tasks) > 1 else "127.0.0.1"
         port = port_of(job, environ["SLURM_STEP_ID"])
     return Place(seen.source, rank, world, local, tasks[node], node, len(tasks), addr, port)
@@ -215,7 +217,7 @@ MPI_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "jsrun": tuple((f"JSM_NAMESPACE_{name}",) for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
 }
-"""Variables that may hold the rank, world, local rank and ranks on the node; the first that is set counts."""
+"""Variables that may hold the rank, world, local rank and local world; the first one that is set is read."""
 
 
 def _mpi_reader(who: str) -> Reader:
@@ -240,12 +242,12 @@ def _flux(environ: Mapping[str, str]) -> Place:
 
 
 def _mpi(seen: Variables, rank: int, world: int, local: int, local_world: int) -> Place:
-    """Return the place. No MPI gives the node: assume evenly filled nodes in order. launch.mpi.meet asks the ranks."""
+    """Return the place on evenly filled nodes, in order: MPI does not give the node. launch.mpi.meet asks the ranks."""
     each = max(1, local_world)
     if rank % each != local:
         raise ConfigError([
-            f"{seen.source} made rank {rank} number {local} of {local_world} on its node: nodes must hold equally many "
-            f"consecutive ranks; with Open MPI that is --map-by ppr:{local_world}:node"
+            f"{seen.source} gave rank {rank} the local rank {local} of {local_world}: every node must hold the same "
+            f"number of consecutive ranks; with Open MPI, use --map-by ppr:{local_world}:node"
         ])  # fmt: skip
     addr, port = seen.master()
     return Place(seen.source, rank, world, local, local_world, rank // each, -(-world // each), addr, port)
@@ -267,7 +269,7 @@ TABLE: tuple[tuple[str, Callable[[Mapping[str, str]], bool], Reader], ...] = (
     ("RANK and WORLD_SIZE", lambda e: "RANK" in e or "WORLD_SIZE" in e, _plain),
     ("single process", lambda e: True, _single),
 )
-"""(who, whether it was they, how to read it); see the top of this file."""
+"""Launcher, test that recognises it, reader of its variables; see the top of this file."""
 
 
 def started_by(environ: Mapping[str, str]) -> str:
@@ -276,5 +278,5 @@ def started_by(environ: Mapping[str, str]) -> str:
 
 
 def discover(environ: Mapping[str, str]) -> Place:
-    """Where this process is. ConfigError names the variable that is missing or contradicts another."""
+    """Return the place of this process. Raise ConfigError naming a variable that is missing or contradicts another."""
     return next(read(environ) for _, recognised, read in TABLE if recognised(environ))

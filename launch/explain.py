@@ -1,11 +1,11 @@
-"""Why a job died or hangs: which rank, link or collective it came from, told from what the ranks last said.
+"""Explain why a job died or hangs: find the rank, link or collective at fault from the ranks' last messages.
 
-`explain(states, now, name)` is pure: states in (from launch.watch), a sentence for people out. Times are in seconds of
-the launcher's own clock, in which the job's suspensions are left out (dist_gpt.awake).
+`explain(states, now, name)` is pure: it takes states from launch.watch and returns an Explanation with text for users.
+Times are in seconds of the launcher's own clock, which leaves out suspensions of the job (dist_gpt.awake).
 
-A rank whose connection closed without a word died. A rank that does not beat and whose kernel still acknowledges is
-stopped; a whole host that acknowledges nothing is a link. Errors inside a collective are consequences: the waiting
-graph, who waits for whom in which call of which group, leads to the rank that is behind.
+A rank whose connection closed without a message died. A rank that sends no heartbeat while its kernel acknowledges is
+stopped; a whole host that acknowledges nothing is a broken link. Errors inside a collective are consequences: the
+waiting graph (which rank waits for which, in which call of which group) leads to the rank that is behind.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from launch.waiting import Waiting, describe_call
 
 QUIET_S = 4.0
-"""Eight beats missed: enough to suspect a rank once others have failed, also on an overloaded machine."""
+"""Seconds, eight missed heartbeats: enough to suspect a rank once others have failed, even on an overloaded machine."""
 TOGETHER_S = 0.2
-"""Connections that close within this died together."""
+"""Ranks whose connections close within this many seconds died together."""
 SHOWN = 8
 ERROR_LINES = 10
 Name = Callable[[int], str]
@@ -28,100 +28,104 @@ Name = Callable[[int], str]
 
 @dataclass(frozen=True)
 class RankState:
-    """State of one rank, as the watch knows it; times in seconds of the launcher's AwakeClock."""
+    """State of one rank as the watch knows it; times in seconds of the launcher's AwakeClock."""
 
     rank: int
     hello: Mapping[str, Any] | None = None
-    """Its first line; None as long as it has not come."""
+    """First message of the rank; None until it arrives."""
     rivals: tuple[Mapping[str, Any], ...] = ()
-    """Hellos of other processes that say they are this rank too."""
+    """Hello messages of other processes that claim this rank."""
     joined: float | None = None
     heard: float | None = None
     position: Mapping[str, Any] | None = None
-    """POSITION of the last beat, or of its failure; None before the first beat."""
+    """`Ledger.position()` in its last heartbeat or its failure; None before the first heartbeat."""
     then: Mapping[str, Any] | None = None
-    """Its position when the first rank of the job failed: what it does later is a consequence."""
+    """Its position when the first rank of the job failed; what it does later is a consequence."""
     moved: float | None = None
-    """When its position last changed."""
+    """Time at which its position last changed."""
     channels: tuple[tuple[str, tuple[int, ...], str], ...] = ()
-    """Its groups (axis, ranks, direction), in the order of POSITION's counts."""
+    """Its groups (axis, ranks, direction), in the order of `counts` in its position."""
     failed: Mapping[str, Any] | None = None
-    """{"error", "inside", "position"}, and "code", the exit code it leaves with, where that is known"""
+    """{"error", "inside", "position"}, and "code", its exit code, if known."""
     failed_at: float | None = None
     bye: int | None = None
-    """The exit code that it announced."""
+    """Exit code that it announced."""
     closed: float | None = None
     dismissed: bool = False
-    """It was told to leave before it closed."""
+    """True if it was told to exit before its connection closed."""
     silent: bool = False
-    """It beat, and has not for longer than the watch allows."""
+    """True if it sent heartbeats, but none for longer than the watch allows."""
     unacknowledged: bool | None = None
-    """The kernel of its host does not acknowledge what the watch sends; None: not known."""
+    """True if the kernel of its host does not acknowledge what the watch sends; None: not known."""
     excused: float = 0.0
-    """Until then its silence means nothing: the job was suspended, and it may be continued later than the launcher."""
+    """Time until which its silence means nothing: after a suspension it may be continued later than the launcher."""
     arrived: float | None = None
-    """When its hello came, in seconds since 1970; None: not known, or while the launcher was suspended."""
+    """Arrival of its hello, in seconds since 1970; None: not known, or about when the launcher was suspended."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What it found on its node; see launch.preflight."""
+        """Facts that it found on its node (launch.facts)."""
         facts: Mapping[str, Any] = (self.hello or {}).get("facts") or {}
         return facts
 
     @property
     def host(self) -> str:
+        """Name of its host; empty before its hello."""
         return str((self.hello or {}).get("host", ""))
 
     @property
     def pid(self) -> int:
+        """Process ID; 0 before its hello."""
         return int((self.hello or {}).get("pid", 0))
 
     @property
     def node(self) -> int:
+        """Number of its node; 0 before its hello."""
         return int((self.hello or {}).get("node", 0))
 
     @property
     def local_rank(self) -> int:
+        """Rank on its node; 0 before its hello."""
         return int((self.hello or {}).get("local_rank", 0))
 
     @property
     def over(self) -> bool:
-        """It ended in an orderly way, or was told to."""
+        """True if it announced its end, or ended after it was told to exit."""
         return self.bye is not None or (self.dismissed and self.closed is not None)
 
     @property
     def died(self) -> bool:
-        """Its connection closed and it had said nothing."""
+        """True if its connection closed without any announcement of its end."""
         return self.closed is not None and self.failed is None and not self.over
 
     @property
     def inside(self) -> bool:
-        """It failed in a collective."""
+        """True if it failed in a collective."""
         return self.failed is not None and bool(self.failed.get("inside"))
 
     @property
     def unheard(self) -> bool:
-        """It said hello, is there, and has not beaten yet."""
+        """True if it said hello and is connected, but has sent no heartbeat yet."""
         return self.joined is not None and self.position is None and self.closed is None and self.failed is None
 
     def quiet(self, now: float) -> bool:
-        """It should beat and does not."""
+        """Return whether it should send heartbeats and does not."""
         alive = self.position is not None and self.failed is None and self.closed is None and not self.over
         return alive and (self.silent or now - max(self.heard or now, self.excused) > QUIET_S)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What went wrong. `kind`: died, stopped (silent, but its kernel answers), link, stuck (it beats and does not come
-    on), failed (an error of its own)."""
+    """Cause of a failed or hanging job."""
 
     kind: str
+    """died, stopped (silent, but its kernel answers), link, stuck (beats without progress), failed (own error)."""
     culprits: list[int] = field(default_factory=list)
-    """Ranks; empty for a link."""
+    """Ranks at fault; empty for a link."""
     pairs: list[tuple[str, str]] = field(default_factory=list)
-    """Hosts that do not reach each other."""
+    """Pairs of hosts that do not reach each other."""
     text: str = ""
-    """For people; several lines."""
+    """Text for users, of several lines."""
 
 
 def explain(
@@ -133,8 +137,10 @@ def explain(
     watch_host: str = "",
     stuck_s: float = 300.0,
 ) -> Explanation | None:
-    """The cause of the trouble; None when there is none. `exits` says how processes ended, `pairs` which hosts reach
-    each other, `stuck_s` how long nobody may come on."""
+    """Return the cause of a failure or hang; None if there is none.
+
+    `exits`: how processes ended; `pairs`: which hosts reach each other; `stuck_s`: seconds allowed without progress.
+    """
     case = _Case(states, now, name, exits or {}, pairs or {}, watch_host, stuck_s)
     return case.ended() or case.silent() or case.consequences() or case.stuck()
 
@@ -155,48 +161,48 @@ class _Case:
         self.broken = sorted(pair for pair, works in pairs.items() if not works)
         self.failures = [s for s in states if s.failed is not None]
         self.quiet = {s.rank for s in states if s.quiet(now)}
-        self.last_words = False  # what the others said last counts, not where they were at the first failure
+        self.last_words = False  # use last positions, not those at the first failure
 
     @cached_property
     def waiting(self) -> Waiting:
-        """The waiting graph; only trouble is worth the work."""
+        """Waiting graph, built only when there is something to explain."""
         positions = {r: s.position if self.last_words else s.then or s.position for r, s in self.states.items()}
         lost = self.quiet | {rank for rank, state in self.states.items() if state.died}
         return Waiting({rank: state.channels for rank, state in self.states.items()}, positions, lost)
 
-    # --- what ended ----------------------------------------------------------------------------------------------
+    # --- ended ranks ---------------------------------------------------------------------------------------------
 
     def ended(self) -> Explanation | None:
-        """A rank that died, or failed by itself: whichever came first."""
+        """Return an explanation by the first rank that died or failed by itself; None if there is none."""
         dead = sorted((s for s in self.states.values() if s.died), key=lambda s: s.closed or 0.0)
         own = sorted((s for s in self.failures if not s.inside), key=lambda s: s.failed_at or 0.0)
-        if dead or own:  # what the others said last, when they failed, tells what they waited in
+        if dead or own:  # the others' last positions show what they waited in
             self.last_words = True
         if dead and not (own and (own[0].failed_at or 0.0) < (dead[0].closed or 0.0)):
             first = dead[0].closed or 0.0
             culprits = [s.rank for s in dead if (s.closed or 0.0) - first <= TOGETHER_S]
-            unknown = "its connection closed without a word (killed, or out of memory)"
+            unknown = "its connection closed without a message (killed, or out of memory)"
             lines = [self._line(rank, f"died: {self.exits.get(rank, unknown)}") for rank in culprits]
             if any("SIGKILL" in self.exits.get(rank, "") for rank in culprits):
-                lines.append("  (if nobody killed it: the system kills a process with SIGKILL when memory runs out)")
+                lines.append("  (if it was not killed on purpose: the kernel sends SIGKILL when memory runs out)")
             return self._told("died", culprits, lines)
         if own:
             return self._failed(own[0])
         return None
 
     def _failed(self, state: RankState) -> Explanation:
-        said = str((state.failed or {}).get("error", "")).strip().split("\n  ")[:ERROR_LINES]  # indented: to be kept
+        said = str((state.failed or {}).get("error", "")).strip().split("\n  ")[:ERROR_LINES]  # indented: kept
         error, *more = [" ".join(line.split())[:400] for line in said]
         written = self.exits.get(state.rank, "")
-        if not (state.failed or {}).get("position") and written not in error:  # it had no pulse to say it with
+        if not (state.failed or {}).get("position") and written not in error:  # it failed before its heartbeat began
             error += f" ({written})"
         lines = [self._line(state.rank, f"failed: {error}"), *(f"    {line}" for line in more)]
         return self._told("failed", [state.rank], lines)
 
-    # --- what says nothing ---------------------------------------------------------------------------------------
+    # --- silent ranks --------------------------------------------------------------------------------------------
 
     def silent(self) -> Explanation | None:
-        """Ranks that do not beat: for long, or for a moment and others have failed waiting."""
+        """Return an explanation by ranks without heartbeats: for long, or shortly while others failed waiting."""
         suspects = {r for r in self.quiet if self.states[r].silent}
         if self.failures:
             suspects = self.quiet | {rank for rank, state in self.states.items() if state.unheard}
@@ -214,14 +220,14 @@ class _Case:
     def _standstill(self, rank: int) -> str:
         state = self.states[rank]
         if state.unheard:
-            return f"has sent no heartbeat, {self.now - (state.joined or self.now):.0f} s after it said hello"
+            return f"has sent no heartbeat since it connected {self.now - (state.joined or self.now):.0f} s ago"
         silence = f"is stopped: no heartbeat for {self.now - (state.heard or self.now):.0f} s"
         if state.unacknowledged is False:
             return f"{silence}, though {state.host or 'its host'} answers (SIGSTOP, a debugger, or the GIL is held)"
         return silence
 
     def _cut_off(self) -> list[str]:
-        """Hosts of which no rank beats, and that acknowledge nothing."""
+        """Return the hosts that acknowledge nothing and whose ranks all send no heartbeat."""
         hosts: dict[str, list[RankState]] = {}
         for state in self.states.values():
             if state.position is not None and state.closed is None and not state.over:
@@ -233,22 +239,22 @@ class _Case:
         )
 
     def _link(self, pairs: list[tuple[str, str]], cut: Sequence[str] = ()) -> Explanation:
-        """Between hosts; `cut` are those that the launcher itself does not hear."""
+        """Return an explanation by broken links between hosts; `cut`: hosts that the launcher itself does not hear."""
         more = [p for p in self.broken if p not in pairs and p[::-1] not in pairs]
-        lines = [f"link down: {' and '.join(pair)} do not reach each other" for pair in [*pairs, *more]]
+        lines = [f"link down: {' and '.join(pair)} cannot reach each other" for pair in [*pairs, *more]]
         away = sorted(r for r, s in self.states.items() if s.host in cut)
         if away:
             since = max(self.now - (self.states[r].heard or self.now) for r in away)
             silent = f"{ranks_text(away)} on {', '.join(cut)}"
-            lines.append(f"  no word from {silent} for {since:.0f} s, and nothing sent there is acknowledged")
+            lines.append(f"  no message from {silent} for {since:.0f} s, and nothing sent there is acknowledged")
         lines += self._waiters(away) or self._in_what()
         lines += self._after([])
         return Explanation("link", [], [*pairs, *more], "\n".join(lines))
 
-    # --- what waits ----------------------------------------------------------------------------------------------
+    # --- waiting ranks -------------------------------------------------------------------------------------------
 
     def consequences(self) -> Explanation | None:
-        """All failures were in collectives: who is it that they waited for?"""
+        """Return an explanation by the ranks that others, which all failed in collectives, waited for."""
         if not self.failures:
             return None
         roots = self.waiting.roots()
@@ -261,7 +267,7 @@ class _Case:
         return self._failed(min(self.failures, key=lambda s: s.failed_at or 0.0))
 
     def stuck(self) -> Explanation | None:
-        """Everybody beats and nobody comes on."""
+        """Return an explanation if all ranks send heartbeats and none makes progress; else None."""
         there = [s for s in self.states.values() if s.position is not None and not s.over]
         if not there or any(self.now - (s.moved or self.now) <= self.stuck_s for s in there):
             return None
@@ -278,14 +284,14 @@ class _Case:
             state = self.states[rank]
             place = describe_call(self.waiting.positions.get(rank) or {})
             since = f" for {self.now - state.moved:.0f} s" if state.moved is not None else ""
-            what = f"waits in {place}" if self.waiting.waits(rank) else "computes, and does not come on"
-            lines.append(self._line(rank, f"is stuck: it {what}{since}"))
+            what = f"waits in {place}" if self.waiting.waits(rank) else "is computing but making no progress"
+            lines.append(self._line(rank, f"is stuck{since}: it {what}"))
         return self._told("stuck", list(found), lines)
 
-    # --- words ---------------------------------------------------------------------------------------------------
+    # --- text ----------------------------------------------------------------------------------------------------
 
     def _line(self, rank: int, what: str) -> str:
-        """Who, where, what, and in which step, action and collective."""
+        """Return the rank, its host, what happened, and its step, action and collective."""
         state = self.states[rank]
         where = f" on {state.host}, pid {state.pid}," if state.hello is not None else ""
         then = " (at its last heartbeat)" if state.position is not None and state.failed is None else ""
@@ -296,7 +302,7 @@ class _Case:
         return Explanation(kind, culprits, [], text)
 
     def _waiters(self, culprits: Sequence[int]) -> list[str]:
-        """Who waited for them, and in what."""
+        """Return a line on the ranks that waited for `culprits`, and in which calls; empty if there are none."""
         waiters = [r for r in self.waiting.waiters(culprits) if r not in culprits]
         if not waiters:
             return []
@@ -319,7 +325,7 @@ class _Case:
 
 
 def where_it_was(position: Mapping[str, Any] | None) -> str:
-    """`in step 12, train, forward block 3: waiting in tp all_reduce number 45`."""
+    """Return `in step 12, train, forward block 3: waiting in tp all_reduce number 45`."""
     if not position:
         return "before its first heartbeat"
     step, action = position.get("step"), position.get("action")
@@ -331,6 +337,6 @@ def where_it_was(position: Mapping[str, Any] | None) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 1, 2, 4`; the first SHOWN and how many more."""
+    """Return `rank 3` or `ranks 1, 2, 4`: the first SHOWN, and how many more."""
     more = f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks[:SHOWN]))}{more}"

@@ -1,4 +1,4 @@
-"""What a rank finds where it is, before torch is imported: `facts(environ)`, a JSON object for launch.preflight."""
+"""Collect what a rank finds on its node before torch is imported: `facts(environ)`, JSON for launch.preflight."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ import psutil
 from launch.spec import RUN_DIR, STORE_FD, WATCH
 
 CONFIG_HASH = "DIST_GPT_CONFIG_HASH"
-"""`config_digest` of the run's config.yaml as the launcher wrote it."""
+"""Variable with `config_digest` of the run's config.yaml as the launcher wrote it."""
 RESOLVE_S = 3.0
 TOOL_S = 20.0
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")
-"""Where the kernel lists AMD's GPUs; what a job may not use cannot be read there."""
+"""Where the kernel lists AMD's GPUs; those that a job may not use cannot be read there."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def facts(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Where this rank is and what it sees. Never raises: what cannot be found is empty, or says why under `error`."""
+    """Return what this rank finds on its node. Never raises: a missing fact is empty or says why under `error`."""
     interfaces = interface_addresses()
     name, run_dir = environ.get("MASTER_ADDR"), environ.get(RUN_DIR)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -50,12 +50,12 @@ def facts(environ: Mapping[str, str]) -> dict[str, Any]:
         "config": config_digest(Path(run_dir) / "config.yaml") if run_dir else "",
         "config_expected": environ.get(CONFIG_HASH, ""),
         "run_dir": folder(Path(run_dir)) if run_dir else {},
-        "time": time.time(),  # last: the launcher compares it with its own when this arrives
+        "time": time.time(),  # last: the launcher compares it with its own on arrival
     }
 
 
 def interface_addresses() -> dict[str, list[str]]:
-    """IP addresses of each network interface that is up."""
+    """Return the IP addresses of each network interface that is up."""
     try:
         up = {name for name, state in psutil.net_if_stats().items() if state.isup}
         found = {name: addresses for name, addresses in psutil.net_if_addrs().items() if name in up}
@@ -66,7 +66,7 @@ def interface_addresses() -> dict[str, list[str]]:
 
 
 def address_towards(watch: str) -> str:
-    """This machine's address on the route to `host:port`; connecting a datagram socket sends nothing."""
+    """Return this machine's address on the route to `host:port`; connecting the datagram socket sends nothing."""
     host, _, port = watch.rpartition(":")
     if not host or not port.isdigit():
         return ""
@@ -80,7 +80,7 @@ def address_towards(watch: str) -> str:
 
 
 def resolve(name: str, patience_s: float = RESOLVE_S) -> dict[str, Any]:
-    """`addresses` of a host's name, or `error`; a name server that does not answer is not waited for."""
+    """Return the `addresses` of a host name, or an `error`; wait at most `patience_s` seconds for the name server."""
     found: dict[str, Any] = {"error": f"no answer from the name service in {patience_s:g} s"}
 
     def ask() -> None:
@@ -98,7 +98,7 @@ def resolve(name: str, patience_s: float = RESOLVE_S) -> dict[str, Any]:
 
 
 def port_free(addr: str, port: int) -> bool:
-    """Whether this machine could listen on `addr`:`port` now. True where `addr` is not this machine's to ask."""
+    """Return whether this machine could listen on `addr`:`port` now; True if `addr` is not one of its addresses."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(addr, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -111,7 +111,7 @@ def port_free(addr: str, port: int) -> bool:
 
 
 def _own_port_free(environ: Mapping[str, str]) -> bool | None:
-    """Of the rank that will listen on MASTER_PORT; None where that is nobody here, or somebody who listens already."""
+    """Return whether MASTER_PORT is free; None if this rank will not listen on it or its socket listens already."""
     port = environ.get("MASTER_PORT", "")
     listens_already = STORE_FD in environ or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if environ.get("RANK") != "0" or not port.isdigit() or environ.get("WORLD_SIZE") == "1" or listens_already:
@@ -120,7 +120,7 @@ def _own_port_free(environ: Mapping[str, str]) -> bool | None:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
-    """Names, the same for all processes of the machine, of the GPUs that a rank started with `environ` sees."""
+    """Return the GPUs that a rank started with `environ` sees, by names that are the same in all processes."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and not _until_refused(_words(chosen)):
         return []
@@ -129,29 +129,29 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
         try:
             run = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=TOOL_S, check=True)
         except (OSError, subprocess.SubprocessError):
-            return []  # the tool is there, the driver is not
+            return []  # the tool is installed, the driver is not
         return _choose(re.findall(r"^GPU \d+:.*\(UUID: (GPU-[^)]+)\)", run.stdout, re.MULTILINE), chosen)
     found = amd_gpus(KFD)
-    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):  # the second counts what the first has left
+    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):  # the second indexes what the first leaves
         found = _choose(found, environ.get(name))
     return found
 
 
 def amd_gpus(nodes: Path) -> list[str]:
-    """The kernel's numbers of AMD's GPUs (of each half of an MI250X), in the runtime's order."""
+    """Return the kernel's numbers of AMD's GPUs (of each half of an MI250X), in the runtime's order."""
     found = []
     for node in sorted(nodes.glob("*"), key=lambda path: int(path.name) if path.name.isdigit() else -1):
         try:
             number = (node / "gpu_id").read_text().strip()
         except OSError:
             continue
-        if number not in ("", "0"):  # 0: a processor
+        if number not in ("", "0"):  # 0: a CPU
             found.append(f"KFD-{number}")
     return found
 
 
 def _choose(present: list[str], chosen: str | None) -> list[str]:
-    """Those that a *_VISIBLE_DEVICES names, by position or by (the beginning of) their names."""
+    """Return the GPUs that a *_VISIBLE_DEVICES selects, by position or by (the beginning of) their names."""
     if chosen is None:
         return present
     found = []
@@ -159,12 +159,12 @@ def _choose(present: list[str], chosen: str | None) -> list[str]:
         if word.isdigit():
             found += present[int(word) : int(word) + 1]
         else:
-            found += [name for name in present if name.startswith(word)] or [word]  # a MIG part is listed by no -L line
+            found += [name for name in present if name.startswith(word)] or [word]  # a MIG part has no `GPU` line
     return found
 
 
 def _until_refused(words: list[str]) -> list[str]:
-    """CUDA ignores everything from the first -1 on."""
+    """Return the words before the first -1; CUDA ignores the rest."""
     return words[: words.index("-1")] if "-1" in words else words
 
 
@@ -173,7 +173,7 @@ def _words(text: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages whose numbers must agree, from their metadata."""
+    """Return the versions of Python and the packages that must agree on all nodes, from their metadata."""
     found = {"python": platform.python_version()}
     for name in ("torch", "dist-gpt"):
         try:
@@ -184,7 +184,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest(root: Path) -> str:
-    """sha256 (16 hex digits) of the names and contents of dist_gpt's and launch's source files under `root`."""
+    """Return sha256 (16 hex digits) of names and contents of dist_gpt's and launch's source files under `root`."""
     digest = hashlib.sha256()
     for package in ("dist_gpt", "launch"):
         for path in sorted((root / package).rglob("*.py")):
@@ -197,7 +197,7 @@ def code_digest(root: Path) -> str:
 
 
 def config_digest(path: Path) -> str:
-    """sha256 (16 hex digits) of a file's content; empty where it cannot be read. What CONFIG_HASH holds."""
+    """Return sha256 (16 hex digits) of a file's content, as in CONFIG_HASH; empty if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError:
@@ -205,12 +205,12 @@ def config_digest(path: Path) -> str:
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """Whether `path` is there and can be written, and the bytes free on its file system."""
+    """Return whether folder `path` exists and can be written, and the bytes free on its file system."""
     if not path.is_dir():
         return {"path": str(path), "visible": False, "writable": False, "free_bytes": 0}
     trial = path / f".preflight.{socket.gethostname()}.{os.getpid()}"
     try:
-        trial.touch()  # asking for permission does not find a file system mounted read-only on the server
+        trial.touch()  # checking permissions misses a file system mounted read-only on the server
         trial.unlink()
         writable = True
     except OSError:

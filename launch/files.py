@@ -1,4 +1,4 @@
-"""Files of a run directory, as the launcher reads and writes them."""
+"""Read and write files of a run directory for the launcher."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TAIL_BYTES = 64_000
 
 
 def size(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
+    """Return the size of a file in bytes; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
 def tail(path: Path, start: int) -> list[str]:
-    """The last lines of what was written after `start` bytes."""
+    """Return the last lines of a file, at most TAIL_LINES, without its first `start` bytes."""
     with suppress(OSError), open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(start, end - TAIL_BYTES))
@@ -31,14 +31,14 @@ def tail(path: Path, start: int) -> list[str]:
 
 
 def last_words(path: Path) -> str:
-    """The error that a rank wrote down (launch.spec, ERROR_FILE); empty where it wrote none."""
+    """Return the error that a rank wrote to its error file (launch.spec.ERROR_FILE); empty if it wrote none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(path.read_text())["error"])[:ERROR_CHARACTERS]
     return ""
 
 
 def newest_checkpoint(run_dir: Path) -> str:
-    """Name of the newest committed checkpoint, else what the run branches from; empty where there is neither."""
+    """Return the name of the newest committed checkpoint, else what the run branches from; empty without either."""
     return next((path.name for path in committed(run_dir / CHECKPOINTS)), str(branch_of(run_dir) or ""))
 
 
@@ -53,18 +53,18 @@ def go_on(run_dir: Path, via: str) -> str:
         kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint"
         how, more = "continue", ["--resume", "auto"]
         if "optim." in change:  # a checkpoint continues only with the optim section that it was made with
-            how, more = "begin again", ["--set", f"run_dir={run_dir}-2"]
+            how, more = "start a new run", ["--set", f"run_dir={run_dir}-2"]
         again = shlex.join([*launch, *more])
         return f"{kept}; continuing unchanged would end the same way. {change}, and {how}: {again} --set KEY=VALUE"
     command = shlex.join([*launch, "--resume", "auto"])
     mine = RUN_DIR not in os.environ and "SLURM_JOB_ID" in os.environ
     script = " (or submit your own script again, if it ends in --resume auto)" if mine else ""
-    saved = f"saved: {newest}" if newest else "no checkpoint yet, so it begins anew"
-    return f"{saved}; go on: {command}{script}"
+    saved = f"saved: {newest}; continue with" if newest else "no checkpoint yet; start again with"
+    return f"{saved}: {command}{script}"
 
 
 def why_left(run_dir: Path) -> str:
-    """The reason that rank 0 wrote into exit.json; empty where it wrote none."""
+    """Return the reason that rank 0 wrote to exit.json; empty if it wrote none."""
     return str(ended(run_dir).get("why") or "")
 
 
@@ -80,6 +80,8 @@ def step_left(run_dir: Path) -> int:
 
 
 def note_failure(run_dir: Path, code: int, why: str) -> None:
-    """exit.json of an attempt that failed: the launcher knows more than rank 0, which may not have lived to write it
-    (dist_gpt.track.ExitRecord); the step is rank 0's word, if it left one."""
+    """Write exit.json of a failed attempt, with the step and the change that rank 0 wrote there, if any.
+
+    The launcher knows more than rank 0, which may have died before writing it (dist_gpt.track.ExitRecord).
+    """
     note_end(run_dir, code, why, ended(run_dir).get("step"), ended(run_dir).get("change"))

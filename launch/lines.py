@@ -1,4 +1,4 @@
-"""One connection of the watch: what was read, what is not sent yet, and whether the other end acknowledges."""
+"""Connection of the watch: data read, data not sent yet, and whether the other end acknowledges."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SEND_BUFFER = 1 << 20
-"""Bytes that the other end may leave unread before nothing more is kept for it."""
+"""Bytes that may wait for the other end to read; beyond that, all of them are dropped."""
 OTHER_FILES = 128
-"""Open files of a launcher beside the connections of its ranks."""
+"""Number of files that a launcher opens besides the connections of its ranks."""
 TCP_INFO_BYTES, UNACKED_AT = 104, 24  # struct tcp_info of linux/tcp.h: tcpi_unacked, u32
 
 
 @dataclass(eq=False)
 class Line:
-    """A connection; its socket does not block."""
+    """Connection with a non-blocking socket."""
 
     socket: socket.socket
     address: str
-    """Of the other end."""
+    """Address of the other end."""
     since: float
     rank: int | None = None
-    """None as long as it has not said who it is; -1: a rank that is here already."""
+    """None until it has said hello; -1: its rank has said hello already."""
     read: bytes = b""
     unsent: bytearray = field(default_factory=bytearray)
     port: int = 0
-    """On which the other end can be probed."""
+    """Port on which the other end can be probed."""
     asked: float | None = None
-    """Since when a word to a silent rank is out."""
+    """Time since which a message to a silent rank has had no answer; None: there is none."""
 
     def put(self, word: Mapping[str, Any]) -> None:
-        """Send `word`, as soon as the connection takes it."""
+        """Send `word` as soon as the connection takes it."""
         self.unsent += json.dumps(word).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
-        """Send what the connection takes; never blocks. That it is lost shows when it is read."""
+        """Send what the connection takes, without blocking; a lost connection is noticed when it is read."""
         with suppress(OSError):
             while self.unsent:
                 del self.unsent[: self.socket.send(self.unsent)]
@@ -50,7 +50,7 @@ class Line:
             self.unsent.clear()
 
     def unacknowledged(self) -> bool | None:
-        """Whether something that was sent is not acknowledged; None where the system does not tell."""
+        """Return whether sent data is not acknowledged yet; None if the system does not tell."""
         if not sys.platform.startswith("linux"):
             return None
         try:
@@ -61,7 +61,7 @@ class Line:
 
 
 def room_for(lines: int) -> None:
-    """Let this process open so many connections beside what it has, as far as the system lets it."""
+    """Let this process open `lines` more connections, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     want = lines + OTHER_FILES
     if soft == resource.RLIM_INFINITY or want <= soft:
@@ -72,7 +72,7 @@ def room_for(lines: int) -> None:
 
 
 def group_ranks(told: str | Iterable[int]) -> tuple[int, ...]:
-    """Ranks of a group as a rank writes them: a list, or start:stop:step. Raises ValueError for absurd sizes."""
+    """Return the ranks of a group, sent as a list or as start:stop:step. Raise ValueError for absurd sizes."""
     if isinstance(told, str):
         start, stop, step = (int(part) for part in told.split(":"))
         if not 0 <= start <= stop <= 1 << 20:

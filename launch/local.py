@@ -1,8 +1,8 @@
-"""All ranks of a job as processes of this machine: started, followed, ended together.
+"""Run all ranks of a job as processes of this machine: start, follow and end them together.
 
 `launch_local(spec)` returns the job's exit code. Whatever happens (a rank dies, Ctrl-C, SIGTERM, an error here), no
-process of the job is left when it returns. When the launcher itself is killed, the kernel kills the fork server, and
-with it the ranks.
+process of the job is left when it returns. If the launcher itself is killed, the kernel kills the fork server and with
+it the ranks.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from launch.tee import Tee
 
 HOST = "127.0.0.1"
 TERM_S = 5.0
-"""Between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 SAVING_TERM_S = 0.5
-"""The same where SIGTERM asks for a save: the job has failed, and nothing will come of it."""
+"""The same if SIGTERM asks for a save: the job has failed, so the save cannot succeed."""
 GONE_S = 5.0
-"""Longest wait for the end of a killed rank to be reported."""
+"""Longest wait in seconds for the end of a killed rank to be reported."""
 PIPE_BYTES = 1 << 20
 """Capacity of the pipe for rank 0's output; Linux's limit for users other than root."""
 VIOLENT = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 VIOLENT_LEAD_S = 0.5
 """A killed process closes its connections before its launcher hears of it, so a peer's error can look earlier. Such
-deaths are never a consequence of another rank's (SIGABRT is: gloo aborts on a message it did not expect)."""
+deaths are never a consequence of another rank's (SIGABRT can be: gloo aborts on an unexpected message)."""
 
 
 class Rank:
-    """One process, the leader of its own session."""
+    """Process of one rank, the leader of its own session."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.pid: int | None = None
         self.code: int | None = None
-        self.lost = ""  # how, where its end was not seen
+        self.lost = ""  # how it ended, if its end was not seen
         self.ended_at = 0.0  # seconds since 1970
         self.lock = threading.Lock()
 
     def ended(self, code: int, at: float, lost: str = "") -> None:
-        """Note its end; from now on its process number may be another's."""
+        """Note its end; from now on its PID may be reused."""
         with self.lock:
             self.ended_at, self.lost, self.code = at, lost, code
 
@@ -69,14 +69,14 @@ class Rank:
                 os.killpg(self.pid, number)
 
     def is_there(self) -> bool:
-        """Return whether its process still does anything; one that nobody has waited for does not."""
+        """Return whether its process still runs; a zombie does not."""
         try:
             return self.pid is not None and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
     def failed_at(self, error_file: Path) -> float:
-        """When the rank says it failed, else when it ended (a rank takes a while to leave after it has failed)."""
+        """Return when the rank says it failed, else when it ended (a rank takes a while to exit after a failure)."""
         if self.code is not None and -self.code in VIOLENT:
             return self.ended_at - VIOLENT_LEAD_S
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -84,12 +84,12 @@ class Rank:
         return self.ended_at
 
     def how(self) -> str:
-        """`killed by SIGKILL` or `exit code 1`."""
+        """Return how it ended: `killed by SIGKILL` or `exit code 1`."""
         return self.lost or how(self.code)
 
 
 def how(code: int | None) -> str:
-    """How a process ended: `killed by SIGKILL` or `exit code 1`."""
+    """Return how a process ended: `killed by SIGKILL` or `exit code 1`."""
     if code is None or code >= 0:
         return f"exit code {code}"
     try:
@@ -99,19 +99,19 @@ def how(code: int | None) -> str:
 
 
 def start_server(argv: Sequence[str], env: Mapping[str, str], log: int, fds: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Start a fork server that writes to the descriptor `log` and inherits `fds`, in a session of its own."""
+    """Start a fork server that writes to the descriptor `log` and inherits `fds`, in its own session."""
     return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                             start_new_session=True, pass_fds=fds)  # fmt: skip
 
 
 class LocalRanks:
-    """The processes of one attempt, forked by launch.forkserver."""
+    """Processes of one attempt, forked by launch.forkserver."""
 
     live = True
 
     def __init__(self, spec: JobSpec) -> None:
         if spec.argv[1 : 1 + len(WORKER)] != WORKER:
-            raise ValueError(f"the command of a rank begins with PYTHON {' '.join(WORKER)}, got {spec.argv}")
+            raise ValueError(f"the command of a rank must begin with PYTHON {' '.join(WORKER)}, got {spec.argv}")
         self.spec = spec
         self.ranks: list[Rank] = []
         self.wake: SimpleQueue[object] = SimpleQueue()
@@ -121,8 +121,11 @@ class LocalRanks:
         self.tee: Tee | None = None
 
     def start(self, env: Mapping[str, str]) -> None:
-        """Start every rank. The port of the rendezvous is held by a listening socket from here until rank 0 serves it,
-        so that nobody else can take it and no rank can come too early."""
+        """Start every rank.
+
+        A listening socket holds the port of the rendezvous from here until rank 0 serves it, so that no other program
+        can take it and no rank can come too early.
+        """
         self.ranks, self.server, self.listener, self.tee = [], None, None, None
         common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
         for name in (STORE_FD, TERMINAL):
@@ -152,7 +155,7 @@ class LocalRanks:
         self.listener.start()
 
     def _places(self, store: socket.socket, pipe: int, logs: Sequence[int]) -> tuple[Place, ...]:
-        """Return what each rank's process has of its own; rank 0 the pipe and the store's socket."""
+        """Return the environment and descriptors of each rank; rank 0 gets the pipe and the store's socket."""
         places = []
         for rank, log in enumerate(logs):
             env = self.spec.rank_env(rank, HOST, store.getsockname()[1])
@@ -166,7 +169,7 @@ class LocalRanks:
         return tuple(places)
 
     def _hear(self, line: socket.socket, order: Order, server: subprocess.Popen[bytes], ranks: Sequence[Rank]) -> None:
-        """Send the order and note what the fork server says of `ranks`, to its end: the body of a thread."""
+        """Send the order and note what the fork server reports of `ranks` until it ends; run as a thread."""
         try:
             with line, suppress(OSError, ValueError), line.makefile("rb") as heard:
                 line.sendall(order.line())
@@ -183,7 +186,7 @@ class LocalRanks:
             self._lose([rank for rank in ranks if rank.code is None], server.wait())
 
     def _lose(self, left: Sequence[Rank], code: int) -> None:
-        """End the ranks that the fork server has left behind by ending with `code` before them."""
+        """End the ranks that the fork server left behind when it ended with `code` before them."""
         at = time.time()
         for rank in left:
             rank.signal(signal.SIGKILL)
@@ -191,26 +194,30 @@ class LocalRanks:
         while any(rank.is_there() for rank in left) and time.monotonic() < deadline:
             time.sleep(0.01)
         for rank in left:
-            rank.ended(code or 1, at, f"their fork server ended: {how(code)}" if rank.pid is not None else "")
+            rank.ended(code or 1, at, f"the fork server ended: {how(code)}" if rank.pid is not None else "")
         if left:
             self.wake.put(self)
 
     def running(self) -> bool:
+        """Return whether any rank still runs."""
         return bool(self._running())
 
     def failures(self) -> list[Failure]:
+        """Return the ranks that ended with another exit code than 0, in order."""
         return [
             Failure(r.rank, r.code, r.how(), r.failed_at(self.spec.error_path(r.rank))) for r in self.ranks if r.code
         ]
 
     def code(self) -> int:
+        """Return the largest exit code or signal number of the ranks."""
         return max((abs(r.code or 0) for r in self.ranks), default=0)
 
     def where(self) -> str:
+        """Return empty text: there is no output besides the ranks'."""
         return ""
 
     def end(self, hurried: Callable[[], bool] = lambda: False) -> None:
-        """End whatever still runs: SIGTERM, SIGKILL after a while or when `hurried`; returns when all are gone."""
+        """End all running ranks: SIGTERM, then SIGKILL after a while or when `hurried`; return when all are gone."""
         self._signal_all(signal.SIGTERM)
         deadline = time.monotonic() + (SAVING_TERM_S if self.spec.saves else TERM_S)
         while self._running() and time.monotonic() < deadline and not hurried():
@@ -219,7 +226,7 @@ class LocalRanks:
         deadline = time.monotonic() + GONE_S
         while self._running():
             if self.server is not None and time.monotonic() > deadline:
-                self.server.kill()  # it does not report, as when it is stopped; the rest is done when it is gone
+                self.server.kill()  # it does not report (it may be stopped); `_lose` does the rest
             time.sleep(0.01)
         if self.listener is not None:
             self.listener.join()
@@ -229,7 +236,7 @@ class LocalRanks:
     def _signal_all(self, number: int) -> None:
         running = self._running()
         if self.server is not None and any(rank.pid is None for rank in running):
-            self.server.kill()  # not all are there yet, so there is nothing to save
+            self.server.kill()  # not all ranks have started, so there is nothing to save
         for rank in running:
             rank.signal(number)
 
@@ -248,7 +255,7 @@ def widen(pipe: int) -> None:
 
 
 def launch_local(spec: JobSpec) -> int:
-    """Run `spec` on this machine; returns 0, the failed rank's 2 or 75, 1 for any other failure, 128 + signal."""
+    """Run `spec` on this machine; return 0, the failed rank's 2 or 75, 1 for any other failure, or 128 + signal."""
     if spec.nodes != 1:
-        raise ValueError(f"launch_local starts one node, got {spec.nodes}")
+        raise ValueError(f"launch_local starts the ranks of one node, got {spec.nodes} nodes")
     return supervise(spec, LocalRanks(spec), HOST)

@@ -1,13 +1,13 @@
-"""Keep a run directory to one training at a time.
+"""Keep a run directory to one training run at a time.
 
 RUN_DIR/launcher.lock holds {host, pid, job, ...} as JSON while a launcher supervises ranks there, or while rank 0 of a
-training without a launcher trains.
+run without a launcher trains.
 
-    lock.look(run_dir)                # raises ConfigError if another training is there
-    with lock.hold(run_dir): ...      # the same, and keeps other trainings out
+    lock.look(run_dir)                # raises ConfigError if another run is using it
+    with lock.hold(run_dir): ...      # the same, and keeps other runs out
 
-The file is made by O_EXCL and touched every TOUCH_S by a thread, so that a launcher that was killed, here or on another
-host, holds nobody up: ages are by the clock of the file system alone, which all hosts share.
+The file is created with O_EXCL and touched every TOUCH_S by a thread, so that a launcher that was killed, here or on
+another host, blocks no other: ages are measured by the file system's clock alone, which all hosts share.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ FILE = "launcher.lock"
 TOUCH_S = 5.0
 STALE_S = 30.0
 SAME_S = 1.0
-"""Start times of one process, as psutil computes them, differ by less."""
+"""Seconds by which psutil's start times of one process differ at most."""
 
 
 def look(run_dir: Path) -> None:
-    """Raise ConfigError, which names host, process and job, if another training is using `run_dir`."""
+    """Raise ConfigError, which names host, process and job, if another run is using `run_dir`."""
     holder = _holder(run_dir / FILE)
     if holder is None:
         return
     host, pid, job = (holder.get(key) for key in ("host", "pid", "job"))
-    who = f"process {pid} on {host}" if pid else "one that is just starting"
+    who = f"process {pid} on {host}" if pid else "which is just starting"
     end = f"scancel {job}" if job else f"kill {pid} on {host}"
     raise ConfigError([
-        f"run_dir: {run_dir} is in use by another training, {who}{f', Slurm job {job}' if job else ''}; wait for its "
-        f"end, or end it ({end}), or choose another run_dir. If it is gone for certain, remove {run_dir / FILE}"
+        f"run_dir: {run_dir} is in use by another training run, {who}{f', Slurm job {job}' if job else ''}; wait until "
+        f"it ends, end it ({end}), or choose another run_dir. If it is certainly gone, remove {run_dir / FILE}"
     ])  # fmt: skip
 
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of `run_dir`, which must exist. Raise ConfigError if one is using it."""
+    """Keep other runs out of `run_dir`, which must exist. Raise ConfigError if one is using it."""
     path, own = run_dir / FILE, json.dumps(_ours()).encode()
     descriptor, done = _take(path, own), threading.Event()
     threading.Thread(target=_touch, args=(descriptor, done), name="lock", daemon=True).start()
@@ -76,7 +76,7 @@ def _ours() -> dict[str, Any]:
 
 
 def _take(path: Path, own: bytes) -> int:
-    """The new lock, open. ConfigError where there is another's."""
+    """Return the descriptor of the new lock. Raise ConfigError if another process holds the lock."""
     try:
         while True:
             with suppress(FileExistsError):
@@ -97,9 +97,9 @@ def _new(path: Path, content: bytes) -> int:
 
 
 def _take_over(path: Path, own: bytes) -> int | None:
-    """Put ours into the place of a lock that nobody holds; None: somebody else was faster, or it is gone.
+    """Replace a lock that no process holds, and return the descriptor; None if another was faster or the lock is gone.
 
-    Who may replace this very lock is settled by a file named after what it holds; there is never none in its place.
+    A file named after the lock's content decides which process may replace it; the lock is never absent.
     """
     try:
         text = path.read_bytes()
@@ -110,7 +110,7 @@ def _take_over(path: Path, own: bytes) -> int | None:
         os.close(_new(claim, b""))
     except FileExistsError:
         with suppress(FileNotFoundError):
-            if _now(path.parent) - claim.stat().st_mtime > STALE_S:  # died in between
+            if _now(path.parent) - claim.stat().st_mtime > STALE_S:  # its process died in between
                 claim.unlink()
         return None
     try:
@@ -127,7 +127,7 @@ def _take_over(path: Path, own: bytes) -> int | None:
 
 
 def _touch(descriptor: int, done: threading.Event) -> None:
-    """The file that was made, whatever it is called by now."""
+    """Touch the lock that was made, whatever its name by now, until `done` is set."""
     while not done.wait(TOUCH_S):
         with suppress(OSError):
             os.utime(descriptor)
@@ -135,9 +135,9 @@ def _touch(descriptor: int, done: threading.Event) -> None:
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
-    """What the lock says, where somebody holds it."""
+    """Return what the lock says if a process holds it, else None."""
     try:
-        with open(path, "rb") as file:  # opening asks a network file system for how it is now
+        with open(path, "rb") as file:  # opening makes a network file system read its current state
             text, touched = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
@@ -150,12 +150,12 @@ def _holder(path: Path) -> dict[str, Any] | None:
         if process is not None:
             return holder if process else None
     if ours["job"] is not None and holder.get("job") == ours["job"] and holder.get("restarts") != ours["restarts"]:
-        return None  # Slurm has started our job again: its launcher of before is gone
+        return None  # Slurm has restarted our job: its earlier launcher is gone
     return holder if _now(path.parent) - touched < STALE_S else None
 
 
 def _process(holder: dict[str, Any]) -> bool | None:
-    """Whether a process of this host is alive; None: there is one of that number, and it may be another one."""
+    """Return whether the holder, on this host, is alive; None if its PID may be another process's by now."""
     try:
         process = psutil.Process(int(holder["pid"]))
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -168,14 +168,14 @@ def _process(holder: dict[str, Any]) -> bool | None:
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock that the folder's files are stamped with."""
+    """Return the time of the clock that stamps the folder's files."""
     path = folder / f".{FILE}.{secrets.token_hex(4)}"
     try:
         with open(path, "xb") as file:
-            file.write(b"\n")  # some file systems stamp what is written, not what is made
+            file.write(b"\n")  # some file systems stamp files when written, not when created
             file.flush()
             now = os.fstat(file.fileno()).st_mtime
         path.unlink()
         return now
-    except OSError:  # not to be written into: whoever only looks shall not fail for that
+    except OSError:  # the folder is not writable: `look` must not fail for that
         return time.time()

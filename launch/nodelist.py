@@ -1,4 +1,4 @@
-"""Slurm's short forms of lists, as it prints them: nodes `n[1-3,07-09],gpu-a[1-2]-x3` and tasks per node `4(x2),3`."""
+"""Expand lists as Slurm shortens them: nodes `n[1-3,07-09],gpu-a[1-2]-x3` and tasks per node `4(x2),3`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import product
 from dist_gpt.config.errors import ConfigError
 
 MOST = 100_000
-"""Names; a longer list is a mistake, and would fill the memory."""
+"""Most entries of a list; a longer one is a mistake and would fill the memory."""
 
 
 def expand(text: str) -> list[str]:
-    """The names in a node list, in its order. ConfigError where it is none."""
+    """Return the names in a node list, in its order. Raise ConfigError if it is not one."""
     names: list[str] = []
     for item in _split(text, text):
         parts = re.split(r"\[([^\[\]]*)\]", item)
@@ -27,18 +27,18 @@ def expand(text: str) -> list[str]:
 
 
 def counts(text: str) -> list[int]:
-    """Numbers of tasks, one per node, of `4(x2),3`. ConfigError where it is none."""
+    """Return the number of tasks of each node from `4(x2),3`. Raise ConfigError if it is not such a list."""
     found: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", item.strip(), re.ASCII)
         if match is None or len(found) + int(match[2] or 1) > MOST:
-            raise ConfigError([f"{text!r} is no list of tasks per node as Slurm writes it, for example 4(x2),3"])
+            raise ConfigError([f"{text!r} is not a Slurm list of tasks per node, for example 4(x2),3"])
         found += [int(match[1])] * int(match[2] or 1)
     return found
 
 
 def _split(item: str, whole: str) -> list[str]:
-    """At the commas outside brackets."""
+    """Split a node list at the commas outside brackets; `whole` is the text for errors."""
     parts, depth = [""], 0
     for c in item:
         depth += (c == "[") - (c == "]")
@@ -54,7 +54,7 @@ def _split(item: str, whole: str) -> list[str]:
 
 
 def _ranges(text: str, whole: str) -> list[str]:
-    """`1-3,07-09` -> 1 2 3 07 08 09: the first number's width is kept."""
+    """Expand `1-3,07-09` to 1 2 3 07 08 09: numbers keep the width of the first one."""
     found: list[str] = []
     for item in text.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", item, re.ASCII)
@@ -69,4 +69,4 @@ def _ranges(text: str, whole: str) -> list[str]:
 
 def _no_list(text: str) -> ConfigError:
     shown = text if len(text) <= 200 else text[:200] + "..."
-    return ConfigError([f"{shown!r} is no list of nodes as Slurm writes it, for example n[1-3,07-09],gpu-a1"])
+    return ConfigError([f"{shown!r} is not a Slurm node list, for example n[1-3,07-09],gpu-a1"])

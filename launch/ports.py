@@ -1,4 +1,4 @@
-"""Ports that all ranks of a job work out alike, and ports that are free."""
+"""Compute ports that are the same on all ranks of a job, and find free ports."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 import socket
 
 FIRST, COUNT = 20000, 12768
-"""20000 to 32767: below what Linux hands out to outgoing connections (32768 to 60999), above the well-known ones."""
+"""20000 to 32767: below Linux's ports for outgoing connections (32768 to 60999), above the well-known ones."""
 
 
 def port_of(job_id: str, step_id: str = "0") -> int:
-    """The port of a job's step: the same on every rank, most likely another one for another job or a restart."""
+    """Return the port of a job's step: the same on every rank, most likely another for another job or a restart."""
     digest = hashlib.sha256(f"{job_id}.{step_id}".encode()).digest()
     return FIRST + int.from_bytes(digest[:8], "big") % COUNT
 
 
 def free_port(host: str, seed: str = "") -> int:
-    """A port that nobody listens on at `host` now; those in our range first. OSError where `host` is not ours."""
+    """Return a port that is free at `host` now, if possible in our range. Raise OSError if `host` is not ours."""
     for attempt in range(64):
         port = port_of(seed, str(attempt))
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -1,11 +1,11 @@
-"""Preflight: what every rank found where it is (launch.facts), judged before training starts.
+"""Preflight: judge what every rank found on its node (launch.facts) before training starts.
 
     problems = judge(answers, Expected(ranks=8, nodes=2), ...)     # pure
     print(text(problems))
 
     node1 (ranks 4-7): has torch 2.12.0, and rank 0 on node0 has 2.13.0. Install the same on all nodes (constraints.txt)
 
-Each problem names the node and the remedy. An `error` is wrong wherever it is seen; a `warning` may be meant so.
+Each problem names the node and the remedy. An `error` is always wrong; a `warning` may be intended.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from dist_gpt.config.errors import ConfigError
 from launch.explain import RankState
 from launch.facts import facts, port_free
 from launch.nodelist import expand
-from launch.spec import JobSpec
+from launch.spec import JobSpec, counted
 
 __all__ = ["Answer", "Expected", "Problem", "check_answers", "facts", "judge", "port_free", "text", "warnings"]
 
 CLOCK_S = 5.0
-"""Clocks of two nodes may differ by this."""
+"""Seconds by which the clocks of a node and the launcher may differ."""
 LEAST_FREE_BYTES = 1 << 30
 ERROR, WARNING = "error", "warning"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A rank's hello."""
+    """Hello message of a rank."""
 
     rank: int
     world: int
@@ -43,42 +43,43 @@ class Answer:
     host: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     asked: float | None = None
-    """The launcher's clock (s since 1970) when this rank can have looked at its own at the earliest, and"""
+    """Earliest time (s since 1970, launcher's clock) at which this rank can have read its own; None: not known."""
     arrived: float | None = None
-    """when its hello came. None: not known."""
+    """Time (same clock) at which its hello came; None: not known."""
 
     @classmethod
     def of(cls, hello: Mapping[str, Any], asked: float | None = None, arrived: float | None = None) -> Answer:
-        """From the content of a `hello` line."""
+        """Return the answer in the content of a `hello` message."""
         numbers = {name: int(hello[name]) for name in ("rank", "world", "local_rank", "local_world", "node")}
         return cls(**numbers, host=str(hello["host"]), facts=hello.get("facts") or {}, asked=asked, arrived=arrived)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the launcher knows of the job."""
+    """Job as the launcher knows it."""
 
     ranks: int
     nodes: int = 1
     layout: str = ""
-    """The mesh in words, for messages."""
+    """Mesh in words, for messages."""
     mesh: int | None = None
-    """Its ranks; None: as `ranks`."""
+    """Number of ranks of the mesh; None: the same as `ranks`."""
     interface: str | None = None
     config: str = ""
-    """launch.facts.config_digest of config.yaml as the launcher sees it; empty: as the ranks were told."""
+    """launch.facts.config_digest of config.yaml as the launcher sees it; empty: the one that the ranks were told."""
     log: Callable[[int], str] = lambda rank: f"rank{rank}.log"
     hosts: tuple[str, ...] = ()
-    """Names of the nodes, in order, where they are known before anybody has come."""
+    """Names of the nodes, in order, if they are known before any rank has come."""
 
     @property
     def ranks_per_node(self) -> int:
+        """Number of ranks per node."""
         return max(1, self.ranks // self.nodes)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong on one node."""
+    """One problem of one node."""
 
     node: str
     ranks: tuple[int, ...]
@@ -88,13 +89,13 @@ class Problem:
 
 
 Nodes = Mapping[int, Sequence[Answer]]
-"""The answers of each node, by its number, ordered by rank."""
+"""Answers of each node, by its number, ordered by rank."""
 
 
 def judge(answers: Mapping[int, Answer], expected: Expected, extra: Sequence[Answer] = ()) -> list[Problem]:
-    """Everything that is wrong, of the ranks that answered and those that did not.
+    """Return all problems of the ranks that answered and of those that did not.
 
-    `extra` are hellos of ranks that had said hello already.
+    `extra`: further hello messages of ranks that had said hello already.
     """
     nodes: dict[int, list[Answer]] = defaultdict(list)
     for _, answer in sorted(answers.items()):
@@ -108,7 +109,7 @@ def judge(answers: Mapping[int, Answer], expected: Expected, extra: Sequence[Ans
 
 
 def text(problems: Iterable[Problem]) -> str:
-    """For people: a line per problem, errors first; empty when there are none."""
+    """Return a line per problem for users, errors first; empty if there are none."""
     ordered = sorted(problems, key=lambda problem: problem.severity != ERROR)
     lines = []
     for p in ordered:
@@ -118,7 +119,7 @@ def text(problems: Iterable[Problem]) -> str:
 
 
 def named(ranks: Iterable[int]) -> str:
-    """`rank 3`, `ranks 0-3, 8`."""
+    """Return `rank 3` or `ranks 0-3, 8`."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank == spans[-1][1] + 1:
@@ -143,43 +144,45 @@ def _missing(nodes: Nodes, answers: Mapping[int, Answer], expected: Expected) ->
         log = expected.log(ranks[0])
         if group := nodes.get(node):
             came = named(answer.rank for answer in group)
-            what, where = f"did not say hello, and {came} of the same node did", group[0].host
-            remedy = f"They ended or hang while they start: see {log}"
+            what, where = f"did not report to the launcher, but {came} of the same node did", group[0].host
+            remedy = f"They exited or hang at startup: see {log}"
         else:
-            what, where = f"no rank of node {node} (counted from 0) said hello", f"node {node}"
+            what, where = f"no rank of node {node} (counted from 0) reported to the launcher", f"node {node}"
             if node < len(expected.hosts):
-                what, where = "no rank of this node said hello", expected.hosts[node]
-            remedy = f"See {log}, that the node is up, starts processes, and reaches the launcher (launch.interface)"
+                what, where = "no rank of this node reported to the launcher", expected.hosts[node]
+            remedy = f"Check {log}, that the node is up, starts processes and reaches the launcher (launch.interface)"
         yield Problem(where, tuple(ranks), what, remedy)
 
 
 def _duplicates(answers: Mapping[int, Answer], extra: Sequence[Answer]) -> Iterator[Problem]:
     for one in extra:
         other = answers[one.rank].host if one.rank in answers else "another node"
-        what = f"says that it is rank {one.rank}, as a process on {other} did before"
+        what = f"claims rank {one.rank}, which a process on {other} already holds"
         yield _at([one], what, "Give every process its own rank: start them with dist-gpt launch, srun or torchrun, "
                                "and unset RANK, LOCAL_RANK and WORLD_SIZE in the job's environment")  # fmt: skip
 
 
 def _shape(nodes: Nodes, expected: Expected) -> Iterator[Problem]:
-    """The mesh against what was started."""
+    """Yield the differences between the mesh and the ranks that were started."""
     everybody = [answer for group in nodes.values() for answer in group]
     mesh = expected.mesh if expected.mesh is not None else expected.ranks
     mesh_name = f"the layout {expected.layout} has {mesh}" if expected.layout else f"the layout has {mesh}"
     fix = "Change parallel.*, or --nodes and --ranks-per-node"
     if expected.ranks != mesh or expected.ranks % expected.nodes:
-        yield Problem("all nodes", (), f"{expected.nodes} nodes with {expected.ranks / expected.nodes:g} ranks each "
-                      f"are {expected.ranks} ranks, and {mesh_name}", fix)  # fmt: skip
+        yield Problem("all nodes", (), f"the job has {counted(expected.ranks, 'rank')} on "
+                      f"{counted(expected.nodes, 'node')} ({expected.ranks / expected.nodes:g} per node), but "
+                      f"{mesh_name}", fix)  # fmt: skip
     for world in sorted({answer.world for answer in everybody} - {expected.ranks}):
         group = [answer for answer in everybody if answer.world == world]
-        yield _at(group, f"was started as one of {world} ranks, and {mesh_name}", fix)
+        yield _at(group, f"was started as one of {counted(world, 'rank')}, but {mesh_name}", fix)
     if sum(map(len, nodes.values())) < expected.ranks:
-        return  # those that are missing have been named
+        return  # missing ranks are reported already
     sizes = {node: max(len(group), *(a.local_world for a in group)) for node, group in nodes.items()}
     for node, size in sorted(sizes.items()):
         if size != expected.ranks_per_node:
             want = expected.ranks_per_node
-            yield _at(nodes[node], f"has {size} ranks, and each of {expected.nodes} nodes should have {want}",
+            yield _at(nodes[node], f"has {counted(size, 'rank')}, but should have {want} ("
+                      f"{counted(expected.ranks, 'rank')} on {counted(expected.nodes, 'node')})",
                       f"Spread them evenly and in order: --ntasks-per-node={want}, with Open MPI --map-by "
                       f"ppr:{want}:node")  # fmt: skip
 
@@ -193,7 +196,7 @@ def _port(answers: Mapping[int, Answer], expected: Expected) -> Iterator[Problem
         master = first.facts.get("master", {})
         port = f"{master.get('name')}:{master.get('port')}"
         yield Problem(first.host, (0,), f"another program listens on {port}, where the ranks would meet",
-                      "Choose another port (MASTER_PORT), or end that program: ss -ltnp shows it")  # fmt: skip
+                      "Choose another port (MASTER_PORT), or end that program (ss -ltnp shows it)")  # fmt: skip
 
 
 def _master(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterator[Problem]:
@@ -203,11 +206,12 @@ def _master(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterat
         return
     if "error" in master:
         yield _at(group, f"cannot resolve {name}, where the ranks meet ({master['error']})",
-                  "Set MASTER_ADDR to an IP address of the first node, or put the name into /etc/hosts or the name "
+                  "Set MASTER_ADDR to an IP address of the first node, or add the name to /etc/hosts or the name "
                   "service")  # fmt: skip
     hosts = {other.host for answers in nodes.values() for other in answers}
     if len(hosts) > 1 and any(ipaddress.ip_address(address).is_loopback for address in addresses):
-        what = f"takes {name}, where the ranks meet, for {', '.join(addresses)}: loopback, which no other node reaches"
+        found = ", ".join(addresses)
+        what = f"resolves {name}, where the ranks meet, to {found}: loopback, which other nodes cannot reach"
         yield _at(group, what, "Set MASTER_ADDR to the first node's address on the network between the nodes, or "
                   f"remove {name} from the 127.* lines of /etc/hosts")  # fmt: skip
 
@@ -219,12 +223,12 @@ def _interface(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Ite
         if here and not any(one == name or (name.endswith("*") and one.startswith(name[:-1])) for one in here):
             listed = "; ".join(f"{one} {', '.join(addresses)}".strip() for one, addresses in sorted(here.items()))
             yield _at(group, f"has no interface {name} that is up; it has {listed}",
-                      "Set launch.interface to one that all nodes have, or leave it out: the route to the first node "
-                      "then decides")  # fmt: skip
+                      "Set launch.interface to one that all nodes have, or omit it to use the route to the first "
+                      "node")  # fmt: skip
 
 
 def gpu_of(answer: Answer) -> str | None:
-    """The GPU that this rank will use: the one at its local rank, or the only one it was given."""
+    """Return the GPU that this rank will use: the one at its local rank, or the only one it sees; else None."""
     gpus = answer.facts.get("gpus") or []
     if len(gpus) == 1:
         return str(gpus[0])
@@ -233,14 +237,14 @@ def gpu_of(answer: Answer) -> str | None:
 
 def _gpus(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterator[Problem]:
     if not any(answer.facts.get("gpus") for answers in nodes.values() for answer in answers):
-        return  # a job on processors
+        return  # a job on CPUs
     used = {answer.rank: gpu_of(answer) for answer in group}
     seen = {gpu for answer in group for gpu in answer.facts.get("gpus") or []}
     without = [answer for answer in group if used[answer.rank] is None]
     if without or len(seen) < len(group):
-        yield _at(without or group, f"sees {len(seen)} GPUs for {len(group)} ranks: one for each is needed",
-                  f"Ask for {len(group)} GPUs a node (launch.slurm.gpus_per_node), or start fewer ranks "
-                  "(--ranks-per-node)")  # fmt: skip
+        yield _at(without or group, f"sees {counted(len(seen), 'GPU')} for {counted(len(group), 'rank')}: each rank "
+                  "needs one", f"Request {counted(len(group), 'GPU')} per node (launch.slurm.gpus_per_node), or start "
+                  "fewer ranks (--ranks-per-node)")  # fmt: skip
         return
     counts = Counter(used.values())
     for gpu in sorted(str(gpu) for gpu, count in counts.items() if count > 1):
@@ -260,18 +264,19 @@ def _cores(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterato
     if cores >= need:
         return
     each = min(max(2 if has_gpus else 1, machine // len(group)), 16)
-    bound = machine >= need  # the machine has them, and whoever started the ranks gave them away sparingly
+    bound = machine >= need  # the machine has them, but the launcher gave the ranks fewer
     slurm = any(answer.facts.get("slurm") for answer in group)
     if not bound and not has_gpus:
         return  # a small machine is no mistake
-    what = f"{len(group)} ranks{' with GPUs' if has_gpus else ''} may run on {cores} of the machine's {machine} cores"
+    ranks = counted(len(group), "rank") + (" with GPUs" if has_gpus else "")
+    what = f"{ranks} may run on {cores} of the machine's {machine} cores"
     if slurm:
         remedy = (
-            f"Set launch.slurm.cpus_per_rank: {each} (srun takes one core a task unless it is told --cpus-per-task="
-            f"{each} or SRUN_CPUS_PER_TASK={each}; it does not inherit sbatch's)"
+            f"Set launch.slurm.cpus_per_rank: {each} (srun gives a task one core unless --cpus-per-task={each} or "
+            f"SRUN_CPUS_PER_TASK={each} is set; it does not inherit sbatch's)"
         )
     else:
-        remedy = "Widen the mask they were started with (taskset, --cpuset-cpus, mpirun --bind-to none)"
+        remedy = "Widen the ranks' CPU mask (taskset, --cpuset-cpus, mpirun --bind-to none)"
     yield _at(group, what, remedy, ERROR if bound and slurm else WARNING)
 
 
@@ -286,18 +291,18 @@ def _folder(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterat
                       "Put run_dir on a file system that all nodes share")  # fmt: skip
             return
         if not here["writable"]:
-            yield _at([answer], f"cannot write into the run directory {path}",
+            yield _at([answer], f"cannot write to the run directory {path}",
                       "Mount it writable for this user on all nodes, or set run_dir elsewhere")  # fmt: skip
             return
         if here["free_bytes"] < LEAST_FREE_BYTES:
             free = here["free_bytes"] / 2**20
             yield _at(group, f"has {free:.0f} MiB left on the file system of {path}",
-                      "Make room before checkpoints need it", WARNING)  # fmt: skip
+                      "Free space before checkpoints need it", WARNING)  # fmt: skip
             return
 
 
 def _clock(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterator[Problem]:
-    """A rank read its clock between `asked` (if known) and `arrived` of the launcher's; the promptest rank counts."""
+    """Yield a problem if the clock is off: ranks read it between `asked`, if known, and `arrived`; the best counts."""
     known = [
         (answer.facts["time"], answer) for answer in group if "time" in answer.facts and answer.arrived is not None
     ]
@@ -306,7 +311,7 @@ def _clock(group: Sequence[Answer], expected: Expected, nodes: Nodes) -> Iterato
     if abs(offset) > CLOCK_S:
         way = "ahead of" if offset > 0 else "behind"
         yield _at(group, f"has a clock that is {abs(offset):.0f} s {way} the launcher's",
-                  "Set it (chronyc makestep, or ntpd): profiles and logs of nodes would not fit together")  # fmt: skip
+                  "Set it (chronyc makestep, or ntpd): otherwise profiles and logs of nodes do not match")  # fmt: skip
 
 
 def _differences(answers: Mapping[int, Answer], expected: Expected) -> Iterator[Problem]:
@@ -315,7 +320,7 @@ def _differences(answers: Mapping[int, Answer], expected: Expected) -> Iterator[
     first = answers[min(answers)]
 
     def differ(read: Callable[[Answer], str], want: str, what: str, remedy: str) -> Iterator[Problem]:
-        """A problem for each node and value that is not `want`."""
+        """Yield a problem for each node and value that is not `want`."""
         groups: dict[tuple[int, str], list[Answer]] = defaultdict(list)
         for _, answer in sorted(answers.items()):
             if (value := read(answer)) and value != want:
@@ -331,15 +336,15 @@ def _differences(answers: Mapping[int, Answer], expected: Expected) -> Iterator[
             "Install the same on all nodes, or use one environment on a shared file system")  # fmt: skip
     yield from differ(
         lambda answer: str(answer.facts.get("code", "")), str(first.facts.get("code", "")),
-        f"runs other source files of dist_gpt (digest {{value}}) than {reference} ({{want}})",
+        f"runs different source files of dist_gpt (digest {{value}}) than {reference} ({{want}})",
         "Use one checkout on a shared file system, or bring all nodes to the same version")  # fmt: skip
     config = expected.config or str(first.facts.get("config_expected") or first.facts.get("config", ""))
     if not config:
         return  # a job without a config.yaml of its own
     yield from differ(
         _config_read, config,
-        "reads another config.yaml in the run directory (digest {value}) than the launcher wrote ({want})",
-        "Put run_dir on a file system that all nodes share; a copy on this node's own disk is in the way")  # fmt: skip
+        "reads a different config.yaml in the run directory (digest {value}) than the launcher wrote ({want})",
+        "Put run_dir on a file system that all nodes share; this node has a copy on its own disk")  # fmt: skip
 
 
 def _config_read(answer: Answer) -> str:
@@ -351,8 +356,7 @@ def _config_read(answer: Answer) -> str:
 
 
 def hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the allocation's nodes; empty outside of one, and where they cannot be read: a name is no more than a
-    word in a message."""
+    """Return the names of the allocation's nodes; empty outside of one or if unreadable, as only messages use them."""
     try:
         return tuple(expand(environ["SLURM_JOB_NODELIST"])) if environ.get("SLURM_JOB_NODELIST") else ()
     except ConfigError:
@@ -360,7 +364,7 @@ def hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def look(spec: JobSpec, states: Iterable[RankState]) -> list[Problem]:
-    """`judge` on what the watch knows of the job `spec` now."""
+    """Judge what the watch knows now of the job `spec`."""
     answers, extra = {}, []
     for state in states:
         if state.hello is not None:
@@ -380,7 +384,7 @@ def look(spec: JobSpec, states: Iterable[RankState]) -> list[Problem]:
 
 
 def check_answers(spec: JobSpec, states: Iterable[RankState], missing: Iterable[int] = ()) -> str:
-    """What must keep the job from starting, with the warnings after it; empty where there is no error.
+    """Return the errors that keep the job from starting, with the warnings after them; empty if there is no error.
 
     Ranks in `missing` count as absent even if they have come by now.
     """
@@ -390,5 +394,5 @@ def check_answers(spec: JobSpec, states: Iterable[RankState], missing: Iterable[
 
 
 def warnings(spec: JobSpec, states: Iterable[RankState]) -> str:
-    """What the user should know although the job starts; empty where there is nothing."""
+    """Return the warnings for the user of a job that starts; empty if there are none."""
     return text(problem for problem in look(spec, states) if problem.severity == WARNING)

@@ -1,4 +1,4 @@
-"""From a configuration to a run directory and a job, and from a finished run directory to its summary."""
+"""Make the run directory and the job of a configuration, and the summary of a finished run directory."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from dist_gpt.rundir import replace as replace_file
 from dist_gpt.skips import Skipped
 from launch import slurm
 from launch.env import Device, choose_device, count_gpus
-from launch.spec import RUN_DIR, WORKER, JobSpec, train_argv
+from launch.spec import RUN_DIR, WORKER, JobSpec, counted, train_argv
 
 QUICKLY_READ_BYTES = 100_000_000
 
 
 def load_for_launch(path_or_preset: str, overrides: Sequence[str], via: str = "local") -> tuple[Config, Device]:
-    """The configuration and where its ranks will compute; of a job on other hosts only these know that.
+    """Return the configuration and its ranks' device, which only the ranks know if the job runs on other hosts.
 
-    Where neither parallel.dp nor launch.ranks_per_node says how many ranks there are, the GPUs of this machine do:
-    as many of them as the other axes can use. Raises ConfigError.
+    If neither parallel.dp nor launch.ranks_per_node says how many ranks there are, the GPUs of this machine do: as many
+    of them as the other axes can use. Raise ConfigError if the configuration cannot run.
     """
     config = _load_on_nodes(path_or_preset, overrides, via)
     if via != "local" and (config.launch.nodes > 1 or via == "slurm"):
-        return config, Device("", "Every rank looks for its own GPU")
+        return config, Device("", "Every rank selects its own GPU")
     gpus = count_gpus()
     nodes = config.launch.nodes
     if gpus and config.launch.ranks_per_node == "auto" and _dp_is_auto(path_or_preset, overrides):
@@ -49,25 +49,25 @@ def load_for_launch(path_or_preset: str, overrides: Sequence[str], via: str = "l
 
 
 def _load_on_nodes(path_or_preset: str, overrides: Sequence[str], via: str) -> Config:
-    """The configuration, on all nodes of the allocation that this process is in where nobody has said how many."""
+    """Return the configuration; if launch.nodes is not set, on all nodes of the allocation that this process is in."""
     hosts = slurm.hosts() if via != "local" and slurm.in_allocation() else []
     if len(hosts) < 2 or _given(path_or_preset, overrides, "launch", "nodes") is not None:
         return load(path_or_preset, overrides)
     try:
         return load(path_or_preset, [*overrides, f"launch.nodes={len(hosts)}"])
     except ConfigError:
-        config = load(path_or_preset, overrides)  # what is wrong with it on any number of nodes
+        config = load(path_or_preset, overrides)  # raises if it is wrong on any number of nodes
         if config.launch.ranks_per_node == config.world_size:
             return config
         fits = [n for n in range(1, len(hosts)) if config.world_size % n == 0]
         raise ConfigError([
             f"your allocation has {len(hosts)} nodes ({', '.join(hosts[:8])}), and {config.world_size} ranks cannot be "
-            f"spread evenly over them; say how many shall be used: --nodes {' or '.join(map(str, fits))}"
+            f"spread evenly over them; choose how many to use: --nodes {' or '.join(map(str, fits))}"
         ]) from None  # fmt: skip
 
 
 def _given(path_or_preset: str, overrides: Sequence[str], section: str, key: str) -> Any:
-    """What the file, or else an override, says of a key; None where nobody does (loading fills it in)."""
+    """Return what an override, else the file, says of a key; None if neither does (loading fills it in)."""
     tree, _ = yaml_io.read(find(path_or_preset))
     inner = tree.get(section) if isinstance(tree, dict) else None
     value = inner.get(key) if isinstance(inner, dict) else None
@@ -79,27 +79,27 @@ def _given(path_or_preset: str, overrides: Sequence[str], section: str, key: str
 
 
 def _dp_is_auto(path_or_preset: str, overrides: Sequence[str]) -> bool:
-    """Whether parallel.dp was left to the launcher (loading has replaced "auto" by a number)."""
+    """Return whether parallel.dp was left to the launcher (loading has replaced "auto" by a number)."""
     return _given(path_or_preset, overrides, "parallel", "dp") in (None, "auto")
 
 
 def refuse_existing(config: Config) -> Path:
-    """The run directory, not there yet. Raises ConfigError, with a free name, where it exists."""
+    """Return the run directory, which must not exist yet. Raise ConfigError, with a free name, if it does."""
     run_dir = Path(str(config.run_dir))
     if not os.path.lexists(run_dir):
         return run_dir
     number = 2
     while os.path.lexists(f"{run_dir}-{number}"):
         number += 1
-    goes_on = "; --resume auto goes on with the run in it" if (run_dir / "config.yaml").is_file() else ""
+    goes_on = "; --resume auto continues the run in it" if (run_dir / "config.yaml").is_file() else ""
     raise ConfigError([
-        f"run_dir: {run_dir} exists already and is never written over; choose another, for example "
+        f"run_dir: {run_dir} already exists and is never overwritten; choose another, for example "
         f"--set run_dir={run_dir}-{number}, or remove it{goes_on}"
     ])  # fmt: skip
 
 
 def make_run_dir(config: Config, resume: bool = False) -> Path:
-    """The run directory, with nothing changed in it. Raises ConfigError where it exists and nothing is resumed."""
+    """Create the run directory and change nothing in it. Raise ConfigError if it exists and nothing is resumed."""
     run_dir = Path(str(config.run_dir)) if resume else refuse_existing(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=resume)
@@ -107,12 +107,12 @@ def make_run_dir(config: Config, resume: bool = False) -> Path:
         refuse_existing(config)
         raise
     except OSError as error:
-        raise ConfigError([f"run_dir: cannot make {run_dir}: {error.strerror}"]) from error
+        raise ConfigError([f"run_dir: cannot create {run_dir}: {error.strerror}"]) from error
     return run_dir
 
 
 def fill_run_dir(config: Config, plan: dict[str, Any], asked: Resume | None = None) -> None:
-    """Write config.yaml (resolved), plan.json, logs/ and what `asked` wants; how an earlier attempt ended goes."""
+    """Write config.yaml (resolved), plan.json, logs/ and what `asked` wants; remove an earlier attempt's exit.json."""
     run_dir = Path(str(config.run_dir))
     (run_dir / EXIT).unlink(missing_ok=True)
     for checkpoint in asked.newer if asked is not None else ():
@@ -125,7 +125,7 @@ def fill_run_dir(config: Config, plan: dict[str, Any], asked: Resume | None = No
 
 
 def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -> Path:
-    """Both."""
+    """Create and populate the run directory."""
     run_dir = make_run_dir(config, resume)
     fill_run_dir(config, plan)
     return run_dir
@@ -134,12 +134,12 @@ def create_run_dir(config: Config, plan: dict[str, Any], resume: bool = False) -
 def job_of(
     config: Config, run_dir: Path, device: Device, live_on_stderr: bool = False, resume: str | None = None
 ) -> JobSpec:
-    """The job that trains `config` in `run_dir`, from a checkpoint where `resume` says so."""
+    """Return the job that trains `config` in `run_dir`, from a checkpoint if `resume` says so."""
     launch, layout = config.launch, layout_of(config)
     env = {**launch.env, RUN_DIR: str(run_dir)}
     if device.kind == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""  # ranks decide by what they see; they shall decide what the user was told
-    if launch.interface is not None:  # what is said for NCCL or gloo alone counts for more (several cards of a node)
+        env["CUDA_VISIBLE_DEVICES"] = ""  # ranks choose by what they see: let them choose what the user was told
+    if launch.interface is not None:  # settings for NCCL or gloo alone take precedence (several cards of a node)
         names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
         env |= {name: launch.interface for name in names if name not in {**os.environ, **launch.env}}
     return JobSpec(
@@ -159,46 +159,46 @@ def job_of(
         grace_s=launch.grace_s,
         max_restarts=launch.max_restarts,
         preflight=launch.preflight,
-        # DeepSpeed imports torch's compiler; DeepSpeed itself starts a thread, and ranks could not be forked any more.
+        # DeepSpeed imports torch's compiler. Importing DeepSpeed itself starts a thread, which rules out forking ranks.
         preload=("dist_gpt.train", *(("torch._dynamo",) if config.optim.engine == "deepspeed" else ())),
     )
 
 
 def has_begun(run_dir: Path, asked: Resume) -> bool:
-    """Whether there is something to go on from, or to be cut back."""
+    """Return whether the run has anything to continue from or to cut back."""
     past = (run_dir / CHECKPOINTS).exists() or (run_dir / "metrics.jsonl").exists()
     return past or asked.branch is not None or branch_of(run_dir) is not None
 
 
 def finished(run_dir: Path, step: int, code: int, why: str) -> tuple[dict[str, Any], str]:
-    """What is said where nothing is left to train: nothing was started or changed."""
+    """Return the document and the text of a run with nothing left to train; nothing was started or changed."""
     document = {"run_dir": str(run_dir), "exit_code": code, **summary(run_dir), "verdict": verdict(run_dir)}
-    text = f"finished already at step {step}, nothing is started"
-    text += f"; its last attempt left with exit code {code}: {why}" if code else ""
+    text = f"already finished at step {step}; nothing is started"
+    text += f"; its last attempt exited with code {code}: {why}" if code else ""
     return document, f"{text}\nrun_dir: {run_dir}"
 
 
 def check_of(spec: JobSpec, config_path: Path) -> JobSpec:
-    """The job that only looks: preflight, and a small collective along every axis."""
+    """Return the job that only checks: preflight, and a small collective along every axis."""
     argv = (spec.argv[0], *WORKER, "dist_gpt.comm.probe", str(config_path))
     preflight = "strict" if spec.preflight == "off" else spec.preflight
     return replace(spec, argv=argv, saves=False, max_restarts=0, preflight=preflight, check=True, preload=("torch",))
 
 
 def for_check(config: Config) -> Config:
-    """`config` with a folder of its own for what --check writes, beside the run's."""
+    """Return `config` with its own folder for what --check writes, beside the run's."""
     if made_by_head(config):
         return config
     return config.model_copy(update={"run_dir": f"{config.run_dir}.check-{time.strftime('%Y%m%d-%H%M%S')}"})
 
 
 def made_by_head(config: Config) -> bool:
-    """Whether this launcher runs in a job, and the one that submitted it has made the run directory for it."""
+    """Return whether this launcher runs in a job whose submitter has made the run directory for it."""
     return RUN_DIR in os.environ and Path(os.environ[RUN_DIR]) == Path(str(config.run_dir))
 
 
 def checked(run_dir: Path, code: int) -> str:
-    """What --check ends with; a folder with nothing worth reading is removed."""
+    """Return the last line of --check; remove the folder if the check passed."""
     if code:
         return f"check failed (exit code {code}); logs in {run_dir / 'logs'}"
     shutil.rmtree(run_dir)
@@ -206,7 +206,7 @@ def checked(run_dir: Path, code: int) -> str:
 
 
 def job_document(job: JobSpec) -> dict[str, Any]:
-    """What --dry-run shows: what would be started."""
+    """Return what --dry-run shows: the job that would be started."""
     return {
         "run_dir": job.env[RUN_DIR],
         "ranks": job.ranks,
@@ -217,21 +217,24 @@ def job_document(job: JobSpec) -> dict[str, Any]:
 
 
 def job_text(document: dict[str, Any]) -> str:
-    """`job_document` for people; the port is chosen at the start."""
+    """Return `job_document` as text for users; the port is chosen at the start."""
     first = " ".join(f"{k}={shlex.quote(v)}" for k, v in document["env"][0].items())
     shown = {shlex.join(argv): None for argv in document["commands"]}
-    lines = [f"would start {document['ranks']} ranks on {document['nodes']} node(s), by:"]
+    lines = [f"would start {counted(document['ranks'], 'rank')} on {counted(document['nodes'], 'node')}, by:"]
     lines += [f"  {command}" for command in shown]
     if "script" in document:
         lines += ["the script:", *(f"  {line}".rstrip() for line in document["script"].splitlines())]
     else:
         lines += ["environment of rank 0 (MASTER_PORT is chosen at the start):", f"  {first}"]
-    return "\n".join([*lines, f"would make {document['run_dir']}; nothing was started or written"])
+    return "\n".join([*lines, f"would create {document['run_dir']}; nothing was started or written"])
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """Return what metrics.jsonl says: steps, how many were skipped and why, first and last loss and validation loss
-    (null: not finite), median tokens_per_s and step_s."""
+    """Return the summary of metrics.jsonl.
+
+    It has the steps, how many were skipped and why, the first and last loss and validation loss (None: not finite), and
+    the median tokens_per_s and step_s.
+    """
     rows = []
     if (run_dir / "metrics.jsonl").is_file():
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -253,20 +256,22 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 
 def verdict(run_dir: Path) -> str:
-    """The report's line on what the run spent its time on. A run that has ended well stays so, whatever goes wrong
-    here; and nobody waits for the analysis of a very large one."""
+    """Return the report's line on where the run spent its time.
+
+    An error here does not fail a run that ended well; a very large run is not analysed, as that takes long.
+    """
     from dist_gpt.report.write import read_document
 
     try:
         if sum(path.stat().st_size for path in run_dir.glob("events.rank*.jsonl")) > QUICKLY_READ_BYTES:
-            return f"not made, the run is large: dist-gpt report {run_dir}"
+            return f"not computed for a run this large; use dist-gpt report {run_dir}"
         return str(read_document(run_dir)["verdict"]["line"])
     except Exception as error:
         return f"none ({type(error).__name__}: {error})"
 
 
 def last_lines(document: dict[str, Any], with_summary: bool) -> str:
-    """What is printed at the end of a run."""
+    """Return the text printed at the end of a run."""
     text = f"{summary_text(document)}\n" if with_summary and document["steps"] else ""
     return f"{text}run_dir: {document['run_dir']}"
 
@@ -276,9 +281,9 @@ def _told(loss: float | None) -> str:
 
 
 def summary_text(document: dict[str, Any]) -> str:
-    """One line per thing worth knowing at the end of a run."""
+    """Return the results of a run as text, one a line."""
     trained = document["steps"] - document["skipped"]
-    steps = f"{trained} step{'' if trained == 1 else 's'}"
+    steps = counted(trained, "step")
     lines = [f"{steps} trained, {document['skipped_why']}" if document["skipped_why"] else f"{steps} done"]
     if document["loss"]:
         lines.append("loss             {:.4f} -> {:.4f}".format(*document["loss"]))

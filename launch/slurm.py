@@ -1,7 +1,7 @@
-"""A job under Slurm: the text of its batch script, the srun that starts its ranks, what Slurm's words mean.
+"""Run a job under Slurm: the text of its batch script, the srun that starts its ranks, the meaning of Slurm's states.
 
-`sbatch_text(job)` and `srun_argv(spec, ...)` are pure. A value of the configuration is never more than a value: it is
-quoted for whoever reads it (sbatch has rules of its own, and reads line by line, so a line break is refused there).
+`sbatch_text(job)` and `srun_argv(spec, ...)` are pure. A value of the configuration is never run as code: it is quoted
+for bash or for sbatch (sbatch has its own rules and reads line by line, so a line break is refused there).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = [
 ]  # fmt: skip
 STEPS_GONE_S = 15.0
 TOOL_S = 60.0
-"""For any of Slurm's tools to answer."""
+"""Seconds that a Slurm tool may take to answer."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What sbatch is given, as plain data."""
+    """Input of sbatch as plain data."""
 
     name: str
     run_dir: Path
@@ -50,7 +50,7 @@ class SlurmJob:
     nodes: int
     ranks_per_node: int
     argv: tuple[str, ...]
-    """What `python` runs on the first node: it starts the ranks on all of them."""
+    """Arguments of `python` on the first node; this command starts the ranks on all nodes."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     modules: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -65,8 +65,7 @@ class SlurmJob:
 
 
 def job_of(config: Config, spec: JobSpec, cwd: Path, python: str) -> SlurmJob:
-    """The job that runs `spec`: it launches the same run once more, in the allocation, and goes on where it was (a
-    check looks once more: there is nothing to go on from)."""
+    """Return the job that launches the run of `spec` again in the allocation, with --resume auto (a check: --check)."""
     run_dir = spec.log_dir.parent if spec.log_dir.is_absolute() else cwd / spec.log_dir.parent
     how = ("--check",) if spec.check else ("--resume", "auto")
     argv = ("-m", "dist_gpt", "launch", str(run_dir / "config.yaml"), "--via", "slurm", *how)
@@ -81,32 +80,32 @@ def job_of(config: Config, spec: JobSpec, cwd: Path, python: str) -> SlurmJob:
 
 
 def sbatch_text(job: SlurmJob) -> str:
-    """The batch script. ConfigError names what would be more than a value in it."""
+    """Return the batch script. Raise ConfigError for a value that would be more than a value in it."""
     lines = ["#!/bin/bash"]
     lines += [_directive(key, option, value) for key, option, value in _options(job)]
-    lines += ["", "# Written by dist-gpt launch. `sbatch` this file does what the command did.", "set -e"]
+    lines += ["", "# Written by dist-gpt launch. Submitting this file with sbatch repeats that launch.", "set -e"]
     if job.modules:
-        lines.append("type module >/dev/null 2>&1 || . /etc/profile  # a batch shell is no login shell")
+        lines.append("type module >/dev/null 2>&1 || . /etc/profile  # a batch shell is not a login shell")
     lines += [f"module load {_quoted('launch.modules', module)}" for module in job.modules]
     if job.modules:
-        lines.append("# Only now: module's own scripts use variables that are not set.")
+        lines.append("# After `module load`: its scripts use variables that are not set.")
     lines.append("set -u")
     for name, value in job.env.items():
         if not re.fullmatch(VARIABLE, name):
-            raise ConfigError([f"launch.env: {name!r} is no name of a variable"])
+            raise ConfigError([f"launch.env: {name!r} is not a variable name"])
         lines.append(f"export {name}={_quoted(f'launch.env.{name}', value, lines_too=True)}")
     lines.append("export PYTHONUNBUFFERED=1")
     if job.slurm.starter == "srun" and job.slurm.gpus_per_node and "SLURM_GPU_BIND" not in job.env:
-        # Every rank sees all GPUs of its node and takes the one of its local rank, also where Slurm would bind one to
-        # each task: NCCL could not use the links between them then.
+        # Every rank sees all GPUs of its node and takes the one of its local rank. If Slurm bound one to each task,
+        # NCCL could not use the links between them.
         lines.append("export SLURM_GPU_BIND=none")
     cpus = _cpus_per_task(job)
     if cpus is not None:
-        # Since 22.05 srun does not take --cpus-per-task over from sbatch: without this a rank would get one core.
+        # Since 22.05 srun does not inherit --cpus-per-task from sbatch: without this a rank would get one core.
         per_node = cpus * job.ranks_per_node if job.slurm.starter == "mpi" else cpus
         lines.append(f"export SRUN_CPUS_PER_TASK={per_node}")
     words = " ".join(_quoted("the command", word, lines_too=True) for word in (job.python, *job.argv))
-    lines += ["# exec: Slurm's warning (--signal=B:) goes to this shell's process, which must be Python then.",
+    lines += ["# exec: Slurm sends its warning (--signal=B:) to this shell's process, so Python replaces the shell.",
               f"exec {words}", ""]  # fmt: skip
     return "\n".join(lines)
 
@@ -117,14 +116,14 @@ def _cpus_per_task(job: SlurmJob) -> int | None:
 
 
 def _options(job: SlurmJob) -> list[tuple[str, str, str]]:
-    """(what the value is called in the configuration, option, value)."""
+    """Return (name of the value in the configuration, option of sbatch, value) of each option."""
     s, found = job.slurm, [("name", "job-name", job.name), ("the working directory", "chdir", str(job.cwd))]
     run_dir = str(job.run_dir)
     if "\\" in run_dir:
-        raise ConfigError([f"run_dir: {run_dir!r} holds a backslash, which switches Slurm's %j off in the log's name"])
+        raise ConfigError([f"run_dir: {run_dir!r} contains a backslash, which disables Slurm's %j in the log's name"])
     log = job.log_pattern.removeprefix(run_dir)
     found.append(("run_dir", "output", run_dir.replace("%", "%%") + log))
-    found.append(("launch", "open-mode", "append"))  # a requeued job goes on in the same log
+    found.append(("launch", "open-mode", "append"))  # a requeued job continues in the same log
     found.append(("launch.slurm.requeue", "requeue" if s.requeue else "no-requeue", ""))
     found.append(("launch.grace_s", "signal", f"B:USR1@{math.ceil(job.grace_s)}"))
     found.append(("launch.nodes", "nodes", str(job.nodes)))
@@ -149,12 +148,12 @@ def _options(job: SlurmJob) -> list[tuple[str, str, str]]:
 
 
 def _directive(key: str, option: str, value: str) -> str:
-    """One line for sbatch: it knows double quotes and a backslash before the next character, and nothing else."""
+    """Return a line for sbatch, which knows only double quotes and a backslash before the next character."""
     if not re.fullmatch(SLURM_OPTION, option):
-        raise ConfigError([f"{key}: {option!r} is no option of sbatch; write its long name, for example mail-type"])
+        raise ConfigError([f"{key}: {option!r} is not a long sbatch option; use a long name, such as mail-type"])
     if has_control(value):
-        raise ConfigError([f"{key}: {value!r} holds a line break or another control character, which sbatch would "
-                           "take as the end of the option; take it out"])  # fmt: skip
+        raise ConfigError([f"{key}: {value!r} contains a line break or another control character, which sbatch "
+                           "would take as the end of the option; remove it"])  # fmt: skip
     if not value:
         return f"#SBATCH --{option}"
     plain = re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", value)
@@ -163,9 +162,9 @@ def _directive(key: str, option: str, value: str) -> str:
 
 
 def _quoted(key: str, value: str, lines_too: bool = False) -> str:
-    """For bash. A line break inside quotes is a value like any other; a NUL cannot be one."""
+    """Return `value` quoted for bash, which takes a line break inside quotes like any character, but never a NUL."""
     if "\0" in value or (not lines_too and has_control(value)):
-        raise ConfigError([f"{key}: {value!r} holds a control character; take it out"])
+        raise ConfigError([f"{key}: {value!r} contains a control character; remove it"])
     return shlex.quote(value)
 
 
@@ -176,15 +175,17 @@ def srun_argv(
     spec: JobSpec, via: str = "srun", address: str = "", port: int = 0, cpus_per_rank: int | None = None, *,
     nodes: Sequence[str] = (), step: str = "",
 ) -> tuple[str, ...]:  # fmt: skip
-    """The step that starts every rank (via `srun`), or one torchrun a node (via `torchrun`), on `nodes` and under the
-    name `step` where they are given."""
+    """Return the srun command that starts every rank (via `srun`) or one torchrun a node (via `torchrun`).
+
+    Its step runs on `nodes` and has the name `step`, if they are given.
+    """
     per_node = 1 if via == "torchrun" else spec.ranks_per_node
     argv = [
         "srun", f"--nodes={spec.nodes}", f"--ntasks={spec.nodes * per_node}", f"--ntasks-per-node={per_node}",
         "--distribution=block",  # ranks of a node are consecutive: the mesh's inner axes stay inside nodes
         "--kill-on-bad-exit=0", "--wait=0",  # the supervisor ends the step itself, after it has found the culprit
         "--mpi=none", "--export=ALL", "--unbuffered",
-        "--overlap",  # beside an salloc shell's own step, and beside the last attempt's while it goes
+        "--overlap",  # beside an salloc shell's own step, and beside the last attempt's while it ends
     ]  # fmt: skip
     argv += [f"--nodelist={','.join(nodes)}"] if nodes else []  # the first of them is where the ranks meet
     argv += [f"--job-name={step}"] if step else []
@@ -194,15 +195,15 @@ def srun_argv(
 
 
 def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is in a Slurm allocation of its own (a batch script or salloc), not in one of its tasks."""
+    """Return whether this process is in a Slurm allocation (a batch script or salloc)."""
     return "SLURM_JOB_ID" in environ and "SLURM_JOB_NODELIST" in environ
 
 
 def hosts(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The allocation's nodes, in Slurm's order. ConfigError outside of one."""
+    """Return the allocation's nodes, in Slurm's order. Raise ConfigError outside of one."""
     text = environ.get("SLURM_JOB_NODELIST", "")
     if not text:
-        raise ConfigError(["SLURM_JOB_NODELIST is not set, so this is no Slurm allocation; use sbatch or salloc"])
+        raise ConfigError(["SLURM_JOB_NODELIST is not set, so this is not a Slurm allocation; use sbatch or salloc"])
     return expand(text)
 
 
@@ -210,8 +211,10 @@ Run = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 
 def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """One of Slurm's tools, its output as text; code 127 where it is not there, 124 where it does not answer. In a
-    session of its own: Ctrl-C is not for it, least of all for the scancel that Ctrl-C asks for."""
+    """Run one of Slurm's tools and return its output as text; code 127 if it is missing, 124 if it does not answer.
+
+    It runs in its own session: Ctrl-C must not reach it, least of all the scancel that Ctrl-C asks for.
+    """
     try:
         return subprocess.run(list(argv), capture_output=True, text=True, errors="replace", timeout=TOOL_S,
                               stdin=subprocess.DEVNULL, start_new_session=True, check=False)  # fmt: skip
@@ -222,7 +225,7 @@ def run_tool(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def resolve(name: str) -> str | None:
-    """An IPv4 address of a name, as this host's resolver gives it; None where it knows none."""
+    """Return an IPv4 address of a name from this host's resolver; None if it knows none."""
     try:
         return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -230,15 +233,17 @@ def resolve(name: str) -> str | None:
 
 
 def is_here(host: str) -> bool:
-    """Whether the node `host` is this machine (an salloc shell on the login node is on none of the job's)."""
+    """Return whether the node `host` is this machine (an salloc shell on the login node is on none of the job's)."""
     return host in (os.environ.get("SLURMD_NODENAME"), socket.gethostname().split(".")[0])
 
 
 def address_of(
     host: str, interface: str | None = None, run: Run = run_tool, lookup: Callable[[str], str | None] = resolve
 ) -> str:
-    """The address at which the other nodes reach `host`: of `interface` where it is given and `host` is this machine,
-    else of its name, else what Slurm itself uses. ConfigError names the node."""
+    """Return the address at which the other nodes reach `host`. Raise ConfigError, naming the node, if there is none.
+
+    It is that of `interface` if it is given and `host` is this machine, else that of its name, else Slurm's own.
+    """
     if interface is not None and is_here(host):
         return interface_address(interface)
     found = lookup(host)
@@ -248,15 +253,15 @@ def address_of(
     other = lookup(match[1]) if match else None
     if other is not None and not ipaddress.ip_address(other).is_loopback:
         return other
-    given = f"is {found}, which is every node's own" if found else "has no address here"
+    given = f"resolves to {found}, which is loopback on every node" if found else "does not resolve here"
     raise ConfigError([
-        f"node {host}: its name {given}, and Slurm's NodeAddr ({match[1] if match else 'not known'}) is no better; "
-        f"have it put into DNS or /etc/hosts, or name the interface between nodes with --set launch.interface=NAME"
+        f"node {host}: its name {given}, and Slurm's NodeAddr ({match[1] if match else 'not known'}) does not help; "
+        f"have it added to DNS or /etc/hosts, or set the interface between nodes: --set launch.interface=NAME"
     ])  # fmt: skip
 
 
 def interface_address(interface: str) -> str:
-    """This machine's IPv4 address on `interface`. ConfigError lists those it has."""
+    """Return this machine's IPv4 address on `interface`. Raise ConfigError, listing those it has, if there is none."""
     have = {
         name: [a.address for a in addresses if a.family == socket.AF_INET]
         for name, addresses in psutil.net_if_addrs().items()
@@ -268,21 +273,21 @@ def interface_address(interface: str) -> str:
 
 
 def is_warning(number: int) -> bool:
-    """Whether a signal is Slurm's word that the job's time is nearly over (--signal=B:USR1@...)."""
+    """Return whether a signal is Slurm's warning that the job's time is nearly over (--signal=B:USR1@...)."""
     return number == signal.SIGUSR1
 
 
 def requeue(job_id: str, run: Run = run_tool) -> str:
-    """Send the job back to the queue; what Slurm said where it refuses, and what to do then."""
+    """Send the job back to the queue; return an empty text, or what Slurm said if it refuses and what to do then."""
     answer = run(("scontrol", "requeue", job_id))
     if answer.returncode == 0:
         return ""
     said = " ".join(answer.stderr.split())
-    return f"refused ({said}); go on with: scontrol requeue {job_id}, or dist-gpt launch ... --resume auto"
+    return f"refused ({said}); continue with: scontrol requeue {job_id}, or dist-gpt launch ... --resume auto"
 
 
 def steps(job_id: str, run: Run = run_tool) -> dict[str, str]:
-    """The steps of a job, without its script, by id, and their names."""
+    """Return the names of a job's steps by ID, without its batch script."""
     listed = run(("squeue", "--noheader", "--steps", "--jobs", job_id, "--format", "%i|%j")).stdout.splitlines()
     pairs = (line.strip().partition("|")[::2] for line in listed)
     return {step: name for step, name in pairs if re.fullmatch(r"[0-9_]+\.[0-9]+", step)}
@@ -291,8 +296,7 @@ def steps(job_id: str, run: Run = run_tool) -> dict[str, str]:
 def end_steps(
     job_id: str, ours: Callable[[str, str], bool], run: Run = run_tool, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Kill the steps of the job of which `ours(id, name)` holds, whatever else runs in the allocation; returns when
-    they are gone, or after a while."""
+    """Kill only the job's steps for which `ours(id, name)` is true; return when they are gone, or after a while."""
     deadline = time.monotonic() + STEPS_GONE_S
     while time.monotonic() < deadline:
         left = [step for step, name in steps(job_id, run).items() if ours(step, name)]

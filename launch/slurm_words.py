@@ -1,4 +1,4 @@
-"""What Slurm's job states mean, in plain words, and the exit code that they stand for."""
+"""Explain Slurm's job states in plain words, and read its exit codes."""
 
 from __future__ import annotations
 
@@ -8,63 +8,63 @@ from dist_gpt.config.errors import ConfigError
 
 WORDS = {
     "BOOT_FAIL": "a node failed to boot, so the job could not start; submit it again",
-    "CANCELLED": "somebody cancelled it (scancel), or an administrator did",
+    "CANCELLED": "it was cancelled by a user or an administrator (scancel)",
     "COMPLETED": "done",
-    "COMPLETING": "its processes are being cleared away",
-    "CONFIGURING": "its nodes are being got ready",
-    "DEADLINE": "it could not have ended before its deadline, and was ended",
+    "COMPLETING": "its processes are being cleaned up",
+    "CONFIGURING": "its nodes are being prepared",
+    "DEADLINE": "it could not end before its deadline, so Slurm ended it",
     "FAILED": "it failed",
-    "NODE_FAIL": "one of its nodes failed; submit it again, it goes on from its newest checkpoint",
-    "OUT_OF_MEMORY": "it used more memory than it had asked for: ask for more (launch.slurm.options: {mem: ...}), or "
-    "make train.micro_batch smaller",
+    "NODE_FAIL": "one of its nodes failed; submit it again: it continues from its newest checkpoint",
+    "OUT_OF_MEMORY": "it used more memory than it requested: request more (launch.slurm.options: {mem: ...}), or "
+    "reduce train.micro_batch",
     "PENDING": "waiting in the queue",
     "PREEMPTED": "another job took its nodes; unless Slurm requeues it by itself, submit it again: "
-    "it goes on from its newest checkpoint",
+    "it continues from its newest checkpoint",
     "REQUEUED": "back in the queue",
     "REQUEUE_FED": "back in the queue of another cluster",
     "REQUEUE_HOLD": "back in the queue, held: release it with scontrol release",
-    "RESIZING": "changing its size",
+    "RESIZING": "its size is changing",
     "RESV_DEL_HOLD": "held, because its reservation is gone: release it with scontrol release",
     "REVOKED": "it runs on another cluster of the federation",
     "RUNNING": "running",
-    "SIGNALING": "being sent a signal",
+    "SIGNALING": "receiving a signal",
     "SPECIAL_EXIT": "back in the queue, held, because of its exit code: release it with scontrol release",
     "STAGE_OUT": "its files are being staged out",
-    "STOPPED": "stopped (SIGSTOP), its nodes kept",
-    "SUSPENDED": "suspended, its nodes given to another job for a while",
-    "TIMEOUT": "its time was over: ask for more (launch.slurm.time), or let it go on with --resume auto",
+    "STOPPED": "stopped (SIGSTOP); it keeps its nodes",
+    "SUSPENDED": "suspended while another job uses its nodes",
+    "TIMEOUT": "its time limit was reached: request more (launch.slurm.time), or continue with --resume auto",
 }
-"""slurm.schedmd.com/squeue.html#SECTION_JOB-STATE-CODES and job states of sacct."""
+"""Job states of squeue (slurm.schedmd.com/squeue.html#SECTION_JOB-STATE-CODES) and of sacct."""
 
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
-"""Nothing comes after these (a job that is requeued goes to PENDING)."""
+"""Final states (a job that is requeued goes to PENDING)."""
 
 
 def code_of(exit_code: str) -> tuple[int, int]:
-    """(exit code, signal) of Slurm's `3:0`. ConfigError where it is none."""
+    """Return (exit code, signal) of Slurm's `3:0`. Raise ConfigError if it is not an exit code."""
     code, colon, number = exit_code.partition(":")
     if not (code.isascii() and code.isdigit()) or (colon and not (number.isascii() and number.isdigit())):
-        raise ConfigError([f"{exit_code!r} is no exit code as Slurm writes it, for example 1:0"])
+        raise ConfigError([f"{exit_code!r} is not a Slurm exit code, for example 1:0"])
     return int(code), int(number or 0)
 
 
 def base_state(state: str) -> str:
-    """`CANCELLED by 1000` and `CANCELLED+` -> CANCELLED."""
+    """Return CANCELLED for `CANCELLED by 1000` and `CANCELLED+`."""
     return (state.split() or [""])[0].rstrip("+").upper()
 
 
 def state_in_words(state: str, exit_code: str = "0:0") -> str:
-    """One sentence: `FAILED: it failed with exit code 2 (bad input)`."""
+    """Return one sentence: `FAILED: it failed with exit code 2 (bad input)`."""
     base = base_state(state)
-    words = WORDS.get(base, "a state that dist-gpt does not know; see man squeue")
+    words = WORDS.get(base, "unknown state; see man squeue")
     code, number = code_of(exit_code)
     if base in ENDED - {"COMPLETED"} and number:
         words += f" (ended by {_signal_name(number)})"
     elif base == "FAILED" and code == 75:
-        return "it was asked to stop, saved and left (exit code 75, which Slurm calls FAILED)"
+        return "it was asked to stop, saved and exited (exit code 75, which Slurm calls FAILED)"
     elif base == "FAILED":
         meaning = {1: "the run failed", 2: "bad input"}.get(code)
         words += f" with exit code {code}" + (f" ({meaning})" if meaning else "")

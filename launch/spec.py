@@ -1,4 +1,4 @@
-"""What a job is, whoever starts it: the command of a rank, its environment, how many ranks, where their logs go.
+"""Describe a job for any launcher: the command and environment of a rank, the number of ranks, the place of their logs.
 
 spec = JobSpec(argv=train_argv("runs/demo/config.yaml"), ranks=8, log_dir=Path("runs/demo/logs"))
 spec.rank_env(rank=3, master_addr="127.0.0.1", master_port=29500)     # torchrun's variables for rank 3
@@ -16,46 +16,50 @@ from dist_gpt.layout import Layout
 STORE_FD = "DIST_GPT_STORE_FD"
 """Rank 0 only: number of an inherited socket, bound to MASTER_PORT and listening, for the rendezvous store."""
 RUN_DIR = "DIST_GPT_RUN_DIR"
-"""Set when a launcher has already made the run directory: ranks then write into it instead of making it."""
+"""Set if a launcher has already made the run directory: ranks then write into it instead of making it."""
 LAUNCHER_PID = "DIST_GPT_LAUNCHER_PID"
-"""Process that a rank must not outlive; `parent`: whoever starts it (srun's daemon, torchrun, mpirun)."""
+"""Process that a rank must not outlive; `parent`: the one that starts it (srun's daemon, torchrun, mpirun)."""
 STARTED = "DIST_GPT_STARTED_S"
-"""Seconds since 1970 at which the process began from which a rank was forked; read by dist_gpt.profile.recorder."""
+"""Start, in seconds since 1970, of the process that a rank was forked from; read by dist_gpt.profile.recorder."""
 ERROR_FILE = "DIST_GPT_ERROR_FILE"
-"""Where a rank writes {"time": seconds since 1970, "error": text} when it fails, before it closes its connections:
+"""File for a failing rank's {"time": seconds since 1970, "error": text}, written before it closes its connections:
 the earliest one is the culprit, the others failed because of it."""
 LOG_DIR = "DIST_GPT_LOG_DIR"
-"""Folder of rank{r}.log and rank{r}.error.json where the rank itself opens them, its starter being another program."""
+"""Folder of rank{r}.log and rank{r}.error.json if ranks open them themselves, under srun, torchrun or mpirun."""
 ATTEMPT = "DIST_GPT_ATTEMPT"
-"""How often the launcher has started the ranks before. torchrun says 0 to its own whatever it was told itself, so this
-is read before TORCHELASTIC_RESTART_COUNT."""
+"""Number of times that the launcher has started the ranks before. torchrun always passes 0 to its ranks, so this is
+read before TORCHELASTIC_RESTART_COUNT."""
 TERMINAL = "DIST_GPT_TERMINAL"
-"""Columns of the terminal that shows rank 0's output live; not set when there is none."""
+"""Columns of the terminal that shows rank 0's output live; not set if there is none."""
 MASTER = "DIST_GPT_MASTER"
-"""host:port that the ranks' store shall have where the rank works out its place itself; see launch.discover."""
+"""host:port of the ranks' store, for ranks that find their places themselves; see launch.discover."""
 WATCH = "DIST_GPT_WATCH"
-"""host:port of the launcher's watch (launch.watch); not set: nobody watches."""
+"""host:port of the launcher's watch (launch.watch); not set if there is none."""
 WATCH_TOKEN = "DIST_GPT_WATCH_TOKEN"
 """Password of the watch, hex."""
 SILENCE = "DIST_GPT_SILENCE_S"
-"""Seconds without a word after which a rank and its launcher give each other up."""
+"""Seconds of silence after which a rank and its launcher give each other up."""
 WATCH_FD = "DIST_GPT_WATCH_FD"
-"""Number of the socket on which this process has said hello to the watch; set by launch.worker, read by
-dist_gpt.pulse."""
+"""Descriptor of the socket that said hello to the watch; set by launch.worker, read by dist_gpt.pulse."""
 
 
 WORKER = ("-m", "launch.worker")
-"""How the command of a rank begins, after the interpreter."""
+"""Beginning of a rank's command, after the interpreter."""
 
 
 def train_argv(config_path: str | Path, *more: str) -> tuple[str, ...]:
-    """The command that every rank of a training job runs."""
+    """Return the command that every rank of a training job runs."""
     return (sys.executable, *WORKER, "dist_gpt", "train", str(config_path), *more)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 rank` or `2 ranks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job as plain data."""
+    """Job as plain data."""
 
     argv: tuple[str, ...]
     """Command of one rank, the same for all."""
@@ -64,7 +68,7 @@ class JobSpec:
     log_dir: Path
     """Folder of rank{r}.log, appended to."""
     nodes: int = 1
-    """Nodes; ranks are spread evenly, in order."""
+    """Number of nodes; ranks are spread evenly, in order."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables added to the launcher's own environment, the same for all ranks."""
     layout: Layout | None = None
@@ -72,13 +76,13 @@ class JobSpec:
     live_on_stderr: bool = False
     """Show rank 0's output on stderr; stdout is then free for one JSON document."""
     name: str = "dist_gpt"
-    """Of the job, in queues and messages."""
+    """Name of the job, in queues and messages."""
     saves: bool = False
-    """Ranks save and leave with code 75 when they are asked to stop (a training job does)."""
+    """Ranks save and exit with code 75 when they are asked to stop (a training job does)."""
     watched: bool = False
-    """Ranks are dist_gpt's: they say hello to the watch, are looked at before they start, and beat."""
+    """Ranks are dist_gpt's: they say hello to the watch, pass preflight before they start, and send heartbeats."""
     interface: str | None = None
-    """launch.interface, as the three below."""
+    """Key of the section `launch`, as the five fields below."""
     silence_s: float = 30.0
     timeout_s: float = 300.0
     grace_s: float = 120.0
@@ -86,28 +90,29 @@ class JobSpec:
     preflight: str = "off"
     """strict, warn or off."""
     check: bool = False
-    """Nothing is trained: the ranks only look."""
+    """The ranks only run checks and do not train."""
     preload: tuple[str, ...] = ()
-    """Modules that every rank will import; where one process forks the ranks of a machine, it imports them before."""
+    """Modules that every rank will import; a process that forks the ranks of a machine imports them before."""
 
     @property
     def ranks_per_node(self) -> int:
+        """Number of ranks per node."""
         return self.ranks // self.nodes
 
     def log_path(self, rank: int) -> Path:
-        """Standard output and error of `rank`."""
+        """Return the path of the log with standard output and error of `rank`."""
         return self.log_dir / f"rank{rank}.log"
 
     def error_path(self, rank: int) -> Path:
-        """See ERROR_FILE."""
+        """Return the path of the error file of `rank`; see ERROR_FILE."""
         return self.log_dir / f"rank{rank}.error.json"
 
     def rank_name(self, rank: int) -> str:
-        """`rank 3 (pp 0, dp 1, cp 0, tp 1)`."""
+        """Return `rank 3 (pp 0, dp 1, cp 0, tp 1)`."""
         return f"rank {rank} ({self.layout.coords(rank)})" if self.layout is not None else f"rank {rank}"
 
     def rank_env(self, rank: int, master_addr: str, master_port: int) -> dict[str, str]:
-        """The variables torchrun sets, and ours.
+        """Return the variables that torchrun sets for `rank`, and ours.
 
         Names as in docs.pytorch.org/docs/stable/elastic/run.html#environment-variables.
         """

@@ -1,4 +1,4 @@
-"""What a way of starting ranks has to offer the supervisor."""
+"""Interface between the supervisor and the ways to start ranks."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ from dist_gpt.config.errors import ConfigError
 
 
 class NotStartedError(ConfigError):
-    """Nothing was submitted or started, for sure: what was made for it may be removed."""
+    """Failure before anything was submitted or started, for sure: what was made for it may be removed."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that its starter saw fail."""
+    """Rank that its starter saw fail."""
 
     rank: int
     code: int
     how: str
     """`exit code 3` or `killed by SIGKILL`."""
     at: float
-    """When, in seconds since 1970."""
+    """Time of the failure, in seconds since 1970."""
 
 
 class Starter(Protocol):
-    """Starts all ranks of an attempt, and ends them."""
+    """Way to start all ranks of an attempt and to end them."""
 
     wake: SimpleQueue[object]
     """Anything put here wakes the supervisor: a rank has ended, a signal came."""
     live: bool
-    """Whether it shows rank 0's output itself."""
+    """True if it shows rank 0's output itself."""
 
     def start(self, env: Mapping[str, str]) -> None:
-        """Start them with `env` added to their environment."""
+        """Start the ranks with `env` added to their environment."""
 
     def running(self) -> bool:
-        """Whether any of it still runs."""
+        """Return whether anything that was started still runs."""
 
     def failures(self) -> list[Failure]:
-        """Ranks that are known to have failed, in the order of their ranks; empty where only the whole is known."""
+        """Return the ranks known to have failed, in order; empty if only the end of the whole is known."""
 
     def code(self) -> int:
-        """Exit code of the whole, once nothing runs: 0 when all went well."""
+        """Return the exit code of the whole once nothing runs; 0 if all went well."""
 
     def where(self) -> str:
-        """Where its own words are to be found, for messages; empty where it has none."""
+        """Return the path of its own output, for messages; empty if it has none."""
 
     def end(self, hurried: Callable[[], bool] = lambda: False) -> None:
-        """End whatever runs, on all nodes; returns when it is gone. Nothing happens when nothing runs. When `hurried`
-        says so, nothing is waited for any longer."""
+        """End all that runs, if anything, on all nodes; return when it is gone. Wait no longer once `hurried()`."""

@@ -1,8 +1,8 @@
-"""Following the ranks of a job from their start to their end, whoever starts them.
+"""Follow the ranks of a job from start to end, whichever launcher starts them.
 
-`supervise(spec, starter, host)` returns the job's exit code. It opens the watch, looks at what every rank finds where
-it is (launch.preflight), lets them go, hears their heartbeats, says which rank, link or collective a failure came from,
-hands on requests to stop, starts the job again where launch.max_restarts allows, and leaves no process behind.
+`supervise(spec, starter, host)` returns the job's exit code. It opens the watch, judges what every rank finds on its
+node (launch.preflight), lets the ranks start, follows their heartbeats, names the rank, link or collective that a
+failure came from, passes on requests to stop, restarts the job if launch.max_restarts allows, and leaves no process.
 """
 
 from __future__ import annotations
@@ -23,70 +23,70 @@ from launch import explain
 from launch.facts import CONFIG_HASH, config_digest
 from launch.files import last_words, newest_checkpoint, note_failure, size, step_left, tail, to_change, why_left
 from launch.preflight import check_answers, warnings
-from launch.spec import ATTEMPT, LOG_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec
+from launch.spec import ATTEMPT, LOG_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec, counted
 from launch.starter import Failure, Starter
 from launch.tee import Follow
 from launch.watch import Watch
 
 GRACE_S = 1.0
-"""After the first failure: time for the ranks that fail because of it to write their own errors to their logs."""
+"""Seconds after the first failure in which the ranks that fail because of it can write their errors to their logs."""
 PREEMPTED, PREEMPTED_GRACE_S = 75, 30.0
-"""A rank that was told to leave saved first; the others may still be writing."""
+"""Exit code of a rank that saved and exited when asked to, and the seconds that others may still be writing."""
 HELLO_S, HELLO_EACH_S = 25.0, 0.05
-"""From the first rank's hello to the last one's, and more for each rank."""
+"""Seconds from the first rank's hello to the last one's, and more for each rank."""
 SETTLE_S = 1.0
-"""The starter has ended: time for what the ranks said last to be read."""
+"""Seconds, once the starter has ended, to read the ranks' last messages."""
 TICK_S = 0.2
 SAID_S = 3.0
-"""Shorter suspensions are not reported: a busy machine looks the same."""
+"""Suspensions of fewer seconds are not reported: a busy machine looks the same."""
 SHORTLY_S = 60.0
-"""For how long after a suspension a failure is reported with a mention of it."""
+"""Seconds after a suspension in which the report of a failure mentions it."""
 BACK_S = 1.0
-"""From the end of a suspension to the line about it: by then it is known whether the ranks kept running."""
+"""Seconds from the end of a suspension to its report: by then it is known whether the ranks kept running."""
 PASSED_THROUGH = (2, PREEMPTED)
 ASKING = ("SIGTERM", "SIGUSR1")
-"""Signals that ask the ranks to save and leave; others end them at once."""
+"""Signals that ask the ranks to save and exit; others end them at once."""
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr. Where nobody reads it any more, the job goes on all the same."""
+    """Print a line for the user on stderr; if stderr is closed, the job continues all the same."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def _meaning(name: str) -> str:
-    """What a signal means where Slurm sends it."""
+    """Return what a signal means if Slurm sends it, in words."""
     warning = name == "SIGUSR1" and "SLURM_JOB_ID" in os.environ
     return " (Slurm's warning: the job's time is nearly over)" if warning else ""
 
 
 def hello_patience(spec: JobSpec) -> float:
-    """Seconds from the first rank's hello to the last one's: thousands of ranks do not start at once."""
+    """Return the seconds from the first rank's hello to the last one's: thousands of ranks do not start at once."""
     return min(HELLO_S + HELLO_EACH_S * spec.ranks, spec.timeout_s)
 
 
 class Supervisor:
-    """One job, attempt after attempt."""
+    """Supervisor of one job, attempt after attempt."""
 
     def __init__(self, spec: JobSpec, starter: Starter, host: str) -> None:
         self.spec, self.starter, self.host = spec, starter, host
-        self.stops: list[int] = []  # signals that came
+        self.stops: list[int] = []  # signals received
         self.watch: Watch | None = None
         self.asked_at: float | None = None
         self.let_go = False
-        self.took_leave = False  # every rank left in an orderly way: starting again would change nothing
-        self.log_starts: dict[int, int] = {}  # earlier attempts wrote before
+        self.took_leave = False  # every rank exited in an orderly way: a restart would change nothing
+        self.log_starts: dict[int, int] = {}  # bytes that earlier attempts wrote
         self.starter_start = 0
         self.told: Suspension | None = None  # the last one that was reported
         self.survived: Suspension | None = None  # the last one after which the job continued
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Signal handler: only notes it (SimpleQueue.put may be called from a handler)."""
+        """Note a signal and do no more: this is a signal handler (SimpleQueue.put may be called from one)."""
         self.stops.append(number)
         self.starter.wake.put(None)
 
     def run(self) -> int:
-        """All attempts; the last one's code."""
+        """Run all attempts and return the last one's exit code."""
         steps_before = None
         for attempt in range(self.spec.max_restarts + 1):
             code = self.attempt(attempt)
@@ -95,14 +95,14 @@ class Supervisor:
                 break
             steps = newest_checkpoint(self.spec.log_dir.parent)
             if attempt and steps == steps_before:
-                say(f"no progress between two starts (newest checkpoint: {steps or 'none'}): not started again")
+                say(f"no progress between two starts (newest checkpoint: {steps or 'none'}): not restarted")
                 break
             steps_before = steps
-            say(f"starting again, {attempt + 1} of {self.spec.max_restarts}, from {steps or 'the beginning'}")
+            say(f"restart {attempt + 1} of {self.spec.max_restarts}, from {steps or 'the beginning'}")
         return code
 
     def attempt(self, number: int) -> int:
-        """Start the ranks, follow them to their end, and leave nothing."""
+        """Start the ranks, follow them to their end, leave no process, and return the exit code."""
         spec = self.spec
         spec.log_dir.mkdir(parents=True, exist_ok=True)
         (spec.log_dir.parent / EXIT).unlink(missing_ok=True)
@@ -130,7 +130,7 @@ class Supervisor:
                 shown.close()
 
     def end(self) -> None:
-        """Nothing of the job is left when this returns."""
+        """End the job; none of its processes is left when this returns."""
         if self.watch is not None:
             self.watch.leave("the launcher ends the job")
         seen = len(self.stops)
@@ -154,7 +154,7 @@ class Supervisor:
     # --- before training -----------------------------------------------------------------------------------------
 
     def _look(self) -> int | None:
-        """Wait for every rank's hello and look at what they found; an exit code where the job must not start."""
+        """Wait for every rank's hello and judge what they found; return an exit code if the job must not start."""
         watch, spec = self._watched(), self.spec
         begun, first = self._now(), None
         while (missing := watch.missing()) and not self.stops and not self.starter.failures():
@@ -166,7 +166,7 @@ class Supervisor:
             if late or not self.starter.running():
                 break
             if self._in_vain(missing):
-                time.sleep(GRACE_S)  # others may still come, and are not to be called missing
+                time.sleep(GRACE_S)  # others may still come and must not be reported missing
                 break
             self._pause()
         missing = watch.missing()
@@ -176,32 +176,32 @@ class Supervisor:
             problems = check_answers(spec, watch.states(), missing) if spec.preflight != "off" or missing else ""
             if problems:
                 said = bool(missing) and self._show_cause(missing)
-                if len(missing) < spec.ranks or not self._told_in(missing):  # else a rank has said why itself
+                if len(missing) < spec.ranks or not self._told_in(missing):  # else a rank has given the reason itself
                     say(problems)
                 if missing or spec.preflight == "strict":
                     if not said:
                         self._show_starter()
-                    say("refused before training started; launch.preflight: warn goes on all the same")
+                    say("refused before training started; set launch.preflight: warn to start anyway")
                     return 2
             elif spec.preflight != "off" and (doubts := warnings(spec, watch.states())):
                 say(doubts)
             watch.go()
-            self.let_go = True  # a request to stop that comes from now on reaches every rank when it begins to beat
+            self.let_go = True  # from now on a request to stop reaches every rank, at its first heartbeat
         return None
 
     def _in_vain(self, missing: list[int]) -> bool:
-        """Whether those that have not come never will: one has said why, or somebody came as another rank."""
+        """Return whether the missing ranks will never come: one has said why, or a process came as another rank."""
         lost = [state for state in self._watched().states() if state.hello is not None
                 and (state.rivals or state.hello["world"] != self.spec.ranks)]  # fmt: skip
         return bool(lost) or self._told_in(missing)
 
     def _told_in(self, missing: list[int]) -> bool:
-        """Whether one of them has written down why it left; one look at the folder, however many they are."""
+        """Return whether one of `missing` has written why it exited; look at the folder once, however many they are."""
         there = {path.name for path in self.spec.log_dir.glob("rank*.error.json")}
         return any(self.spec.error_path(rank).name in there and self._last_words(rank) for rank in missing)
 
     def _show_cause(self, missing: list[int]) -> bool:
-        """What the first of them wrote down before it left, else what the starter, which has ended, said last."""
+        """Show the error that the first of `missing` wrote, else a failed starter's output; return whether any."""
         if told := next((words for rank in missing if (words := self._last_words(rank))), ""):
             say(told)
             return True
@@ -210,7 +210,7 @@ class Supervisor:
     # --- while they run ------------------------------------------------------------------------------------------
 
     def _follow(self) -> int:
-        """Until the end, or the first trouble and a little more; the exit code, and on stderr what went wrong."""
+        """Follow the ranks to their end or shortly past a failure; report it on stderr and return the exit code."""
         deadline: float | None = None
         trouble: explain.Explanation | None = None
         while self.starter.running():
@@ -251,25 +251,25 @@ class Supervisor:
                                stuck_s=self.spec.timeout_s) if self.watch is not None else None  # fmt: skip
 
     def _asked(self, now: float) -> bool:
-        """Whether a request to stop is under way: the ranks save and leave, and have time left for it."""
+        """Return whether a request to stop is under way: the ranks save and exit, and have time left for it."""
         name = signal.Signals(self.stops[-1]).name
         if self.asked_at is None:
             if not self.spec.saves or self.watch is None or name not in ASKING or not self.let_go:
                 return False
             self.asked_at = now
             self.watch.ask_stop()
-            say(f"{name} received{_meaning(name)}: {self.spec.ranks} ranks are asked to save and leave, "
-                f"{self.spec.grace_s:.0f} s at most; another signal ends them at once")  # fmt: skip
+            say(f"{name} received{_meaning(name)}: asking {counted(self.spec.ranks, 'rank')} to save and exit within "
+                f"{self.spec.grace_s:.0f} s; another signal ends them at once")  # fmt: skip
         return len(self.stops) == 1 and now - self.asked_at < self.spec.grace_s
 
     def _pause(self, deadline: float | None = None) -> None:
-        """Until something happens, for TICK_S at most where somebody has to be watched."""
+        """Wait until something happens, for TICK_S at most if ranks or a log have to be watched."""
         patience = 60.0 if self.watch is None and self.starter.live else TICK_S
         if deadline is not None:
             patience = min(patience, max(0.0, deadline - self._now()))
         with suppress(Empty):
             self.starter.wake.get(timeout=patience)
-            while True:  # thousands of ranks that end at once are looked at once
+            while True:  # handle ranks that end at once, maybe thousands, together
                 self.starter.wake.get_nowait()
 
     def _watched(self) -> Watch:
@@ -283,7 +283,7 @@ class Supervisor:
         name = signal.Signals(self.stops[-1]).name
         late = self.asked_at is not None and len(self.stops) == 1
         why = f"not saved within {self.spec.grace_s:.0f} s" if late else f"{name} received"
-        say(f"{why}: ending {self.spec.ranks} ranks")
+        say(f"{why}: ending {counted(self.spec.ranks, 'rank')}")
         return 128 + self.stops[-1]
 
     def _verdict(self, trouble: explain.Explanation | None) -> int:
@@ -303,7 +303,7 @@ class Supervisor:
             pairs = self.watch.probe() if self._may_be_link() else {}
             found = explain.explain(
                 states, self._now(), self.spec.rank_name, exits, pairs, self.watch.name, self.spec.timeout_s
-            ) or (trouble if self.starter.running() else None)  # it came on again, and is ended all the same
+            ) or (trouble if self.starter.running() else None)  # it recovered, and is ended all the same
         self.took_leave = len(codes) == self.spec.ranks and all(states[f.rank].bye == f.code for f in failures)
         if found is None and (self.took_leave or not failures):
             return self._whole(codes)
@@ -316,7 +316,7 @@ class Supervisor:
     def _tell_saved(self) -> None:
         """Report that the ranks saved and exited, and why if this launcher did not ask them to."""
         last = self.watch.clock.last if self.watch is not None else None
-        ranks = f"{self.spec.ranks} rank{'' if self.spec.ranks == 1 else 's'}"
+        ranks = counted(self.spec.ranks, "rank")
         if self.stops or not self.spec.saves:
             say(f"preempted: {ranks} saved and exited (exit code {PREEMPTED})")
             return
@@ -328,7 +328,7 @@ class Supervisor:
             say(f"preempted: {left}{f': {why}' if why else ''}")
 
     def _settle(self) -> None:
-        """Where nothing runs any more, wait until the watch has read the ends of all connections."""
+        """If nothing runs any more, wait until the watch has read the ends of all connections."""
         deadline = time.monotonic() + SETTLE_S
         while self.watch is not None and not self.starter.running() and time.monotonic() < deadline:
             if all(state.closed is not None for state in self.watch.states() if state.joined is not None):
@@ -336,7 +336,7 @@ class Supervisor:
             time.sleep(0.02)
 
     def _code(self, failures: list[Failure], culprits: list[explain.RankState]) -> int:
-        """The job's exit code: that of the first failure where it says something to whoever started the job."""
+        """Return the job's exit code: that of the first failure if it is in PASSED_THROUGH, else 1."""
         first = min(failures, key=lambda f: f.at, default=None)
         said = [int((state.failed or {}).get("code", 1)) for state in culprits]
         code = first.code if first is not None else said[0] if said else 1
@@ -347,29 +347,29 @@ class Supervisor:
         return trouble is not None and trouble.kind in ("link", "stuck", "failed")
 
     def _whole(self, codes: list[int]) -> int:
-        """The code where no rank is known to have failed."""
+        """Return the exit code if no rank is known to have failed; report one other than 0."""
         if len(codes) == self.spec.ranks:
             code = max(codes)
             if code not in (0, PREEMPTED):
-                why = why_left(self.spec.log_dir.parent) or "none of them said why"
-                say(f"the ranks left with exit code {code}: {why}")
+                why = why_left(self.spec.log_dir.parent) or "no rank gave a reason"
+                say(f"the ranks exited with code {code}: {why}")
                 self._show_log(codes.index(code))
             return code
         code = self.starter.code()
         if code and not self.starter.running():
-            say(f"the ranks ended with exit code {code}, and none of them said why")
+            say(f"the ranks exited with code {code} and gave no reason")
             self._show_starter()
         return code if code in (0, *PASSED_THROUGH) else 1
 
     def _report(self, failures: list[Failure], found: explain.Explanation | None) -> str:
-        """Say what failed, show logs; returns the first line of it."""
+        """Say what failed, show logs, and return the first line of the text."""
         by_time = sorted(failures, key=lambda f: f.at)
         culprits = found.culprits if found is not None else []
         first = by_time[0] if by_time else None
         if first is not None and (found is None or first.rank not in culprits):
             lines = [f"{self.spec.rank_name(first.rank)} died: {first.how}"]
             if first.how.endswith("killed by SIGKILL"):
-                lines.append("  (if nobody killed it: the system kills a process with SIGKILL when memory runs out)")
+                lines.append("  (if it was not killed on purpose: the kernel sends SIGKILL when memory runs out)")
             text = "\n".join(lines)
             culprits = [first.rank]
         else:
@@ -386,7 +386,7 @@ class Supervisor:
         return text.partition("\n")[0]
 
     def _last_words(self, rank: int) -> str:
-        """The error that a rank wrote down; some fail before they have a pulse to say it with."""
+        """Return the error that a rank wrote; some ranks fail before they have a heartbeat to send it with."""
         return last_words(self.spec.error_path(rank))
 
     def _show_log(self, rank: int) -> None:
@@ -395,7 +395,7 @@ class Supervisor:
         say("\n".join([f"end of {path}:" if lines else f"{path} is empty", *(f"  | {line}" for line in lines)]))
 
     def _show_starter(self) -> bool:
-        """The end of what the starter said in this attempt; whether it said anything."""
+        """Show the end of the starter's output in this attempt; return whether there was any."""
         where = self.starter.where()
         lines = tail(Path(where), self.starter_start)[-8:] if where else []
         if lines:
@@ -405,8 +405,7 @@ class Supervisor:
 
 @contextmanager
 def handled(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
-    """Inside, these signals go to `handler`; ignored ones stay ignored (nohup, `&`), and in another thread than the
-    main one nothing happens."""
+    """Send signals `numbers` to `handler` in the block, except ignored ones (nohup, `&`), if in the main thread."""
     before: dict[int, object] = {}
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
@@ -422,9 +421,12 @@ def handled(handler: Callable[[int, object], None], *numbers: signal.Signals) ->
 def supervise(
     spec: JobSpec, starter: Starter, host: str, on_code: Callable[[int, list[int]], int] = lambda code, stops: code
 ) -> int:
-    """Run `spec`; returns 0, a failed rank's 2, 75 when it was asked to stop and has saved, 1 for any other failure,
-    128 + signal. `host` is the one address that the watch listens on. `on_code` hears the code and the signals that
-    came while they are still handled, and may change the code (a requeue)."""
+    """Run `spec` and return the job's exit code.
+
+    It is 0, a failed rank's 2, 75 if the job was asked to stop and has saved, 1 for any other failure, or 128 + signal.
+    `host` is the one address that the watch listens on. `on_code` gets the code and the signals received, while signals
+    are still handled, and may change the code (a requeue).
+    """
     job = Supervisor(spec, starter, host)
     with handled(job.on_signal, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         return on_code(job.run(), job.stops)

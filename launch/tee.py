@@ -1,4 +1,4 @@
-"""One rank's output to two places: its log and the launcher's own stream."""
+"""Copy a rank's output to its log and to the launcher's own stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLLOW_S = 0.2
 
 
 def plain(line: bytes) -> bytes:
-    """A line as it stood on the terminal when it was finished: redrawn progress bars and colours left out."""
+    """Return a line as it last stood on the terminal, without redrawn progress bars and colours."""
     return CONTROL.sub(b"", line.rpartition(REDRAWN)[2])
 
 
@@ -28,16 +28,16 @@ class Tee:
         self.source = source
         self.log = log
         self.live: TextIO | None = live
-        self.told = False  # that the log cannot be written
+        self.told = False  # whether a log that cannot be written was reported
         self.thread = threading.Thread(target=self._copy, name="tee", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """Wait for the rest; not for ever, since a stray process may hold the pipe open."""
+        """Wait for the rest, at most CLOSE_S seconds, since a stray process may hold the pipe open."""
         self.thread.join(CLOSE_S)
 
     def _copy(self) -> None:
-        """To the end of `source`, whatever becomes of the log: a rank whose pipe closes would fail for that."""
+        """Copy to the end of `source` even if the log cannot be written: a rank whose pipe closes would fail."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pending, bar = b"", False
         with self.source:
@@ -48,7 +48,7 @@ class Tee:
                 *lines, pending = (pending + chunk).split(b"\n")
                 if lines:
                     self._write(b"".join(plain(line) + b"\n" for line in lines))
-            if bar:  # the rank was killed: take its bar away
+            if bar:  # the rank was killed: erase its bar
                 self._show((REDRAWN + SHOW).decode())
             elif text := plain(pending):
                 self._write(text + b"\n")
@@ -60,7 +60,7 @@ class Tee:
         except OSError as error:
             if not self.told:
                 self.told = True
-                self._show(f"{self.log} cannot be written: {error.strerror}; what follows is lost there\n")
+                self._show(f"cannot write {self.log}: {error.strerror}; further output is missing from it\n")
 
     def _show(self, text: str) -> None:
         if self.live is None:
@@ -68,7 +68,7 @@ class Tee:
         try:
             self.live.write(text)
             self.live.flush()
-        except (OSError, ValueError):  # `| head` left, or the stream is closed: the log goes on
+        except (OSError, ValueError):  # `| head` has exited, or the stream is closed: the log continues
             self.live = None
 
 
@@ -100,5 +100,5 @@ class Follow:
             self.position += len(chunk)
             self.live.write(self.decoder.decode(chunk))
             self.live.flush()
-        except (OSError, ValueError):  # not there yet, or nobody reads any more
+        except (OSError, ValueError):  # no log yet, or the stream is closed
             return

@@ -1,7 +1,7 @@
-"""`python -m launch.tied PID PROGRAM ARGS...`: become PROGRAM, and die with process PID, which started this one.
+"""Become PROGRAM and die with process PID, which started this one: `python -m launch.tied PID PROGRAM ARGS...`.
 
-For srun, torchrun and mpirun: killed with SIGKILL, their launcher cannot end them, and they would run on alone. PID is
-said by the launcher: when this process looks, its parent may be another already.
+For srun, torchrun and mpirun: a launcher killed with SIGKILL cannot end them, and they would keep running alone. The
+launcher passes PID: when this process looks, its parent may be another already.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> None:
-    """Tie and exec; on Linux the tie holds across exec."""
+    """Tie this process to its parent and exec the program; on Linux the tie holds across exec."""
     from launch.worker import tie_to_parent
 
     if len(argv) < 2 or not argv[0].isdecimal():

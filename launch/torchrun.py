@@ -1,6 +1,6 @@
-"""Ranks that torchrun starts: its command line, and `python -m launch.torchrun`, the task of a node under srun.
+"""Start ranks by torchrun: its command line, and `python -m launch.torchrun`, the task of a node under srun.
 
-The task finds out which node it is (SLURM_NODEID) and becomes torchrun by exec: no shell, and no process between.
+The task reads the number of its node (SLURM_NODEID) and becomes torchrun by exec: no shell and no process in between.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from launch.spec import LAUNCHER_PID, JobSpec
 
 LOOPBACK = "127.0.0.1"
 STOP_S = 30.0
-"""torchrun kills its ranks so long after it was asked to stop where nothing is said; ours may need grace_s."""
+"""Seconds after a request to stop at which torchrun by default kills its ranks; ours may need grace_s."""
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""Without SIGUSR1 among them, torchrun dies of it and leaves its ranks running as orphans (seen with 2.13)."""
+"""Without SIGUSR1 among these, torchrun dies of it and leaves its ranks running as orphans (seen with 2.13)."""
 
 
 def environment(spec: JobSpec) -> dict[str, str]:
-    """Variables of torchrun itself: seconds that ranks get to leave after a signal (no option: torch 2.11 has none)."""
+    """Return torchrun's variable with the seconds that ranks get to exit after a signal (torch 2.11 has no option)."""
     return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(max(STOP_S, spec.grace_s)))}
 
 
 def torchrun_argv(spec: JobSpec, node: int, master_addr: str, master_port: int) -> tuple[str, ...]:
-    """torchrun of one node. It never restarts ranks: the supervisor does, with a new store (gloo ranks that torchrun
-    restarts read the addresses of the dead ones)."""
+    """Return the torchrun command of one node, which never restarts ranks.
+
+    The supervisor does, with a new store (gloo ranks that torchrun restarts read the addresses of the dead ones).
+    """
     return _argv(spec.argv, spec.nodes, spec.ranks_per_node, node, master_addr, master_port)
 
 
@@ -46,14 +48,14 @@ def _argv(command: Sequence[str], nodes: int, ranks_per_node: int, node: int, ad
 
 
 def _script(command: Sequence[str]) -> tuple[str, ...]:
-    """A rank's command as torchrun takes it: `-m MODULE ...` of the same Python, or a program."""
+    """Return a rank's command as torchrun takes it: `-m MODULE ...` of the same Python, or a program."""
     if len(command) > 2 and command[0] == sys.executable and command[1] == "-m":
         return tuple(command[1:])
     return ("--no-python", *command)
 
 
 def node_argv(spec: JobSpec, master_addr: str, master_port: int) -> tuple[str, ...]:
-    """The command of one node's task under srun, the same on all nodes."""
+    """Return the command of one node's task under srun, the same on all nodes."""
     return (
         sys.executable, "-m", "launch.torchrun", "--nodes", str(spec.nodes),
         "--ranks-per-node", str(spec.ranks_per_node), "--master-addr", master_addr, "--master-port", str(master_port),
@@ -62,26 +64,26 @@ def node_argv(spec: JobSpec, master_addr: str, master_port: int) -> tuple[str, .
 
 
 def node_rank(nodes: int, environ: Mapping[str, str]) -> int:
-    """Which node this is. ConfigError where srun does not say, or says otherwise."""
+    """Return the number of this node. Raise ConfigError if SLURM_NODEID is missing or not below `nodes`."""
     if nodes == 1:
         return 0
     text = environ.get("SLURM_NODEID", "")
     if not text.isdigit() or int(text) >= nodes:
         raise ConfigError([
-            f"SLURM_NODEID={text or '(not set)'} is none of {nodes} nodes; start one `python -m launch.torchrun` a "
-            f"node with srun --nodes={nodes} --ntasks-per-node=1"
+            f"SLURM_NODEID={text or '(not set)'} is not one of {nodes} nodes; start one `python -m launch.torchrun` "
+            f"per node with srun --nodes={nodes} --ntasks-per-node=1"
         ])  # fmt: skip
     return int(text)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Become torchrun."""
+    """Become torchrun for the arguments of one node's task."""
     parser = argparse.ArgumentParser(prog="python -m launch.torchrun", description=__doc__)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--ranks-per-node", type=int, required=True)
     parser.add_argument("--master-addr", default=LOOPBACK)
-    parser.add_argument("--master-port", type=int, default=0, help="0: one that is free, on one node")
-    parser.add_argument("command", nargs="+", help="of a rank")
+    parser.add_argument("--master-port", type=int, default=0, help="0: a free one, on one node")
+    parser.add_argument("command", nargs="+", help="command of a rank")
     asked = parser.parse_args(argv)
     try:
         node = node_rank(asked.nodes, os.environ)

@@ -1,4 +1,4 @@
-"""`dist-gpt verify`: starts the certificate's ranks (gloo, CPU) on this machine and collects its verdict."""
+"""Start the ranks of `dist-gpt verify` (gloo, CPU) on this machine and collect the certificate."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from launch.spec import WORKER, JobSpec
 
 
 class VerifyError(RuntimeError):
-    """The certificate could not be made: a rank failed. Its log has been shown."""
+    """Failure of a rank, so that there is no certificate; the rank's log has been shown."""
 
 
 def verify(config: Config, full: bool) -> dict[str, Any]:
-    """The certificate of `config`, shrunk unless `full`. Keys as in the contract; `changed` says what differs from
-    the given configuration. Raises ConfigError where it cannot be run, VerifyError where a rank fails."""
+    """Return the certificate of `config`, shrunk unless `full`; `changed` says what differs from the given `config`.
+
+    Raise ConfigError if it cannot be run, VerifyError if a rank fails.
+    """
     require_native(config, "the certificate is")
     small, notes = certificate_config(config, full, total_parameters(config))
     found = problems(small)
     if small.world_size > MAX_WORLD and full:
         found.append(
-            f"--full: the world of {small.world_size} ranks is more than {MAX_WORLD} processes; leave --full out"
+            f"--full: a world of {small.world_size} ranks is more than the limit of {MAX_WORLD} processes; omit --full"
         )
     if found:
         raise ConfigError(found)
@@ -46,11 +48,11 @@ def verify(config: Config, full: bool) -> dict[str, Any]:
             env={"CUDA_VISIBLE_DEVICES": ""},
             layout=layout,
             live_on_stderr=True,
-            preload=("torch._dynamo",),  # a dry run imports it
+            preload=("torch._dynamo",),  # the dry run imports it
         )
         (path / "logs").mkdir()
         code = launch_local(job)
         if code != 0:
-            raise VerifyError(f"the certificate's ranks ended with code {code}")
+            raise VerifyError(f"the certificate's ranks exited with code {code}")
         document: dict[str, Any] = json.loads((path / "certificate.json").read_text())
     return {"verdict": document.pop("verdict"), "changed": notes, **document}

@@ -1,10 +1,10 @@
-"""Who waits for whom: the waiting graph of ranks, from their groups and how many calls each issued on them.
+"""Build the waiting graph of the ranks from their groups and the number of calls that each issued on them.
 
 Calls on a group are numbered from 1 on every member, so the n-th call of one is the n-th call of all: a rank that waits
-in call n waits for the members that have issued fewer. A member that issued it and is silent since (stopped in the
-middle of the transfer) holds it up as well.
+in call n waits for the members that have issued fewer. A member that issued it but has been silent since (stopped in
+the middle of the transfer) holds it up as well.
 
-Thousands of ranks wait in few calls. So a group becomes a number once, and who is behind is worked out once per call.
+Thousands of ranks wait in few calls, so each group gets a number once, and the ranks behind are found once per call.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any
 
 Channel = tuple[str, tuple[int, ...], str]
 Call = tuple[int, int]
-"""(number of the group, number of the call on it)."""
+"""Number of the group, and number of the call on it."""
 WAITING = ("waiting", "issuing")
 
 
 class Waiting:
-    """The graph. `channels`: of each rank, (axis, ranks, direction); `positions`: POSITION of each; `lost`: the ranks
-    that are dead or silent, which wait for nobody."""
+    """Graph of the ranks that wait for each other.
+
+    `channels`: groups (axis, ranks, direction) of each rank; `positions`: `Ledger.position()` of each; `lost`: ranks
+    that are dead or silent, which wait for none.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class Waiting:
         lost: Collection[int],
     ) -> None:
         self.positions, self.lost = positions, frozenset(lost)
-        self.members: list[tuple[int, ...]] = []  # of each group
+        self.members: list[tuple[int, ...]] = []  # ranks of each group
         self.numbers = self._numbered(channels)
         self.places = {rank: {number: at for at, number in enumerate(found)} for rank, found in self.numbers.items()}
         self.calls = {rank: call for rank in positions if (call := self._call_of(rank)) is not None}
@@ -37,10 +40,10 @@ class Waiting:
         self.behind = {call: (members, frozenset(members)) for call, members in behind.items()}
 
     def _numbered(self, channels: Mapping[int, Sequence[Channel]]) -> dict[int, list[int]]:
-        """The numbers of each rank's groups, in the order of its counts."""
+        """Give each group a number; return the numbers of each rank's groups, in the order of its counts."""
         groups: dict[tuple[str, int, str], int] = {}
         known: dict[tuple[int, ...], int] = {}
-        seen: dict[int, int] = {}  # by the tuple's id: most ranks share the same tuple, and hashing it takes its length
+        seen: dict[int, int] = {}  # by the tuple's id: most ranks share one tuple, and hashing it takes its length
         found: dict[int, list[int]] = {}
         for rank, keys in channels.items():
             found[rank] = []
@@ -55,7 +58,7 @@ class Waiting:
         return found
 
     def _call_of(self, rank: int) -> Call | None:
-        """The call that a rank waits in."""
+        """Return the call that a rank waits in; None if it waits in none."""
         position = self.positions.get(rank)
         if position is None or not self.waits(rank):
             return None
@@ -63,25 +66,25 @@ class Waiting:
         return (numbers[place], int(position.get("seq", 0))) if 0 <= place < len(numbers) else None
 
     def _behind(self, call: Call) -> list[int]:
-        """Members that have not issued a call; where all have, those that are lost."""
+        """Return the members that have not issued a call; if all have, those that are lost."""
         number, seq = call
         members = self.members[number]
         behind = [member for member in members if self._issued(member, number, seq) < seq]
         return behind or [member for member in members if member in self.lost]
 
     def _issued(self, rank: int, number: int, unknown: int) -> int:
-        """Calls that `rank` issued on a group; `unknown` where it never said."""
+        """Return the number of calls that `rank` issued on a group; `unknown` if it never said."""
         position, place = self.positions.get(rank), self.places.get(rank, {}).get(number)
         counts = position.get("counts", ()) if position else ()
         return int(counts[place]) if place is not None and place < len(counts) else unknown
 
     def waits(self, rank: int) -> bool:
-        """It is in a collective, as far as is known."""
+        """Return whether `rank` is in a collective, as far as is known."""
         position = self.positions.get(rank)
         return position is not None and position.get("state") in WAITING and rank not in self.lost
 
     def waits_for(self, rank: int) -> list[int]:
-        """The ranks that `rank` waits for directly."""
+        """Return the ranks that `rank` waits for directly."""
         call = self.calls.get(rank)
         if call is None:
             return []
@@ -89,21 +92,23 @@ class Waiting:
         return [member for member in members if member != rank] if rank in as_set else members
 
     def waiters(self, ranks: Collection[int]) -> list[int]:
-        """Who waits for one of `ranks` directly."""
+        """Return the other ranks that wait for one of `ranks` directly."""
         wanted = frozenset(ranks)
         calls = {call for call, (_, members) in self.behind.items() if not wanted.isdisjoint(members)}
         return sorted(rank for rank, call in self.calls.items() if call in calls and rank not in wanted)
 
     def roots(self) -> list[int]:
-        """Those at the end of the chains: waited for, and waiting for nobody; silent or dead ones before those that
-        compute, those before ones that wait. Where ranks wait in a circle, the ranks of the circle."""
+        """Return the ranks at the ends of the chains: waited for, and waiting for none; in a cycle, its ranks.
+
+        Of several ends, only those that are silent or dead count, else those that compute, else those that wait.
+        """
         targets: set[int] = set()
         waiters: dict[Call, list[int]] = {}
         for rank, call in self.calls.items():
             waiters.setdefault(call, []).append(rank)
         for call, ranks in waiters.items():
             members = self.behind[call][1]
-            targets |= members if len(ranks) > 1 else members - set(ranks)  # nobody waits for himself
+            targets |= members if len(ranks) > 1 else members - set(ranks)  # no rank waits for itself
         ends = sorted(t for t in targets if not self.waits_for(t))
         for chosen in (
             [r for r in ends if r in self.lost],
@@ -116,7 +121,7 @@ class Waiting:
         return sorted(r for r in targets if r in self.calls and r in reached[self.calls[r]])
 
     def _reached(self, start: Call) -> set[int]:
-        """All that those in a call wait for, directly or not."""
+        """Return all ranks that those in a call wait for, directly or not."""
         found: set[int] = set()
         seen, open_ = {start}, [start]
         while open_:
@@ -129,6 +134,6 @@ class Waiting:
 
 
 def describe_call(position: Mapping[str, Any]) -> str:
-    """`tp all_reduce number 45`; empty where there was none yet."""
+    """Return `tp all_reduce number 45`; empty if there was no call yet."""
     axis, op = position.get("axis"), position.get("op")
     return f"{axis} {op} number {position.get('seq')}" if axis and op else ""

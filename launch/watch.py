@@ -1,11 +1,11 @@
-"""The watch: the launcher's end of the ranks' heartbeats. One TCP server, on one interface, for one attempt of a job.
+"""Watch the ranks' heartbeats in the launcher: one TCP server, on one interface, for one attempt of a job.
 
-Every rank connects, proves with the token that it belongs to this job, says what it found on its node (hello), waits
-for "go", and beats from then on (dist_gpt/pulse.py). One JSON object a line, at most MAX_LINE bytes. What is known of
-the ranks is read with `states()`; what it means is for launch.explain to say.
+Every rank connects, proves with the token that it belongs to this job, sends what it found on its node (hello), waits
+for "go", and sends heartbeats from then on (dist_gpt/pulse.py). A message is one line with a JSON object, at most
+MAX_LINE bytes. `states()` returns what is known of the ranks; launch.explain interprets it.
 
-A silent rank is sent a word each second: the kernel of a stopped process still acknowledges it, a link that is down
-does not (Linux' TCP_INFO).
+A silent rank is sent a message each second: the kernel of a stopped process still acknowledges it, a broken link does
+not (Linux's TCP_INFO).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from launch.lines import Line, group_ranks, room_for
 
 MAX_LINE = 65536
 HELLO_S = 10.0
-"""A connection that has not said who it is by then is dropped."""
+"""Seconds after which a connection that has not said hello is dropped."""
 STRANGERS = 64
-"""Connections beside the ranks' that may be open and have not said who they are."""
+"""Open connections that are allowed besides the ranks' without having said hello."""
 ASK_S = 1.0
 PROBE_S = 5.0
 BEAT_S, STAGGER_S = 0.5, 10.0
 """Seconds between two heartbeats of a rank (dist_gpt.pulse); twice the allowance for stopping the launcher and its
 ranks at different times."""
 STILL_S = 5.0
-"""When no rank has come on for so long, hosts are asked whether they reach each other: later they may have left."""
+"""Seconds without progress after which hosts are asked whether they reach each other; later they may have exited."""
 _UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 Pairs = dict[tuple[str, str], bool]
 
 
 class Watch:
-    """Listens on `host` from its construction to `close`. Methods may be called from any thread."""
+    """Server that listens on `host` from construction to `close`. Methods may be called from any thread."""
 
     def __init__(
         self,
@@ -57,16 +57,18 @@ class Watch:
         on_event: Callable[[], object] | None = None,
         clock: AwakeClock | None = None,
     ) -> None:
-        """`host`: the one address to listen on. `name`: of this machine, in messages. `on_event` is called on the
-        watch's thread when a rank joins, fails, says bye, closes, falls silent or is heard again. Raises OSError where
-        `host` is none of this machine's."""
+        """Listen on the one address `host`. Raise OSError if it is not one of this machine's.
+
+        `name`: name of this machine in messages. `on_event` is called on the watch's thread when a rank joins, fails,
+        says bye, closes, falls silent or is heard again.
+        """
         self.world, self.silence_s = world, silence_s
         self.token = token or secrets.token_hex(16)
         self.name = name or socket.gethostname()
         self._on_event = on_event
         self.clock = clock or AwakeClock()
         self._back: Suspension | None = None
-        self._beats: Counter[int] = Counter()  # of each rank, since the launcher was suspended last
+        self._beats: Counter[int] = Counter()  # of each rank since the last suspension of the launcher
         self._lock = threading.Condition()
         self._states = [RankState(rank) for rank in range(world)]
         self._lines: dict[int, Line] = {}
@@ -121,13 +123,13 @@ class Watch:
     # --- for the launcher ----------------------------------------------------------------------------------------
 
     def states(self) -> list[RankState]:
-        """What is known of every rank, now."""
+        """Return what is known of every rank now."""
         with self._lock:
             now = self.now()
             return [replace(s, silent=True) if self._is_silent(s, now) else s for s in self._states]
 
     def missing(self) -> list[int]:
-        """Ranks that have not said hello."""
+        """Return the ranks that have not said hello."""
         with self._lock:
             return [state.rank for state in self._states if state.hello is None]
 
@@ -136,19 +138,22 @@ class Watch:
         self._tell({"do": "go"})
 
     def ask_stop(self) -> None:
-        """Ask the ranks to save at the next step boundary and leave."""
+        """Ask the ranks to save at the next step boundary and exit."""
         self._tell({"do": "stop"})
 
     def leave(self, why: str) -> None:
-        """Tell the ranks to leave at once; that their connections close is no death from now on."""
+        """Tell the ranks to exit at once; from now on a closed connection is not a death."""
         with self._lock:
             self._dismissed = True
             self._states = [s if s.closed is not None else replace(s, dismissed=True) for s in self._states]
         self._tell({"do": "leave", "why": why})
 
     def probe(self, timeout_s: float = PROBE_S) -> Pairs:
-        """Which hosts reach each other, asked now, within `timeout_s`, and else as last heard since the job came on:
-        {(host, host): reached}, each pair in alphabetical order; pairs that could not be tried are not in it."""
+        """Ask the hosts now, for at most `timeout_s` seconds, and return which of them reach each other.
+
+        The result is {(host, host): reached}, each pair in alphabetical order, without pairs that could not be tried. A
+        missing answer is as last heard since the job made progress.
+        """
         with self._lock:
             self._ask_hosts(self.now())
             self._ring()
@@ -161,7 +166,7 @@ class Watch:
             return pairs
 
     def close(self) -> None:
-        """Hang up on everybody and stop listening."""
+        """Close all connections and stop listening."""
         with self._lock:
             self._closing = True
         self._ring()
@@ -208,8 +213,8 @@ class Watch:
             link, address = self._server.accept()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                return  # it hung up while it waited
-            if not self._drop_a_stranger():  # it stays in the queue: asking again at once would take a processor
+                return  # the other end hung up while it waited
+            if not self._drop_a_stranger():  # it stays queued: asking again at once would keep a core busy
                 self._ready.unregister(self._server)
                 self._accepting = False
             return
@@ -221,7 +226,7 @@ class Watch:
             self._ready.register(link, selectors.EVENT_READ, line)
 
     def _drop_a_stranger(self) -> bool:
-        """The one that has been silent for longest: ranks say who they are at once."""
+        """Drop the oldest connection without a hello, which ranks send at once; return whether there was one."""
         oldest = min((line for line in self._all if line.rank is None), key=lambda line: line.since, default=None)
         if oldest is not None:
             self._drop(oldest)
@@ -246,7 +251,7 @@ class Watch:
             self._closed(line, False)
 
     def _understand(self, line: Line, text: bytes) -> None:
-        """One line; strangers and nonsense end the connection."""
+        """Handle one line; a stranger or a malformed line ends the connection."""
         try:
             if len(text) > MAX_LINE:
                 raise ValueError("too long")
@@ -264,7 +269,7 @@ class Watch:
         rank, now = int(hello["rank"]), self.now()
         hello = {key: value for key, value in hello.items() if key != "token"}
         if not 0 <= rank < self.world:
-            first = self._states[0]  # told with rank 0: somebody believes in another world
+            first = self._states[0]  # noted at rank 0: a process was started with another world
             self._states[0] = replace(first, rivals=(*first.rivals, hello))
             raise ValueError("no rank of this job")
         state = self._states[rank]
@@ -304,7 +309,7 @@ class Watch:
             self._freeze()
             last = failed.get("position") or state.position
             known = any(s.failed is not None for s in self._states)
-            then = self._states[rank].then if known else last  # the first failure says best where it was
+            then = self._states[rank].then if known else last  # the first failure knows its position best
             state = replace(state, failed=failed, failed_at=now, position=last, then=then)
         elif "bye" in message:
             state = replace(state, bye=int(message["bye"]["code"]))
@@ -317,12 +322,12 @@ class Watch:
             self._event()
 
     def _freeze(self) -> None:
-        """Before the first failure is noted: keep where everybody was, since what they do later is its consequence."""
+        """Keep every rank's position before the first failure is noted: what ranks do later is its consequence."""
         if not any(s.then is not None for s in self._states):
             self._states = [replace(s, then=s.position) for s in self._states]
 
     def _closed(self, line: Line, unreached: bool) -> None:
-        """A connection ended; `unreached`: not by its other end."""
+        """Note that a connection ended; `unreached`: not by its other end."""
         rank = line.rank
         self._drop(line)
         if rank is None or rank < 0:
@@ -345,7 +350,7 @@ class Watch:
         line.socket.close()
 
     def _look_after(self, now: float) -> None:
-        """Drop who never says hello; ask who is silent, and see whether his kernel acknowledges."""
+        """Drop connections that never say hello; message silent ranks and note whether their kernels acknowledge."""
         if not self._accepting:
             self._accepting = True
             self._ready.register(self._server, selectors.EVENT_READ)
@@ -367,7 +372,7 @@ class Watch:
             self._event()
 
     def _look_at_hosts(self, now: float) -> None:
-        """Ask them when the job stands still; forget what they said when it goes on."""
+        """Ask the hosts when the job makes no progress; forget their answers when it does again."""
         moved = [s.moved for s in self._states if s.moved is not None]
         if any(s.failed is not None or s.died for s in self._states) or not moved:
             return
@@ -377,12 +382,12 @@ class Watch:
             self._ask_hosts(now)
 
     def _ask_hosts(self, now: float) -> None:
-        """The first rank that lives on every host shall try to reach the others'."""
+        """Ask the first rank on every host that sends heartbeats to try to reach the other hosts."""
         first: dict[str, Line] = {}
         for rank, line in sorted(self._lines.items()):
             if line.port and not self._states[rank].quiet(now):
                 first.setdefault(self._states[rank].host, line)
-        for rank, line in sorted(self._lines.items()):  # hosts that are silent as a whole can be tried all the same
+        for rank, line in sorted(self._lines.items()):  # hosts that are entirely silent can be tried all the same
             if line.port:
                 first.setdefault(self._states[rank].host, line)
         self._probing, self._hosts_asked = {}, now
@@ -404,7 +409,7 @@ class Watch:
             for line in list(self._lines.values()):
                 line.put(word)
             for line in [line for line in self._all if line.rank == -1]:
-                line.put(word if word["do"] == "leave" else {"do": "leave", "why": "this rank is here twice"})
+                line.put(word if word["do"] == "leave" else {"do": "leave", "why": "this rank is already connected"})
         self._ring()
 
     def _event(self) -> None:

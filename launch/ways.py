@@ -1,8 +1,8 @@
-"""The ways of starting a job, and which of them applies where: this machine, torchrun, Slurm, MPI.
+"""Choose the way to start a job: on this machine, by torchrun, under Slurm or by MPI.
 
-`way_of("slurm", config)` is a Way: it says what would be started (`document`) and does it (`run`). Inside a Slurm
-allocation every way but `local` starts ranks on the allocation's nodes; outside, `slurm` submits a job that comes back
-here from inside.
+`way_of("slurm", config)` returns a Way, which tells what would be started (`document`) and starts it (`run`). Inside a
+Slurm allocation every way but `local` starts ranks on the allocation's nodes; outside, `slurm` submits a job that comes
+back here from inside.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ from launch.facts import address_towards
 from launch.files import go_on, to_change
 from launch.local import HOST, launch_local
 from launch.ports import free_port
-from launch.spec import MASTER, JobSpec
+from launch.spec import MASTER, JobSpec, counted
 from launch.starter import NotStartedError
 from launch.supervise import PREEMPTED, say, supervise
 
 BAD_INPUT = 2
 LEAST_STEPS = 2
-"""Of a life of a job that goes back to the queue."""
+"""Fewest steps that ranks must make, before they save and exit, for the job to be requeued."""
 WAYS = ("local", "torchrun", "slurm", "mpi")
 
 
 class Way(Protocol):
-    """How a job is started."""
+    """Way to start a job."""
 
     @property
     def sentence(self) -> str:
-        """For people: where the ranks will run."""
+        """Place where the ranks will run, in words for users."""
 
     def document(self, spec: JobSpec) -> dict[str, Any]:
-        """What would be run, exactly: `commands` (lists of arguments), and `script` where one is submitted."""
+        """Return exactly what would be run: `commands` (lists of arguments), and `script` if one is submitted."""
 
     def run(self, spec: JobSpec) -> int:
-        """Do it; the job's exit code."""
+        """Start the job and return its exit code."""
 
 
 def way_of(via: str, config: Config, detach: bool = False, check: bool = False) -> Way:
-    """The way that `--via` means here. Raises ConfigError where it cannot be gone."""
+    """Return the way that `--via` means here. Raise ConfigError if it is not possible."""
     nodes, inside = config.launch.nodes, slurm.in_allocation()
     if via not in WAYS:
-        raise ConfigError([f"--via {via}: no such way; choose {', '.join(WAYS)}"])
+        raise ConfigError([f"--via {via}: unknown launcher; choose {', '.join(WAYS)}"])
     if check and detach:
-        raise ConfigError(["--check --detach: a check has to be followed to its end, or nobody hears what it found; "
-                           "leave out --detach"])  # fmt: skip
+        raise ConfigError(["--check --detach: a check reports its result only if it is followed to its end; omit "
+                           "--detach"])  # fmt: skip
     starter = via if via != "slurm" else config.launch.slurm.starter
     if starter == "mpi" and (inside or via == "mpi" or not config.launch.modules):  # a module may bring it into the job
         mpi.require_mpi4py()
     if via == "local":
         if nodes != 1:
-            raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine: "
-                               "--nodes 1, or --via slurm, torchrun or mpi"])  # fmt: skip
+            raise ConfigError([f"launch.nodes: got {nodes}, but --via local starts every rank on this machine; "
+                               "use --nodes 1, or --via slurm, torchrun or mpi"])  # fmt: skip
         return Local()
     if inside:
         return Allocation.here(starter, config)
@@ -72,32 +72,35 @@ def way_of(via: str, config: Config, detach: bool = False, check: bool = False) 
         return Submitted(config, detach)
     if nodes != 1:
         raise ConfigError([
-            f"launch.nodes: got {nodes}, but this is no Slurm allocation, so --via {via} knows no other hosts; start "
-            "it inside one (sbatch, salloc), or run torchrun on every node yourself: see docs/cluster.md"
+            f"launch.nodes: got {nodes}, but this is not a Slurm allocation, so --via {via} knows no other hosts; "
+            "start it inside one (sbatch, salloc), or run torchrun on every node yourself: see docs/cluster.md"
         ])  # fmt: skip
     return OneHost(via)
 
 
 class Local:
-    """Processes of this machine."""
+    """Way to start the ranks as processes of this machine."""
 
     sentence = "this machine"
 
     def document(self, spec: JobSpec) -> dict[str, Any]:
+        """Return the command of every rank."""
         return {"commands": [list(spec.argv)] * spec.ranks}
 
     def run(self, spec: JobSpec) -> int:
+        """Run the ranks to their end, say how to continue if they fail, and return the exit code."""
         return told_how_to_go_on(launch_local(spec), spec, "local")
 
 
 class OneHost:
-    """torchrun or mpirun on this machine."""
+    """Way to start the ranks by torchrun or mpirun on this machine."""
 
     def __init__(self, via: str) -> None:
         self.via = via
         self.sentence = f"this machine, by {via if via == 'torchrun' else 'mpirun'}"
 
     def document(self, spec: JobSpec) -> dict[str, Any]:
+        """Return the command of torchrun or mpirun, whose port is chosen at the start."""
         return {"commands": [self._argv(spec, 0)]}
 
     def _argv(self, spec: JobSpec, port: int) -> list[str]:
@@ -106,8 +109,9 @@ class OneHost:
         return list(mpi.command(spec, hosts=(), names=tuple(spec.env)))
 
     def run(self, spec: JobSpec) -> int:
+        """Run the ranks to their end, say how to continue if they fail, and return the exit code."""
         with not_started():
-            # Nobody holds the port until rank 0 listens, seconds later: another launch must come to another one.
+            # The port is free until rank 0 listens, seconds later: another launch must choose another one.
             port = port_on(HOST, f"{spec.log_dir.resolve()} {os.getpid()}")
             argv = self._argv(spec, port)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{HOST}:{port}", **torchrun.environment(spec)}
@@ -117,7 +121,7 @@ class OneHost:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of a Slurm allocation that this process is in."""
+    """Way to start the ranks on the nodes of the Slurm allocation that this process is in."""
 
     via: str
     """srun, torchrun or mpi."""
@@ -129,6 +133,7 @@ class Allocation:
 
     @staticmethod
     def here(via: str, config: Config) -> Allocation:
+        """Return the allocation of this process. Raise ConfigError if it has too few nodes for `config`."""
         hosts = tuple(slurm.hosts(os.environ))
         if len(hosts) < config.launch.nodes:
             raise ConfigError([f"launch.nodes: got {config.launch.nodes}, but the allocation has {len(hosts)}: "
@@ -139,6 +144,7 @@ class Allocation:
         return Allocation(via, job, hosts[: config.launch.nodes], s.cpus_per_rank, s.requeue, sentence)
 
     def document(self, spec: JobSpec) -> dict[str, Any]:
+        """Return the command of srun or mpirun."""
         return {"commands": [self._argv(spec, self.hosts[0], slurm.port_of(self.job_id))]}
 
     def _argv(self, spec: JobSpec, address: str, port: int, step: str = "") -> list[str]:
@@ -148,8 +154,10 @@ class Allocation:
         return list(slurm.srun_argv(spec, self.via, address, port, self.cpus_per_rank, nodes=self.hosts, step=step))
 
     def addresses(self, spec: JobSpec) -> tuple[str, str]:
-        """Where the watch listens, and where the ranks meet, which is always on the first node. They differ where this
-        process is not there: an salloc shell on the login node."""
+        """Return the address where the watch listens and the one where the ranks meet, always on the first node.
+
+        They differ if this process is on another: an salloc shell on the login node. Raise ConfigError without a route.
+        """
         alone = len(self.hosts) == 1
         if alone and slurm.is_here(self.hosts[0]):
             return HOST, HOST
@@ -159,39 +167,42 @@ class Allocation:
         own = address_towards(f"{first}:{slurm.port_of(self.job_id)}")
         if not own:
             raise ConfigError([
-                f"no route leads from {socket.gethostname()} to {self.hosts[0]} ({first}), the job's first node; start "
-                "on a node of the job: sbatch, or srun --pty in the allocation"
+                f"there is no route from {socket.gethostname()} to {self.hosts[0]} ({first}), the job's first node; "
+                "start on a node of the job: sbatch, or srun --pty in the allocation"
             ])  # fmt: skip
         return own, HOST if alone else first
 
     def run(self, spec: JobSpec) -> int:
+        """Run the ranks to their end, requeue the job or say how to continue, and return the exit code."""
         step = f"dist-gpt-{secrets.token_hex(4)}"
         with not_started():
             own, address = self.addresses(spec)
-            # From elsewhere nobody can try whether a port is free there; preflight's first rank does.
+            # Only a process there can try whether the port is free: preflight's first rank does.
             port = port_on(address, self.job_id) if own == address else slurm.port_of(self.job_id)
             argv = self._argv(spec, address, port, step)
         env = {"DIST_GPT_STARTER": self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
         ours = self._ours(step)
         starter = CommandRanks(argv, env, spec.log_dir / f"{self.via}.log", lambda: slurm.end_steps(self.job_id, ours))
-        say(f"{self.sentence}; master {address}:{port}" + (f", watched from {own}" if own != address else ""))
+        say(f"{self.sentence}; master {address}:{port}" + (f", launcher {own}" if own != address else ""))
         before = newest_step(spec.log_dir.parent)
         return supervise(spec, starter, own, lambda code, stops: self._requeue(code, stops, spec, before))
 
     def _ours(self, step: str) -> Callable[[str, str], bool]:
-        """Which of the allocation's steps (id, name) this launch starts; others may belong to the user."""
+        """Return a test for the steps (id, name) that this launch starts; others may belong to the user."""
         if self.via != "mpi":
             return lambda number, name: name == step
         before = frozenset(slurm.steps(self.job_id))  # mpirun calls srun itself, and names its steps after its daemons
         return lambda number, name: name in mpi.DAEMONS and number not in before
 
     def _requeue(self, code: int, stops: list[int], spec: JobSpec, before: int) -> int:
-        """Back to the queue where Slurm warned before the end of the time and the next life has something to gain: the
-        ranks saved and left after a step or two at least, or, where they did not come to that, there is a checkpoint
-        newer than step `before`. Else it would come to the same point again and again."""
+        """Requeue the job if Slurm warned before the end of its time and it made progress; return its exit code.
+
+        Progress: the ranks saved and exited after LEAST_STEPS steps at least, or, if they did not come to that, there
+        is a checkpoint newer than step `before`. Else the job would come to the same point again and again.
+        """
         run_dir = spec.log_dir.parent
         warned = bool(stops) and slurm.is_warning(stops[0])
-        alone = warned and all(slurm.is_warning(number) for number in stops)  # nobody asked for an end besides
+        alone = warned and all(slurm.is_warning(number) for number in stops)  # no other signal asked for an end
         after = newest_step(run_dir)
         saved = code == PREEMPTED and warned
         if not self.requeue or to_change(run_dir) or not (saved or (code not in (0, BAD_INPUT) and alone)):
@@ -202,14 +213,14 @@ class Allocation:
             say(f"job {self.job_id} was not requeued: {refused}" if refused else f"job {self.job_id} is back in the "
                 "queue")  # fmt: skip
             return code
-        say(f"job {self.job_id} does not go back to the queue: between its start and Slurm's warning it made "
-            f"{max(made, 0)} steps that are saved, and would come to the same point again; ask for more time "
-            "(launch.slurm.time, --time), which must be longer than a start, grace_s and some steps")  # fmt: skip
+        say(f"job {self.job_id} is not requeued: between its start and Slurm's warning it saved "
+            f"{counted(max(made, 0), 'step')} of progress and would end at the same point again; request more time "
+            "(launch.slurm.time, --time) than startup, grace_s and several steps take")  # fmt: skip
         return told_how_to_go_on(code, spec, "slurm")
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, or of the one that the run branches from; -1 where there is none."""
+    """Return the step of the newest checkpoint, or of the one that the run branches from; -1 if there is none."""
     branch = branch_of(run_dir)
     others = [] if branch is None else [branch, *committed(branch / CHECKPOINTS)]
     found = [*committed(run_dir / CHECKPOINTS), *others]
@@ -217,7 +228,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 def told_how_to_go_on(code: int, spec: JobSpec, via: str) -> int:
-    """`code`, after the last words: what is saved, and the command that goes on from there."""
+    """Return `code`; if the job failed or was stopped, first print what is saved and the command that continues."""
     if code not in (0, BAD_INPUT) and spec.saves:
         say(go_on(spec.log_dir.parent, via))
     return code
@@ -225,7 +236,7 @@ def told_how_to_go_on(code: int, spec: JobSpec, via: str) -> int:
 
 @contextmanager
 def not_started() -> Iterator[None]:
-    """Inside, nothing is started yet."""
+    """Turn a ConfigError in the block into NotStartedError: nothing is started yet."""
     try:
         yield
     except ConfigError as error:
@@ -233,21 +244,23 @@ def not_started() -> Iterator[None]:
 
 
 class Submitted:
-    """A Slurm job of its own."""
+    """Way to submit the run as a Slurm job of its own."""
 
     def __init__(self, config: Config, detach: bool) -> None:
         self.config, self.detach = config, detach
         nodes = config.launch.nodes
-        self.sentence = f"a Slurm job on {nodes} node{'s' if nodes > 1 else ''}"
+        self.sentence = f"a Slurm job on {counted(nodes, 'node')}"
 
     def _script(self, spec: JobSpec) -> str:
         return slurm.sbatch_text(slurm.job_of(self.config, spec, Path.cwd(), sys.executable))
 
     def document(self, spec: JobSpec) -> dict[str, Any]:
+        """Return the command of sbatch and the script."""
         script = spec.log_dir.parent / "job.sbatch"
         return {"commands": [["sbatch", "--parsable", str(script)]], "script": self._script(spec)}
 
     def run(self, spec: JobSpec) -> int:
+        """Submit the script and, unless detached, follow the job to its end; return the exit code."""
         script = spec.log_dir.parent / "job.sbatch"
         script.write_text(self._script(spec))
         if self.detach:
@@ -258,11 +271,12 @@ class Submitted:
 
 
 def port_on(host: str, seed: str) -> int:
-    """A free port of `host`, the same one for the same `seed` unless somebody has it. Raises ConfigError."""
+    """Return a free port of `host`, the same for the same `seed` unless it is taken. Raise ConfigError if none is."""
     try:
         return free_port(host, seed)
     except OSError as error:
         raise ConfigError([
-            f"cannot listen on {host} ({error.strerror}); is it an address of this host ({socket.gethostname()})? "
-            "Start on the job's first node, or name the interface between nodes: --set launch.interface=NAME"
+            f"cannot listen on {host} ({error.strerror}); check that it is an address of this host "
+            f"({socket.gethostname()}), start on the job's first node, or set the interface between nodes: "
+            "--set launch.interface=NAME"
         ]) from error  # fmt: skip

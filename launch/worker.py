@@ -1,8 +1,8 @@
 """Entry of a rank's process: `python -m launch.worker TARGET ARGS...`, TARGET a module or a .py file.
 
 Ties the process to its launcher, finds out which rank it is, says hello to the launcher's watch with what it found on
-its node, and runs TARGET in the same process as `python -m TARGET ARGS...` would. A rank whose launcher was killed
-would otherwise train on, hold its memory and its GPU, and nobody would know.
+its node, and runs TARGET in the same process as `python -m TARGET ARGS...` would. Without the tie, a rank whose
+launcher was killed would keep training unnoticed and hold its memory and GPU.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 POLL_S = 1.0
 CONNECT_S = 20.0
 GO_S = 600.0
-"""Longest wait for the launcher's word: it waits for the other ranks itself."""
+"""Longest wait in seconds for the launcher's command; the launcher waits for the other ranks itself."""
 LOOK_S = 0.5
 BAD_INPUT, PREEMPTED = 2, 75
 MAX_ERROR = 2000
 
 
 def tie_to_parent(parent: int) -> None:
-    """Make this process die with process `parent`, its parent: by the kernel on Linux, elsewhere by looking."""
+    """Make this process die with process `parent`, its parent: by the kernel on Linux, elsewhere by polling."""
     if not (sys.platform.startswith("linux") and _kernel_kills_us()):
         threading.Thread(target=_watch, args=(parent,), name="lifeline", daemon=True).start()
-    if os.getppid() != parent:  # it died before the kernel had been told
+    if os.getppid() != parent:  # it died before the kernel was told
         os._exit(1)
 
 
@@ -72,7 +72,7 @@ def _watch(parent: int) -> None:
 
 
 def take_place(environ: MutableMapping[str, str]) -> str:
-    """Put torchrun's variables of this rank into `environ`, whoever started it; returns the sentence that says so."""
+    """Put torchrun's variables of this rank into `environ`, whatever started it; return the sentence that says so."""
     from launch.discover import discover
 
     if environ.get("DIST_GPT_STARTER") == "mpi":
@@ -86,7 +86,7 @@ def take_place(environ: MutableMapping[str, str]) -> str:
 
 
 def open_log(environ: MutableMapping[str, str]) -> None:
-    """Send standard output and error to this rank's log where its starter is another program."""
+    """Send standard output and error to this rank's log if srun, torchrun or mpirun has started it."""
     folder = environ.get(LOG_DIR)
     if folder is None:
         return
@@ -94,7 +94,7 @@ def open_log(environ: MutableMapping[str, str]) -> None:
     try:
         log = os.open(Path(folder) / f"rank{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError:
-        return  # the run directory is not here or not writable: preflight says so, the starter's output shows the rest
+        return  # run directory missing or not writable here: preflight says so, the starter's log shows the rest
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -102,7 +102,7 @@ def open_log(environ: MutableMapping[str, str]) -> None:
 
 
 def greet(environ: MutableMapping[str, str]) -> None:
-    """Say hello to the watch and wait until it lets this rank go; the socket stays open for dist_gpt.pulse."""
+    """Say hello to the watch and wait until it lets this rank start; the socket stays open for dist_gpt.pulse."""
     if WATCH not in environ:
         return
     from launch.facts import facts
@@ -114,9 +114,9 @@ def greet(environ: MutableMapping[str, str]) -> None:
     except OSError as error:
         text = (
             f"rank {environ.get('RANK', '0')} on {socket.gethostname()} cannot reach the launcher at {host}:{port}: "
-            f"{error}. Is the network between this host and that one up, and launch.interface the right one?"
+            f"{error}. Check the network between the two hosts, and launch.interface"
         )
-        write_down(environ, text)  # the launcher reads it where they share a file system
+        write_down(environ, text)  # the launcher reads it if they share a file system
         sys.exit(text)
     hello = {
         "token": environ.get(WATCH_TOKEN, ""),
@@ -127,7 +127,7 @@ def greet(environ: MutableMapping[str, str]) -> None:
         "node": int(environ.get("GROUP_RANK", "0")),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "facts": {**found, "time": time.time()},  # compared with the launcher's when this arrives
+        "facts": {**found, "time": time.time()},  # compared with the launcher's on arrival
     }
     line.sendall(json.dumps({"hello": hello}).encode() + b"\n")
     word = _word(line)
@@ -169,7 +169,7 @@ def _word(line: socket.socket) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Run `argv` = [TARGET, ARGS...]; leaves as TARGET leaves (its exception, its SystemExit)."""
+    """Run `argv` = [TARGET, ARGS...] and exit as TARGET does; print its error, if any, and exit with 1."""
     if not argv:
         sys.exit("usage: python -m launch.worker MODULE|FILE.py [ARGS...]")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to save that comes before there is anything to save
@@ -210,18 +210,18 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1) from None
     finally:
         say_bye(os.environ, code, why)
-        gc.freeze()  # the process ends: looking through all of torch's objects for garbage would take it a second
+        gc.freeze()  # the process ends: searching all of torch's objects for garbage would take a second
 
 
 ENTRY = ("/launch/forkserver.py", "/launch/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/",
          "/click/", "runpy")  # fmt: skip
-"""Files whose frames lead from this process's start to the program, and say nothing about what went wrong."""
+"""Files whose frames lead from the start of this process to the program and say nothing about the error."""
 EXPLAINED = ("ConfigError", "RendezvousError", "DivergedError")
-"""Errors of ours whose text says what to do; where they were raised helps nobody."""
+"""Errors of ours whose text says what to do; a traceback would not help."""
 
 
 def told(error: BaseException) -> str:
-    """An error for a rank's log: its text where that explains it, else the traceback from the program's entry on."""
+    """Return an error for a rank's log: its text if that explains it, else the traceback from the entry on."""
     ours = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("dist_gpt.")}
     if ours.intersection(EXPLAINED):
         return f"dist-gpt: {error}"
@@ -236,7 +236,7 @@ def told(error: BaseException) -> str:
 
 
 def write_down(environ: MutableMapping[str, str], text: str) -> None:
-    """Leave the error where the launcher looks, as far as this process can tell which rank it was to be."""
+    """Write the error where the launcher looks, as far as this process can tell which rank it was to be."""
     path = environ.get(ERROR_FILE)
     if path is None and LOG_DIR in environ:
         names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -248,8 +248,10 @@ def write_down(environ: MutableMapping[str, str], text: str) -> None:
 
 
 def say_bye(environ: MutableMapping[str, str], code: object, why: str = "") -> None:
-    """Tell the watch how this rank leaves, where its program had no heartbeat of its own (dist_gpt.pulse takes the
-    socket over). What ends badly before it has one is a failure like any other."""
+    """Tell the watch how this rank exits, if its program had no heartbeat of its own.
+
+    Otherwise dist_gpt.pulse has taken the socket over. A bad end before that is a failure like any other.
+    """
     number = environ.pop(WATCH_FD, None)
     if number is None:
         return
@@ -257,7 +259,7 @@ def say_bye(environ: MutableMapping[str, str], code: object, why: str = "") -> N
     why = code if isinstance(code, str) else why  # sys.exit("text")
     said: dict[str, Any] = {"bye": {"code": status}}
     if status not in (0, PREEMPTED):
-        text = f"left with exit code {status}" + (f": {why}" if why else "")
+        text = f"exited with code {status}" + (f": {why}" if why else "")
         said = {"failed": {"error": text[:MAX_ERROR], "inside": False, "position": None, "code": status}}
     with suppress(OSError), socket.socket(fileno=int(number)) as line:
         line.sendall(json.dumps(said).encode() + b"\n")

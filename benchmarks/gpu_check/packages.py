@@ -146,7 +146,7 @@ def unfit(wheel: str, version: tuple[int, int] = sys.version_info[:2], machine: 
     """Return why a wheel with this file name cannot run here, or an empty string."""
     parts = wheel.removesuffix(".whl").split("-")
     if len(parts) not in (5, 6):
-        return "its name is not a wheel's"
+        return "its name is not that of a wheel"
     pythons, abis, platforms = (part.split(".") for part in parts[-3:])
     machine = machine or sysconfig.get_platform().rpartition("-")[2]
     here = f"cp{version[0]}{version[1]}"

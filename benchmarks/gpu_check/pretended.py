@@ -34,7 +34,7 @@ from dist_gpt.rank import Rank
 
 NAME = "gpu"
 ROOT = Path(__file__).resolve().parents[2]
-UNABLE = "this torch cannot pretend a device (it needs 2.11 or later)"
+UNABLE = "this torch cannot provide a pretended device; version 2.11 or later can"
 NO_KERNELS = {
     "aten._local_scalar_dense", "aten._unsafe_view", "aten.empty", "aten.empty_like", "aten.empty_strided",
     "aten.lift_fresh", "aten.new_empty", "aten.new_empty_strided", "aten.resize_", "prim.device",

@@ -90,11 +90,11 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise BrokenError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BrokenError(f"{path}: no manifest of a checkpoint ({type(error).__name__}: {error})") from None
+        raise BrokenError(f"{path}: not a checkpoint manifest ({type(error).__name__}: {error})") from None
     if [f.name for f in files] != [file_name(rank) for rank in range(manifest.world)]:
         raise BrokenError(f"{path}: does not name one file for each of {manifest.world} ranks")
     if manifest.step < 0 or any(f.bytes < 0 or not _SHA256.fullmatch(f.sha256) for f in files):
-        raise BrokenError(f"{path}: step, sizes or hashes are none")
+        raise BrokenError(f"{path}: its step, sizes or hashes are not valid")
     return manifest
 
 
@@ -156,7 +156,7 @@ def schedule_note(manifest: Manifest, config: Config) -> list[str]:
         return []
     return [
         f"train.steps: the checkpoint's run had {theirs}, this one has {ours}; optim.decay {decay} ends at the last "
-        f"step, so from step {manifest.step + 1} on the learning rate is another one"
+        f"step, so from step {manifest.step + 1} on the learning rate is different"
     ]
 
 

@@ -99,14 +99,14 @@ def _refuse_what_would_be_lost(run_dir: Path, config: Config) -> None:
     if committed(run_dir / CHECKPOINTS) or (branch is not None and _own(branch, run_dir)) or not has_trained(run_dir):
         return
     if not _same_config(run_dir, config):
-        what = "what it has trained is of another configuration"
+        what = "its steps are of another configuration"
     elif ended(run_dir).get("code") == 0:
-        what = "it has come to its end"
+        what = "its training is finished"
     else:
         return
     raise ConfigError([
-        f"--resume auto: {run_dir} has no checkpoint to go on from, and {what}; it is never written over. Choose "
-        "another name or --set run_dir=..., or remove it (checkpoint.every makes checkpoints)"
+        f"--resume auto: {run_dir} has no checkpoint to resume from, and {what}; it is never overwritten. Choose "
+        "another name or --set run_dir=..., or remove it (set checkpoint.every to save checkpoints)"
     ])  # fmt: skip
 
 

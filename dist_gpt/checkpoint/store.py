@@ -130,7 +130,7 @@ class Checkpoints:
     def _commit(self, scope: Store, step: int, beside: Path, trainer: Mapping[str, int]) -> Word:
         """Write the manifest and rename the folder, on rank 0, once every rank's file is there; else remove it all."""
         try:
-            words = self._words(scope, "file", "write its part of the checkpoint")
+            words = self._words(scope, "file", "write a checkpoint file")
             errors = [word["error"] for word in words if "error" in word]
             if errors:
                 raise CheckpointError("; ".join(errors[:3]))
@@ -163,7 +163,7 @@ class Checkpoints:
             while not path.is_file() or path.stat().st_size != file.bytes:
                 if time.monotonic() > deadline:
                     raise CheckpointError(
-                        f"rank {rank} has written {path}, and rank 0 does not see it: run_dir must lie on a file "
+                        f"rank {rank} has written {path}, but rank 0 does not see it: run_dir must lie on a file "
                         "system that all nodes share"
                     )
                 time.sleep(0.1)
@@ -207,9 +207,10 @@ class Checkpoints:
                 self._refuse(scope, moved)
                 found.notes[:0] = notes + moved["notes"]
                 return found
-            notes.append(f"checkpoint {folder} is broken and left out: {found}")
+            notes.append(f"checkpoint {folder} is broken and skipped: {found}")
         if notes:
-            what = "it is broken" if len(notes) == 1 and not choice["falls_back"] else "no checkpoint is whole"
+            only_one = len(notes) == 1 and not choice["falls_back"]
+            what = "the checkpoint is broken" if only_one else "no checkpoint is intact"
             raise self._last_word(scope, [f"--resume {resume}: {what}. {'; '.join(notes)}"])
         return None
 
@@ -249,7 +250,7 @@ class Checkpoints:
         return {"files": files, "step": manifest.step, "trainer": manifest.trainer, "notes": notes}
 
     def _judge(self, scope: Store) -> Word:
-        words = self._words(scope, "file", "read its part of the checkpoint")
+        words = self._words(scope, "file", "read a checkpoint file")
         return {"broken": [word["broken"] for word in words if "broken" in word]}
 
     def _set_newer_aside(self, loaded: Loaded) -> Word:
@@ -268,7 +269,7 @@ class Checkpoints:
             word = self._attempt(action)
             scope.set(key, json.dumps(word))
             return word
-        wait_for(scope, self.env, {0: key}, f"say {key} of the checkpoint", timeout_s)
+        wait_for(scope, self.env, {0: key}, f"send {key!r} for the checkpoint", timeout_s)
         answer: Word = json.loads(scope.get(key))
         return answer
 
@@ -318,7 +319,7 @@ def _read_whole(path: Path, file: File) -> tuple[bytes, str]:
     if len(data) != file.bytes:
         return b"", f"{path} has {len(data)} bytes, {file.bytes} were written"
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        return b"", f"{path} does not hold what was written (sha256 differs)"
+        return b"", f"{path} is not what was written (sha256 differs)"
     return data, ""
 
 

@@ -93,7 +93,7 @@ def _left(deadline: float) -> float:
     """Return the seconds until `deadline`; raise TimeoutError if it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("the time for reading clocks is over")
+        raise TimeoutError("the time limit for reading clocks has passed")
     return left
 
 

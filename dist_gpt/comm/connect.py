@@ -41,7 +41,7 @@ def connect_members(backend: Any, ranks: Sequence[int], index: int, timeout_s: f
         return None
     proof = torch.randint(1 << 62, (1,), generator=_unseeded())  # found only by reading the right process
     with ExitStack() as undo:
-        place, door, why = 0, None, "another rank may not"
+        place, door, why = 0, None, "reading failed on another rank"
         try:
             place = _place()
             door = undo.enter_context(_door(_name(os.getpid(), int(proof)), size)) if place else None
@@ -100,7 +100,7 @@ def _links(door: socket.socket, facts: list[list[int]], index: int, undo: ExitSt
         undo.enter_context(link).settimeout(CONNECT_S)
         (i,) = _INDEX.unpack(link.recv(_INDEX.size))
         if not index < i < len(facts) or facts[i][1] != pid:
-            raise MemberError(f"process {pid} says that it is member {i}")
+            raise MemberError(f"process {pid} claims to be member {i}")
         link.send(_INDEX.pack(index))
         links[i] = link
     for i in range(index):

@@ -27,7 +27,7 @@ class GlobalGroups:
 
     def __init__(self, store: Store, env: RankEnv, device: torch.device, timeout_s: float) -> None:
         if dist.is_initialized():
-            raise RuntimeError("torch.distributed has a default process group already: one engine per process")
+            raise RuntimeError("torch.distributed already has a default process group: use one engine per process")
         self._timeout = timedelta(seconds=timeout_s)
         self._interface = None if device.type == "cuda" else gloo_interface(env)
         with self._bound():

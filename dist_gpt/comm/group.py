@@ -167,7 +167,7 @@ class Group:
     def _exchange(self, receive: Iterable[Tensor], send: Iterable[Tensor]) -> Exchange:
         """Receive from and send to each of the other members, in their order."""
         if self._waiter is None:
-            raise ValueError(f"group {self}: exchanges are gloo's")
+            raise ValueError(f"group {self}: exchanges need gloo")
         return start_exchange(self.backend, self._others, receive, send, self._waiter)
 
     def reduce_scatter(self, out: Tensor, full: Tensor) -> Pending:

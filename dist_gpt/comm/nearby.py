@@ -100,7 +100,7 @@ class Member:
             self.link.settimeout(call.left_s)
             word = self.link.recv(_WORD.size)
         except TimeoutError as error:
-            raise MemberError(f"timed out: rank {self.rank} did not come to, or did not end, the {call}") from error
+            raise MemberError(f"timed out: rank {self.rank} did not start or did not finish the {call}") from error
         except OSError as error:
             raise self._gone() from error
         if not word:
@@ -124,7 +124,7 @@ class Member:
             done += got
 
     def _gone(self) -> MemberError:
-        return MemberError(f"rank {self.rank} is gone, or has failed: its connection was closed by peer")
+        return MemberError(f"rank {self.rank} has exited or failed: it closed its connection")
 
 
 class Nearby:

@@ -172,7 +172,7 @@ def slow_groups(rows: Sequence[dict[str, Any]], hosts: Mapping[int, str]) -> lis
                 where = ", ".join(dict.fromkeys(hosts.get(rank, "?") for rank in row["ranks"]))
                 lines.append(
                     f"probe: slow: {axis} group of ranks {', '.join(map(str, row['ranks'][:8]))} on {where}: "
-                    f"{row['busbw'] / 1e6:.1f} MB/s, others {usual / 1e6:.1f}; look at these nodes' links and load"
+                    f"{row['busbw'] / 1e6:.1f} MB/s, others {usual / 1e6:.1f}; check the links and load of these nodes"
                 )
     return lines
 
@@ -198,7 +198,10 @@ def main(argv: Sequence[str]) -> int:
         p = config.parallel
         layout = layout_of(config)
         if env.world != layout.world:
-            raise RendezvousError(f"{env.world} ranks were started, but the layout {layout} has {layout.world}")
+            raise RendezvousError(
+                f"the world size is {env.world}, but the layout {layout} needs {layout.world}: start that many ranks, "
+                "or change the degrees in parallel"
+            )
         store = connect_store(env)
         device = choose_device(env, config.launch.backend)
         roll_call(store, env, identity(config_hash(config)))

@@ -89,7 +89,7 @@ def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> Rank
     if world > 1 and local:
         raise RendezvousError(
             f"WORLD_SIZE is {world} but {' and '.join(local)} {'is' if len(local) == 1 else 'are'} not set, so this "
-            "rank cannot know who shares its node: start ranks with dist-gpt launch or torchrun, which set both"
+            "rank cannot know which ranks share its node: start ranks with dist-gpt launch or torchrun, which set both"
         )
     return RankEnv(
         rank=_number(env, "RANK"),
@@ -220,11 +220,11 @@ def _enter_attempt(store: Store, env: RankEnv) -> Store:
     except Exception as error:  # torch raises its own C++ error types here
         raise RendezvousError(
             f"rank {env.rank} lost torchrun's store at {env.master_addr}:{env.master_port} while it waited for rank 0 "
-            f"to let it in: did the torchrun that hosts it end? ({error})"
+            f"to admit it: has the torchrun that hosts the store exited? ({error})"
         ) from error
     raise RendezvousError(
-        f"rank {env.rank}: rank 0 did not let it into this attempt within {time.monotonic() - started:.0f} s. "
-        f"See the log of rank 0{': it may be in an attempt that this rank came too late for' if stale else ''}"
+        f"rank {env.rank}: rank 0 did not admit it to this attempt within {time.monotonic() - started:.0f} s. "
+        f"See the log of rank 0{': it may be in an attempt that this rank joined too late' if stale else ''}"
     )
 
 
@@ -282,8 +282,8 @@ def wait_for(store: Store, env: RankEnv, keys: Mapping[int, str], purpose: str, 
             absent = [rank for rank, key in keys.items() if not store.check([key])]
         except Exception:
             raise RendezvousError(
-                f"rank {env.rank} lost the store while it waited for {_named(keys)} to {purpose}: did the process "
-                f"that hosts it, at {env.master_addr}:{env.master_port}, end? See the log of rank 0 ({error})"
+                f"rank {env.rank} lost the store while it waited for {_named(keys)} to {purpose}: has the process "
+                f"that hosts it, at {env.master_addr}:{env.master_port}, exited? See the log of rank 0 ({error})"
             ) from error
         raise RendezvousError(
             f"rank {env.rank}: {_named(absent or keys)} did not {purpose} within {time.monotonic() - started:.0f} s. "
@@ -411,8 +411,8 @@ def choose_device(env: RankEnv, backend: str = "auto") -> torch.device:
     if torch.cuda.is_available() and backend != "gloo":
         if env.local_rank and torch.cuda.device_count() == 1 and _given_one_gpu(os.environ):
             print(
-                f"rank {env.rank} (local {env.local_rank} of {env.local_world} on {socket.gethostname()}) got one GPU "
-                "from whoever started it, as with srun --gpus-per-task=1: it uses cuda:0",
+                f"rank {env.rank} (local {env.local_rank} of {env.local_world} on {socket.gethostname()}) was given "
+                "one GPU by its launcher, as with srun --gpus-per-task=1, and uses cuda:0",
                 flush=True,
             )
             env = replace(env, local_rank=0)

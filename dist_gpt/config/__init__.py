@@ -1,1 +1,1 @@
-"""The typed configuration: `schema` says what may be written, `load` reads it and finds every problem."""
+"""The typed configuration: `schema` defines the keys, `load` reads files and finds every problem."""

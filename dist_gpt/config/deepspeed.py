@@ -1,4 +1,4 @@
-"""What optim.engine deepspeed needs, and cannot serve: sentences with what was given, why, and what to set instead."""
+"""Check optim.engine deepspeed: its package, and settings it cannot serve, as sentences with reason and remedy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from dist_gpt.config.schema import Config
 
 NATIVE = "or set optim.engine: native"
 REFUSED = ("parallel.cp", "optim.grad_dtype", "optim.reduce_dtype", "optim.state_dtype", "optim.reshard")
-"""Settings that DeepSpeed refuses whatever they are set to: no other reason is worth telling."""
+"""Settings that DeepSpeed supports at their defaults only: other problems of them are left out."""
 
 
 def deepspeed_problems(config: Config, native: Collection[str]) -> list[str]:
-    """`native`, every reason why our engine cannot train `config`, as DeepSpeed sees it: with its own reasons, and
-    each setting of REFUSED once. The other engine is offered only where it would take the setting."""
+    """Return every reason why DeepSpeed cannot train `config`, given `native`, the reasons of the native engine.
+
+    Each setting of REFUSED is reported once. The native engine is offered only where it would accept the setting.
+    """
     kept = [message for message in native if not message.startswith(REFUSED)]
     return [*kept, *_layout(config), *_state(config), *_refused(config, native), *_dtypes(config), *_loop(config)]
 
@@ -24,16 +26,17 @@ def require_deepspeed(engine: str) -> None:
     """Raise ConfigError when `engine` needs the package deepspeed and it is not installed."""
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError([
-            "optim.engine: got deepspeed, which needs the package deepspeed, and it is not installed; "
-            "pip install 'dist-gpt[deepspeed]', or set optim.engine=native"
+            "optim.engine: got deepspeed, but the package deepspeed is not installed; "
+            "run pip install 'dist-gpt[deepspeed]', or set optim.engine=native"
         ])  # fmt: skip
 
 
 def require_native(config: Config, what: str) -> None:
-    """Raise ConfigError where `what` (a sentence's subject) is asked of another engine than ours."""
+    """Raise ConfigError if the engine is not native. `what` begins the reason: "`what` of the native engine only"."""
     if config.optim.engine != "native":
         raise ConfigError([
-            f"optim.engine: got {config.optim.engine}; {what} of the native engine only. --set optim.engine=native"
+            f"optim.engine: got {config.optim.engine}, expected native: {what} of the native engine only; "
+            "add --set optim.engine=native"
         ])  # fmt: skip
 
 
@@ -42,18 +45,18 @@ def _layout(config: Config) -> list[str]:
     found = []
     if p.pp > 1:
         found.append(
-            f"parallel.pp {p.pp} with optim.engine deepspeed, which trains layouts of dp x tp; set pp: 1 (a larger "
-            f"parallel.tp or optim.sharding: zero3 make room for the model), {NATIVE}"
+            f"parallel.pp {p.pp} is not supported with optim.engine deepspeed, which trains only layouts of dp x tp; "
+            f"set pp: 1 (a larger parallel.tp or optim.sharding: zero3 also saves memory), {NATIVE}"
         )
     if p.sequence_parallel:
         found.append(
-            "parallel.sequence_parallel true with optim.engine deepspeed, which does not sum the gradients of norms "
-            f"over parallel.tp; set sequence_parallel: false, {NATIVE}"
+            "parallel.sequence_parallel true is not supported with optim.engine deepspeed, which does not sum the "
+            f"gradients of norms over parallel.tp; set sequence_parallel: false, {NATIVE}"
         )
     if p.schedule != "1f1b":
         found.append(
-            f"parallel.schedule {p.schedule} with optim.engine deepspeed, which ends the backward of a micro-batch "
-            f"before the next forward; set schedule: 1f1b, {NATIVE}"
+            f"parallel.schedule {p.schedule} is not supported with optim.engine deepspeed, which finishes the backward "
+            f"of a micro-batch before the next forward; set schedule: 1f1b, {NATIVE}"
         )
     return found
 
@@ -62,33 +65,34 @@ def _state(config: Config) -> list[str]:
     o = config.optim
     found = []
     if o.shard_group != "data":
-        found.append(f"optim.shard_group {o.shard_group} with optim.engine deepspeed, which shards over all data ranks "
-                     f"here; set shard_group: data, {NATIVE}")  # fmt: skip
+        found.append(f"optim.shard_group {o.shard_group} is not supported with optim.engine deepspeed, which shards "
+                     f"over all data ranks in this version; set shard_group: data, {NATIVE}")  # fmt: skip
     if o.offload and o.sharding == "none":
-        found.append("optim.offload true with optim.sharding none and optim.engine deepspeed, which offloads sharded "
-                     f"state alone; set sharding: zero1, zero2 or zero3, {NATIVE}")  # fmt: skip
+        found.append("optim.offload true with optim.sharding none is not supported with optim.engine deepspeed, which "
+                     f"offloads only sharded state; set sharding: zero1, zero2 or zero3, {NATIVE}")  # fmt: skip
     if config.checkpoint.every:
         found.append(
-            f"checkpoint.every {config.checkpoint.every} with optim.engine deepspeed: its checkpoints are pickles, "
-            f"which are not written here, and its state does not fit ours; set checkpoint.every: 0, {NATIVE}"
+            f"checkpoint.every {config.checkpoint.every} is not supported with optim.engine deepspeed: its checkpoints "
+            "are pickles, which dist-gpt does not write, and its state does not match the native checkpoint format; "
+            f"set checkpoint.every: 0, {NATIVE}"
         )
     return found
 
 
 def _refused(config: Config, native: Collection[str]) -> list[str]:
-    """The settings of REFUSED."""
+    """Return the problems of the settings in REFUSED."""
     o, cp = config.optim, config.parallel.cp
     found = []
     if cp > 1:
-        found.append(("parallel.cp", str(cp), "which trains layouts of dp x tp; set cp: 1"))
+        found.append(("parallel.cp", str(cp), "which trains only layouts of dp x tp; set cp: 1"))
     for key in ("grad_dtype", "reduce_dtype", "state_dtype"):
         if (given := getattr(o, key)) is not None:
-            why = f"where gradients, reductions and state are fp32; leave {key} out"
+            why = f"which keeps gradients, reductions and state in fp32; leave {key} out"
             found.append((f"optim.{key}", given, why))
     if o.reshard != "pass":
-        found.append(("optim.reshard", o.reshard, "which decides by itself what it keeps gathered; leave reshard out"))
+        found.append(("optim.reshard", o.reshard, "which decides itself what to keep gathered; leave reshard out"))
     return [
-        f"{key} {given} with optim.engine deepspeed, {why}"
+        f"{key} {given} is not supported with optim.engine deepspeed, {why}"
         + ("" if any(message.startswith(key) for message in native) else f", {NATIVE}")
         for key, given, why in found
     ]
@@ -98,15 +102,16 @@ def _dtypes(config: Config) -> list[str]:
     o, dtype = config.optim, config.train.dtype
     found = []
     if dtype == "fp64":
-        found.append("train.dtype fp64 with optim.engine deepspeed, which keeps masters and gradients in fp32; set "
-                     f"train.dtype: fp32, {NATIVE}")  # fmt: skip
+        found.append("train.dtype fp64 is not supported with optim.engine deepspeed, which keeps master weights and "
+                     f"gradients in fp32; set train.dtype: fp32, {NATIVE}")  # fmt: skip
     if dtype == "fp16":
-        found.append("train.dtype fp16 with optim.engine deepspeed: it has no fp16 on CPUs, and on GPUs it is not "
-                     f"proven in this version; set train.dtype: bf16 or fp32, {NATIVE}")  # fmt: skip
+        found.append("train.dtype fp16 is not supported with optim.engine deepspeed: DeepSpeed has no fp16 on CPUs, "
+                     "and on GPUs fp16 is not supported in this version; set train.dtype: bf16 or fp32, "
+                     f"{NATIVE}")  # fmt: skip
     if dtype == "bf16" and o.sharding == "none":
         found.append(
-            "train.dtype bf16 with optim.sharding none and optim.engine deepspeed, which would add gradients up in "
-            f"bf16; set sharding: zero1, zero2 or zero3, {NATIVE}"
+            "train.dtype bf16 with optim.sharding none is not supported with optim.engine deepspeed, which would "
+            f"accumulate gradients in bf16; set sharding: zero1, zero2 or zero3, {NATIVE}"
         )
     return found
 
@@ -114,7 +119,7 @@ def _dtypes(config: Config) -> list[str]:
 def _loop(config: Config) -> list[str]:
     if config.train.recompute == "full":
         return [
-            "train.recompute full with optim.engine deepspeed, which runs each forward once; set recompute: selective "
-            f"or none, {NATIVE}"
+            "train.recompute full is not supported with optim.engine deepspeed, which runs each forward once; set "
+            f"recompute: selective or none, {NATIVE}"
         ]
     return []

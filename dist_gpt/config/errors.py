@@ -1,4 +1,4 @@
-"""The one exception of the configuration: a list of problems, each a sentence that says what to change."""
+"""The one exception of the configuration: a list of problems, each a sentence with the change to make."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class ConfigError(Exception):
-    """A configuration that cannot run. `problems` holds every reason found, one plain line each."""
+    """Error of a configuration that cannot run. `problems` holds every reason found, one plain line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)

@@ -1,4 +1,4 @@
-"""Says in plain words what is wrong with a tree of YAML values: unknown keys, wrong types, values out of range."""
+"""Explain in plain words the errors in a tree of YAML values: unknown keys, wrong types, values out of range."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dist_gpt.config.schema import Config, Section
 
 
 def section_keys(path: tuple[str, ...] = ()) -> list[str] | None:
-    """Keys of the section at `path`; None when no section is there."""
+    """Return the keys of the section at `path`, or None if `path` is not a section."""
     section = _section_at(path)
     return None if section is None else list(section.model_fields)
 
 
 def leaf_paths(path: tuple[str, ...] = ()) -> list[str]:
-    """Every key that takes a value, dotted, in the schema's order."""
+    """Return the dotted path of every key below `path` that takes a value, in the schema's order."""
     found: list[str] = []
     for key in section_keys(path) or []:
         inner = (*path, key)
@@ -29,15 +29,15 @@ def leaf_paths(path: tuple[str, ...] = ()) -> list[str]:
 
 
 def unknown_key(path: tuple[str, ...]) -> tuple[str, str | None]:
-    """The message for a key the schema does not have, and the key that was probably meant."""
+    """Return the message for a key that the schema does not have, and the key that was probably meant, or None."""
     full = ".".join(path)
     above = path[:-1]
     keys = section_keys(above)
-    if keys is None:  # something inside a plain value, or inside a section that is unknown itself
+    if keys is None:  # inside a plain value, or inside a section that is unknown itself
         depth = next(n for n in range(len(above), -1, -1) if section_keys(above[:n]) is not None)
         if depth < len(path) and path[depth] in (section_keys(path[:depth]) or []):
             owner = ".".join(path[: depth + 1])
-            return f"{full}: unknown key; {owner} is one value and not a section, set {owner} whole", owner
+            return f"{full}: unknown key; {owner} is a single value, not a section; set {owner} itself", owner
         above, keys = path[:depth], section_keys(path[:depth]) or []
     meant = _suggestion(path[len(above)], above, keys)
     hint = f"; did you mean {meant}?" if meant else "."
@@ -46,7 +46,7 @@ def unknown_key(path: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def expected(path: tuple[str, ...]) -> str:
-    """What may stand at `path`, in words, for example "an integer >= 1"."""
+    """Return the value expected at `path` in words, for example "an integer >= 1"."""
     if takes_names(path):
         return f"names with values, for example {path[-1]}: {{NAME: VALUE}}"
     if _section_at(path):
@@ -62,7 +62,7 @@ def expected(path: tuple[str, ...]) -> str:
 
 
 def shown(value: Any) -> str:
-    """`value` as a person wrote it, with its type; long values are cut."""
+    """Return `value` as the user wrote it, with its type; long values are cut."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
@@ -72,9 +72,9 @@ def shown(value: Any) -> str:
 
 
 def explain(error: ValidationError, tree: Any) -> dict[str, tuple[str, str | None]]:
-    """What pydantic found wrong with `tree`, as dotted key -> (message, key that was meant instead).
+    """Return the errors that pydantic found in `tree`, as dotted key -> (message, key that was meant instead).
 
-    One entry per key, however often pydantic complains about it (each option of a union is a complaint of its own).
+    Each key has one entry, even if pydantic reports several errors (one per option of a union).
     """
     found: dict[str, tuple[str, str | None]] = {}
     for item in error.errors(include_url=False, include_context=False):
@@ -84,7 +84,7 @@ def explain(error: ValidationError, tree: Any) -> dict[str, tuple[str, str | Non
             found.setdefault(".".join(path), unknown_key(path))
             continue
         path = _known_prefix(location)
-        if takes_names(path) and len(location) > len(path):  # one of the names in it
+        if takes_names(path) and len(location) > len(path):  # a name inside it
             path = location[: len(path) + 1]
             found.setdefault(".".join(path), (_wrong_word(path, value_at(tree, path)), None))
             continue
@@ -97,21 +97,21 @@ def explain(error: ValidationError, tree: Any) -> dict[str, tuple[str, str | Non
 
 
 def takes_names(path: tuple[str, ...]) -> bool:
-    """Whether names of the user's own choice, with values, stand at `path`: launch.env, launch.slurm.options."""
+    """Return whether `path` takes names of the user's choice, with values: launch.env, launch.slurm.options."""
     section = _section_at(path[:-1]) if path else None
     field = section.model_fields.get(path[-1]) if section is not None else None
     return field is not None and get_origin(field.annotation) is dict
 
 
 def _wrong_word(path: tuple[str, ...], value: Any) -> str:
-    """A value that is neither text nor a number."""
+    """Return the message for a value that is neither text nor a number."""
     quoted = f"; write it in quotes, '{str(value).lower()}'" if isinstance(value, bool) else ""
-    quoted = "; nothing at all is ''" if value is None else quoted
+    quoted = "; write '' for an empty text" if value is None else quoted
     return f"{'.'.join(path)}: got {shown(value)}, expected text or a number{quoted}"
 
 
 def value_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The value at `path` of nested mappings; None where there is none."""
+    """Return the value at `path` in nested mappings, or None if there is none."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
@@ -156,7 +156,7 @@ def _suggestion(key: str, above: tuple[str, ...], keys: list[str]) -> str | None
 
 
 def _number(value: float) -> str:
-    """A whole number with all its digits."""
+    """Return a number as text, a whole number with all its digits."""
     return f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 

@@ -1,4 +1,4 @@
-"""What a shell, sbatch or a name of the system would not take of the section `launch`, as sentences."""
+"""Find values in the section `launch` that a shell, sbatch or the system would not accept, as sentences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import unicodedata
 from dist_gpt.config.schema import Config
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-"""A variable's name, for a shell."""
+"""Pattern of a shell variable's name."""
 SLURM_OPTION = r"[a-z][a-z0-9]*(-[a-z0-9]+)*"
-"""A long option of sbatch."""
+"""Pattern of a long option of sbatch, without its leading dashes."""
 SLURM_TIME = r"[0-9]+|[0-9]+:[0-9]{1,2}(:[0-9]{1,2})?|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}"
 SLURM_OURS = {
-    "job-name": "name it with the key name",
-    "chdir": "submit from the folder you want",
+    "job-name": "use the key name",
+    "chdir": "submit the job from that folder",
     "output": "the log is RUN_DIR/logs/slurm-JOB.out",
     "error": "the log is RUN_DIR/logs/slurm-JOB.out",
     "open-mode": "logs are appended to",
@@ -31,56 +31,60 @@ SLURM_OURS = {
     "qos": "use launch.slurm.qos",
     "constraint": "use launch.slurm.constraint",
     "time": "use launch.slurm.time",
-    "array": "write a script of your own, see slurm/array.sbatch",
+    "array": "write your own script, see slurm/array.sbatch",
     "wait": "dist-gpt launch follows the job itself",
-    "parsable": "dist-gpt launch reads the job's number itself",
+    "parsable": "dist-gpt launch reads the job ID itself",
     "test-only": "use --dry-run",
 }
-"""Options of sbatch that launch.slurm.options may not hold -> what to use instead."""
+"""Option of sbatch that launch.slurm.options may not hold -> advice on what to use instead."""
 
 LEAST_S = 120
-"""Of a Slurm job's time, beside launch.grace_s: Slurm may warn a minute earlier than asked for, and ranks have to start
-and do a step or two before."""
+"""Shortest time in seconds of a Slurm job beyond launch.grace_s: Slurm may warn a minute earlier than asked, and before
+that, ranks have to start and do a step or two."""
 
 
 def has_control(text: str) -> bool:
-    """Whether there is a line break or another control character in it."""
+    """Return whether `text` holds a line break or another control character."""
     return any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
 
 
 def launch_problems(config: Config) -> list[str]:
-    """Values that a shell, sbatch or a name of the system would not take as they are."""
+    """Return the problems of values that a shell, sbatch or the system would not accept as they are."""
     launch, s = config.launch, config.launch.slurm
     found = []
     for name, value in launch.env.items():
         if not re.fullmatch(VARIABLE, name):
-            found.append(f"launch.env: {name!r} is no name of a variable; use letters, digits and '_'")
+            found.append(f"launch.env: {name!r} is not a valid variable name; use letters, digits and '_', and "
+                         "do not begin with a digit")  # fmt: skip
         if "\0" in value:
-            found.append(f"launch.env: the value of {name!r} holds a NUL character, which no variable can; take it out")
+            found.append(f"launch.env: the value of {name!r} contains a NUL character, which a variable cannot "
+                         "hold; remove it")  # fmt: skip
     texts = [(f"launch.slurm.{key}", getattr(s, key)) for key in ("partition", "account", "qos", "constraint")]
     texts += [("launch.modules", module) for module in launch.modules]
     texts += [(f"launch.slurm.options.{option}", value) for option, value in s.options.items()]
     for key, text in texts:
         if text is not None and has_control(text):
-            found.append(f"{key}: {text!r} holds a line break or another control character; take it out")
+            found.append(f"{key}: {text!r} contains a line break or another control character; remove it")
         elif not text and text is not None and ".options." not in key:
-            found.append(f"{key}: an empty text is no value; take the key out")
+            found.append(f"{key}: an empty text is not allowed; remove it")
     found += _time(config)
     for option in s.options:
         if not re.fullmatch(SLURM_OPTION, option):
-            found.append(f"launch.slurm.options: {option!r} is no long option of sbatch, for example mail-type")
+            found.append(f"launch.slurm.options: {option!r} is not a long sbatch option; write its long name without "
+                         "dashes in front, for example mail-type")  # fmt: skip
         elif option in SLURM_OURS:
             found.append(f"launch.slurm.options: {option} is set by dist-gpt itself; {SLURM_OURS[option]}")
     if launch.interface is not None and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", launch.interface):
-        found.append(f"launch.interface: {launch.interface!r} is no name of a network interface, for example eth0")
+        found.append(f"launch.interface: {launch.interface!r} is not a valid name of a network interface; write one "
+                     "such as eth0")  # fmt: skip
     if launch.interface == "lo" and launch.nodes > 1:
-        found.append(f"launch.interface: lo is loopback, which {launch.nodes} nodes cannot meet over; take it out, or "
-                     "name the interface between the nodes")  # fmt: skip
+        found.append(f"launch.interface: lo is the loopback interface, which cannot connect {launch.nodes} nodes; "
+                     "remove the key, or name the interface between the nodes")  # fmt: skip
     return found
 
 
 def slurm_seconds(time: str) -> int | None:
-    """Seconds of a time as Slurm reads it (M, M:SS, H:MM:SS, D-H, D-H:MM, D-H:MM:SS); None where it is none."""
+    """Return the seconds of a Slurm time (M, M:SS, H:MM:SS, D-H, D-H:MM, D-H:MM:SS), or None if it is not one."""
     if not re.fullmatch(SLURM_TIME, time, re.ASCII):
         return None
     days, dash, rest = time.rpartition("-")
@@ -93,18 +97,18 @@ def slurm_seconds(time: str) -> int | None:
 
 
 def _time(config: Config) -> list[str]:
-    """The job's time: as Slurm writes it, and long enough to be warned in."""
+    """Return the problems of the job's time: a form that Slurm does not read, or too short for a warning."""
     time, grace_s = config.launch.slurm.time, config.launch.grace_s
     if time is None:
         return []
     seconds = slurm_seconds(time)
     if seconds is None:
-        return [f"launch.slurm.time: {time!r} is no time of Slurm's; write minutes, H:MM:SS or D-H:MM:SS"]
-    if seconds and seconds < grace_s + LEAST_S:  # 0: without an end, where the partition allows it
+        return [f"launch.slurm.time: {time!r} is not a Slurm time; write minutes, H:MM:SS or D-H:MM:SS"]
+    if seconds and seconds < grace_s + LEAST_S:  # 0: no limit, where the partition allows it
         return [
-            f"launch.slurm.time {time} is {seconds} s, too short with launch.grace_s {grace_s:g}: Slurm warns that "
-            "long before the end, or a minute earlier, so the job would save and go back to the queue as soon as it "
-            f"has started, again and again; set time to at least {-int(-(grace_s + LEAST_S) // 60)} minutes, or a "
-            "smaller grace_s that a save still fits into"
+            f"launch.slurm.time {time} is {seconds} s, too short with launch.grace_s {grace_s:g}: Slurm warns the "
+            "job that long before its end, or up to a minute earlier, so the job would save and be requeued right "
+            f"after each start; set time to at least {-int(-(grace_s + LEAST_S) // 60)} minutes, or reduce "
+            "grace_s as far as a save still fits into it"
         ]
     return []

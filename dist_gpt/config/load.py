@@ -1,8 +1,8 @@
-"""From a file, a preset's name and `--set` options to a resolved `Config`, or to every problem at once.
+"""Load a file or preset with `--set` options as a resolved `Config`, or report every problem at once.
 
     config = load("demo", ["train.steps=10"])        # a Config without None or "auto" where a number is needed
 
-Reading is torch-free and starts nothing. Errors are `ConfigError`, one plain line per problem.
+Loading does not import torch and starts no process. Errors are `ConfigError`, one plain line per problem.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["ConfigError", "config_hash", "dump", "find", "load", "presets", "pro
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 PRESET_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-"""Where presets lie: in an installed package, else in the repository."""
+"""Folders of the presets: of an installed package, then of the repository."""
 
 
 def presets() -> dict[str, Path]:
-    """Name -> file of every shipped configuration of a run."""
+    """Return name -> file of every shipped configuration."""
     found: dict[str, Path] = {}
     for folder in PRESET_FOLDERS:
         for file in sorted([*folder.glob("*.yaml"), *folder.glob("models/*.yaml")]):
@@ -41,7 +41,7 @@ def presets() -> dict[str, Path]:
 
 
 def find(path_or_preset: str) -> Path:
-    """The file meant by `path_or_preset`. Raises ConfigError, with the presets named, when there is none."""
+    """Return the file that `path_or_preset` names. Raise ConfigError, which lists the presets, if there is none."""
     path = Path(path_or_preset).expanduser()
     if path.is_file():
         return path
@@ -49,17 +49,17 @@ def find(path_or_preset: str) -> Path:
     if path_or_preset in known:
         return known[path_or_preset]
     if path.exists():
-        return path  # a folder or the like: reading it says what is wrong
+        return path  # a folder or the like: the error comes when it is read
     near = difflib.get_close_matches(path.stem if path.suffix in (".yaml", ".yml") else path.name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ConfigError([f"{path_or_preset}: no such file and no preset of that name{hint} Presets: {', '.join(known)}"])
 
 
 def load(path_or_preset: str, overrides: Sequence[str] = (), world: int | None = None) -> Config:
-    """The resolved configuration of a file or preset, with `--set` overrides (`a.b=value`) applied in order.
+    """Return the resolved configuration of a file or preset, with `--set` overrides (`a.b=value`) applied in order.
 
     `world` is the number of ranks when the caller knows it (a launcher that counted GPUs, torchrun's WORLD_SIZE).
-    Raises ConfigError with everything that is wrong.
+    Raise ConfigError with every problem found.
     """
     file = find(path_or_preset)
     tree, found = yaml_io.read(file)
@@ -67,7 +67,7 @@ def load(path_or_preset: str, overrides: Sequence[str] = (), world: int | None =
         given = "is empty" if tree is None else f"holds {explain.shown(tree)}"
         found.append(f"{file}: {given}, expected sections: {', '.join(explain.section_keys() or [])}")
         raise ConfigError(found)
-    suspects: set[str] = set()  # keys known to be wrong: nothing more is said about them
+    suspects: set[str] = set()  # keys known to be wrong, about which no more is reported
     found += _apply(tree, overrides, suspects)
     _open_empty_sections(tree)
     config = _validate(tree, found, suspects)
@@ -82,10 +82,10 @@ def load(path_or_preset: str, overrides: Sequence[str] = (), world: int | None =
 
 
 def resolve(config: Config, world: int | None = None) -> Config:
-    """`config` with a number wherever None or "auto" stood for one, and with its run directory.
+    """Return `config` with a number wherever None or "auto" stood for one, and with its run directory.
 
-    Fills model.num_kv_heads, ffn_size, attention_dropout and vocab_size, parallel.dp and run_dir; with `world`
-    given, also makes launch.nodes x ranks_per_node agree with it. Raises ConfigError where there is no such number.
+    Fill in model.num_kv_heads, ffn_size, attention_dropout and vocab_size, parallel.dp and run_dir; if `world` is
+    given, also make launch.nodes x ranks_per_node agree with it. Raise ConfigError if there is no such number.
     """
     resolved, found = _resolve(config, world, set())
     if found:
@@ -94,19 +94,19 @@ def resolve(config: Config, world: int | None = None) -> Config:
 
 
 def dump(config: Config) -> str:
-    """YAML text that `load` reads back equal."""
+    """Return `config` as YAML text that `load` reads back equal."""
     return yaml_io.write(config.model_dump(mode="json"))
 
 
 def config_hash(config: Config) -> str:
-    """sha256 (hex) of the configuration's canonical JSON, its run directory left out."""
+    """Return the SHA-256 (hex) of the configuration's canonical JSON without its run directory."""
     tree = config.model_dump(mode="json", exclude={"run_dir"})
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _apply(tree: dict[str, Any], overrides: Sequence[str], suspects: set[str]) -> list[str]:
-    """Put `a.b=value` overrides into `tree`; returns what is wrong with them."""
+    """Put `a.b=value` overrides into `tree` and return their problems."""
     found = []
     for text in overrides:
         key, equals, value_text = text.partition("=")
@@ -134,7 +134,7 @@ def _apply(tree: dict[str, Any], overrides: Sequence[str], suspects: set[str]) -
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set a value; not where the file has a plain value in the place of a section: validation says so."""
+    """Set a value, except where the file has a plain value in place of a section, which validation reports."""
     section = tree
     for part in path[:-1]:
         if section.get(part) is None:
@@ -146,7 +146,7 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _word(text: str) -> str:
-    """The value of a name in launch.env and the like: as it was typed, unless it is in YAML's quotes."""
+    """Return the value of a name in launch.env and the like: as typed, unless it is in YAML's quotes."""
     try:
         value, _ = yaml_io.parse(text, "")
     except ConfigError:
@@ -155,7 +155,7 @@ def _word(text: str) -> str:
 
 
 def _open_empty_sections(tree: dict[str, Any], path: tuple[str, ...] = ()) -> None:
-    """A section whose keys are all commented out reads as null; it means the defaults."""
+    """Replace null sections by empty ones: a section whose keys are all commented out means the defaults."""
     for key in explain.section_keys(path) or []:
         if explain.section_keys((*path, key)) is None or key not in tree:
             continue
@@ -166,9 +166,9 @@ def _open_empty_sections(tree: dict[str, Any], path: tuple[str, ...] = ()) -> No
 
 
 def _validate(tree: dict[str, Any], found: list[str], suspects: set[str]) -> Config | None:
-    """The typed configuration; what is wrong goes to `found`, and wrong keys are left at their defaults.
+    """Return the typed configuration; add problems to `found` and leave wrong keys at their defaults.
 
-    Returns None when a key without a default is missing or wrong.
+    Return None if a key without a default is missing or wrong.
     """
     try:
         return Config.model_validate(tree)
@@ -186,7 +186,7 @@ def _validate(tree: dict[str, Any], found: list[str], suspects: set[str]) -> Con
 
 
 def _remove(tree: dict[Any, Any], dotted: str) -> None:
-    """Take out the key `dotted`; keys of the file may be numbers or hold dots themselves."""
+    """Remove the key `dotted`; keys of the file may be numbers or contain dots themselves."""
     for key in list(tree):
         name = str(key)
         if name == dotted:
@@ -196,13 +196,13 @@ def _remove(tree: dict[Any, Any], dotted: str) -> None:
 
 
 def _about_others(messages: Iterable[str], suspects: set[str]) -> list[str]:
-    """Messages that do not hang on a key already reported (every message names the keys it depends on)."""
+    """Return the messages that do not depend on a key already reported (each names the keys it depends on)."""
     named = [re.compile(rf"(?<![\w.]){re.escape(key)}(?!\w)") for key in suspects]
     return [message for message in messages if not any(key.search(message) for key in named)]
 
 
 def _resolve(config: Config, world: int | None, suspects: set[str]) -> tuple[Config, list[str]]:
-    """The resolved configuration, and problems; where one is found a stand-in is filled in and its key is suspect."""
+    """Return the resolved configuration and its problems; a key with a problem gets a stand-in and becomes suspect."""
     m = config.model
     found: list[str] = []
     vocab, message = _vocab_size(config)
@@ -229,34 +229,34 @@ def _resolve(config: Config, world: int | None, suspects: set[str]) -> tuple[Con
 
 
 def _vocab_size(config: Config) -> tuple[int, str | None]:
-    """Rows of the embedding, and what is wrong."""
+    """Return the number of rows of the embedding, and its problem or None."""
     given, tokenizer, source = config.model.vocab_size, config.data.tokenizer, config.data.source
     kind, _, size = tokenizer.partition(":")
     digits = size.isascii() and size.isdigit()
     if tokenizer != "byte" and not (kind == "bpe" and digits and SMALLEST_BPE <= int(size) < 2**31):
         return given or 1, (
-            f"data.tokenizer: got '{tokenizer}', expected byte, or bpe:SIZE with SIZE >= {SMALLEST_BPE} (one entry per "
-            "byte first, and the end of text), for example bpe:4096"
+            f"data.tokenizer: got '{tokenizer}', expected byte, or bpe:SIZE with SIZE >= {SMALLEST_BPE} (256 entries "
+            "are the bytes, and one is the end of text), for example bpe:4096"
         )
     if given is not None:
         return given, None
     if source == "synthetic" or source.endswith((".bin", ".idx", ".npy")):
         return 1, (
-            f"model.vocab_size: missing, and data.source {source} is tokenised already, so no tokenizer tells it; "
+            f"model.vocab_size: missing, and data.source {source} is already tokenised, so no tokenizer determines it; "
             "set vocab_size to at least the largest token id + 1"
         )
     return (256 if tokenizer == "byte" else int(size)), None
 
 
 def _data_parallel(config: Config, world: int | None) -> tuple[int, str | None]:
-    """parallel.dp as a number, and what is wrong."""
+    """Return parallel.dp as a number, and its problem or None."""
     p, n = config.parallel, config.launch
     rest = p.tp * p.pp * p.cp
     origin = ""
     if world is None and n.ranks_per_node != "auto":
         world = n.nodes * n.ranks_per_node
         origin = f" (launch.nodes {n.nodes} x launch.ranks_per_node {n.ranks_per_node})"
-    if world is None:  # nobody has counted: as given, else one replica per node
+    if world is None:  # unknown: dp as given, or one replica per node
         dp = n.nodes if p.dp == "auto" else p.dp
         if dp * rest % n.nodes:
             return dp, (
@@ -273,8 +273,8 @@ def _data_parallel(config: Config, world: int | None) -> tuple[int, str | None]:
     if world < 1 or world % rest:
         dp = legal[0] if p.dp == "auto" else p.dp
         return dp, (
-            f"world {world}{origin} is no product of the axes: {_factors(config)} = {rest} does not divide {world}; "
-            f"nearest worlds: {nearest}; or change tp, pp or cp so that their product divides {world}"
+            f"world {world}{origin} is not a positive multiple of {_factors(config)} = {rest}; nearest worlds: "
+            f"{nearest}; start one of these, or change tp, pp or cp so that their product divides {world}"
         )
     return int(p.dp), (
         f"world {world}{origin} is not parallel.dp {p.dp} x {_factors(config)} = {int(p.dp) * rest}; "
@@ -288,7 +288,7 @@ def _factors(config: Config) -> str:
 
 
 def _launch_for(launch: LaunchConfig, world: int | None) -> LaunchConfig:
-    """`launch` with nodes x ranks_per_node = world, keeping the size of a node where it divides the world."""
+    """Return `launch` with nodes x ranks_per_node = world, keeping the size of a node if it divides the world."""
     size = launch.ranks_per_node
     if world is None or world < 1 or size == "auto" or launch.nodes * size == world:
         return launch

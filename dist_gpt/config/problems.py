@@ -1,6 +1,6 @@
-"""What makes a resolved configuration impossible, as sentences: what was given, what is allowed, what to change.
+"""Find every problem of a resolved configuration: sentences with the value, the allowed values, the change to make.
 
-Every message names all keys it depends on by their full path: `load` leaves out a message about a key that is
+Every message names all keys it depends on by their full path: `load` leaves out messages about a key that is
 already known to be wrong, so that one mistake is reported once.
 """
 
@@ -23,11 +23,11 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "checkpoint.async_save": (False,),
     "launch.elastic": (False,),
 }
-"""THE table of what the schema knows but this version has not proven: key -> values allowed now."""
+"""Keys with values that the schema has but this version does not support: key -> values allowed now."""
 
 
 def problems(config: Config) -> list[str]:
-    """Every reason why `config`, a resolved one, cannot run. Empty: it can."""
+    """Return every reason why the resolved `config` cannot run; empty if it can."""
     checks = (
         _not_yet, _name, _model, _tensor_parallel, _batch, _layers, _schedule, _loop, _precision, _shards, _profile,
         launch_problems,
@@ -37,13 +37,13 @@ def problems(config: Config) -> list[str]:
 
 
 def near_multiples(value: int, of: int) -> str:
-    """The multiples of `of` nearest to `value`, in words: "128 or 132"; only those >= 1."""
+    """Return the multiples of `of` nearest to `value`, in words: "128 or 132"; only those >= 1."""
     below = value // of * of
     return f"{below} or {below + of}" if below else f"{of}"
 
 
 def near_divisors(value: int, of: int, each: int = 1) -> str:
-    """The divisors of `of` nearest to `value`, `each` times, in words. Looks at most 100,000 numbers far."""
+    """Return the divisors of `of` nearest to `value`, times `each`, in words; search 100,000 numbers each way."""
     start = max(1, min(value, of))
     below = next((d for d in range(start, max(0, start - 100_000), -1) if of % d == 0), 1)
     above = next((d for d in range(start + 1, min(of, start + 100_000) + 1) if of % d == 0), None)
@@ -51,7 +51,7 @@ def near_divisors(value: int, of: int, each: int = 1) -> str:
 
 
 def _yaml_word(value: object) -> str:
-    """`value` as YAML writes it."""
+    """Return `value` as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
@@ -64,7 +64,7 @@ def _not_yet(config: Config) -> list[str]:
         if value not in allowed:
             given = f"'{value}'" if isinstance(value, str) else _yaml_word(value)
             words = ", ".join(_yaml_word(option) for option in allowed)
-            found.append(f"{path}: {given} is not proven in this version and is refused; allowed: {words}")
+            found.append(f"{path}: {given} is not supported in this version; allowed: {words}")
     return found
 
 
@@ -72,8 +72,8 @@ def _name(config: Config) -> list[str]:
     if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", config.name):
         return []
     return [
-        f"name: {config.name!r} is no folder name (it names runs/NAME); use up to 100 letters, digits, '.', '_' "
-        "and '-', not beginning with '.' or '-'"
+        f"name: {config.name!r} is not a valid folder name (runs/NAME is the run directory); use up to 100 letters, "
+        "digits, '.', '_' and '-', not beginning with '.' or '-'"
     ]
 
 
@@ -88,7 +88,7 @@ def _model(config: Config) -> list[str]:
         )
     elif m.position == "rope" and m.hidden_size // m.num_heads % 2:
         found.append(
-            f"model.position rope turns pairs, so a head's size must be even, but model.hidden_size {m.hidden_size} "
+            f"model.position rope rotates pairs, so the head size must be even, but model.hidden_size {m.hidden_size} "
             f"/ model.num_heads {m.num_heads} = {m.hidden_size // m.num_heads}; "
             f"change hidden_size to {near_multiples(m.hidden_size, 2 * m.num_heads)}"
         )
@@ -109,7 +109,7 @@ def _tensor_parallel(config: Config) -> list[str]:
     found = []
     if m.num_heads % p.tp:
         heads = ""
-        if m.hidden_size % p.tp == 0:  # else no number of heads divides both ways
+        if m.hidden_size % p.tp == 0:  # otherwise no number of heads suits both
             heads = f", or num_heads to {near_divisors(m.num_heads // p.tp, m.hidden_size // p.tp, each=p.tp)}"
         found.append(
             f"model.num_heads {m.num_heads} is not divisible by parallel.tp {p.tp}, and heads are not split; "
@@ -168,18 +168,18 @@ def _layers(config: Config) -> list[str]:
         if total != layers:
             found.append(
                 f"parallel.layers {shown_list(p.layers)} sums to {total}, expected model.num_layers {layers}; "
-                f"{'add' if total < layers else 'take away'} {abs(layers - total)}"
+                f"{'add' if total < layers else 'remove'} {abs(layers - total)}"
             )
         inner = [i for i in range(1, len(p.layers) - 1) if p.layers[i] == 0]
         if inner:
             found.append(
-                f"parallel.layers {shown_list(p.layers)} leaves chunk {', '.join(map(str, inner))} empty; only the "
-                "first (embedding) and the last (head) may hold 0 layers"
+                f"parallel.layers {shown_list(p.layers)} leaves chunk{'s' if len(inner) > 1 else ''} "
+                f"{', '.join(map(str, inner))} empty; only the first (embedding) and the last (head) may hold 0 layers"
             )
         return found
     if chunks > layers:
         found.append(
-            f"{product} chunks, more than model.num_layers {layers}, and every chunk needs a layer; "
+            f"{product} chunks, which is more than model.num_layers {layers}, but every chunk needs a layer; "
             f"change pp x virtual_stages to at most {layers}, or num_layers to at least {chunks} "
             "(parallel.layers as a list may leave the first and the last chunk empty)"
         )
@@ -196,8 +196,8 @@ def _schedule(config: Config) -> list[str]:
     found = []
     if p.schedule in ("gpipe", "1f1b") and p.virtual_stages != 1:
         found.append(
-            f"parallel.virtual_stages {p.virtual_stages} with parallel.schedule {p.schedule}, which has one chunk per "
-            "rank; set virtual_stages: 1, or schedule: interleaved"
+            f"parallel.virtual_stages {p.virtual_stages} does not fit parallel.schedule {p.schedule}, which has one "
+            "chunk per rank; set virtual_stages: 1, or schedule: interleaved"
         )
     if p.schedule != "interleaved":
         return found
@@ -232,19 +232,19 @@ def _loop(config: Config) -> list[str]:
         )
     if t.eval_every > 0 and t.eval_batches == 0:
         found.append(
-            f"train.eval_every {t.eval_every} with train.eval_batches 0 would validate on nothing; "
+            f"train.eval_every {t.eval_every} with train.eval_batches 0 would validate on no data; "
             "set eval_batches >= 1, or eval_every: 0"
         )
     return found
 
 
 def _precision(config: Config) -> list[str]:
-    """Dtypes that do not go together."""
+    """Return the problems of dtypes that cannot be combined."""
     o, dtype = config.optim, config.train.dtype
     found = []
     if o.grad_dtype == "bf16" and dtype not in ("bf16", "fp64"):
         found.append(
-            f"optim.grad_dtype bf16 with train.dtype {dtype}: gradients are kept in bf16 only where activations are; "
+            f"optim.grad_dtype bf16 with train.dtype {dtype}: bf16 gradients need bf16 activations; "
             "leave grad_dtype out, or set train.dtype: bf16"
         )
     if dtype == "fp64":
@@ -253,22 +253,24 @@ def _precision(config: Config) -> list[str]:
                 found.append(f"optim.{key} {getattr(o, key)} with train.dtype fp64, where everything is fp64; "
                              f"leave {key} out, or set train.dtype: bf16")  # fmt: skip
     if dtype == "fp16" and o.reduce_dtype == "bf16":
-        found.append("optim.reduce_dtype bf16 with train.dtype fp16 would round gradients twice; leave it out")
+        found.append(
+            "optim.reduce_dtype bf16 with train.dtype fp16 would round gradients twice; leave reduce_dtype out"
+        )
     if o.state_dtype is not None and o.name != "adamw":
-        found.append(f"optim.state_dtype {o.state_dtype} with optim.name {o.name}: only adamw's averages can be kept "
+        found.append(f"optim.state_dtype {o.state_dtype} with optim.name {o.name}: only adamw's moments can be kept "
                      "in another dtype; leave state_dtype out, or set name: adamw")  # fmt: skip
     if o.grad_dtype == "bf16" and o.name != "adamw":
-        found.append(f"optim.grad_dtype bf16 with optim.name {o.name}: only adamw steps from such gradients; leave "
+        found.append(f"optim.grad_dtype bf16 with optim.name {o.name}: only adamw supports bf16 gradients; leave "
                      "grad_dtype out, or set name: adamw")  # fmt: skip
     return found
 
 
 def _shards(config: Config) -> list[str]:
-    """Sharding inside nodes: whole nodes' worth of data ranks, equally many on each."""
+    """Return the problems of sharding; inside nodes, a node holds whole data groups or an equal part of one."""
     o, p, nodes = config.optim, config.parallel, config.launch.nodes
     found = []
     if o.reshard == "step" and o.sharding != "zero3":
-        found.append(f"optim.reshard step with optim.sharding {o.sharding}: only zero3 reshards; leave it out")
+        found.append(f"optim.reshard step with optim.sharding {o.sharding}: only zero3 reshards; leave reshard out")
     if o.shard_group != "node":
         return found
     if o.sharding == "none":
@@ -304,17 +306,18 @@ def _profile(config: Config) -> list[str]:
         found.append(
             f"profile.steps {shown_list(window)} must be [first, last] with 1 <= first <= last <= train.steps {steps}"
         )
-    outside = [rank for rank in config.profile.torch_ranks if rank >= config.world_size]
+    world = config.world_size
+    outside = [rank for rank in config.profile.torch_ranks if rank >= world]
     if config.profile.torch and outside:
         found.append(
-            f"profile.torch_ranks {shown_list(outside)} are outside the world of {config.world_size} ranks; "
-            f"use ranks 0 to {config.world_size - 1}"
+            f"profile.torch_ranks {shown_list(outside)}: the world has "
+            + ("1 rank; use rank 0" if world == 1 else f"{world} ranks; use ranks 0 to {world - 1}")
         )
     return found
 
 
 def shown_list(values: list[int]) -> str:
-    """A list as YAML writes it, cut when long."""
+    """Return a list as YAML writes it, cut after 16 values."""
     text = ", ".join(map(str, values[:16]))
     return f"[{text}{', ...' if len(values) > 16 else ''}]"
 

@@ -2,7 +2,7 @@
 
 The YAML sections are the classes below. Unknown keys are refused. A value that depends on others
 (`num_kv_heads`, `ffn_size`, `dp: auto`, ...) is None or "auto" here and is filled in by `load.resolve`,
-so that everything after loading reads plain numbers. No torch is imported here.
+so that all code after loading reads plain numbers. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _as_text(value: Any) -> Any:
-    """A number as its text; whatever else is left for the type to judge (true and false are no numbers)."""
+    """Return a number as its text and any other value as it is, for the type to judge (booleans are not numbers)."""
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 Word = Annotated[str, BeforeValidator(_as_text)]
-"""Text that may look like a number."""
+"""Text, or a number, which becomes its text."""
 
 DTYPE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 SMALLEST_BPE = 257
@@ -30,22 +30,22 @@ SMALLEST_BPE = 257
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, no silent conversions (strict numbers)."""
+    """Base of all sections: immutable, without unknown keys or silent conversions (strict numbers)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelConfig(Section):
-    """The GPT. The defaults are the GPT-2 family; rope + rmsnorm + swiglu + untied is the Llama family."""
+    """The GPT model. The defaults are the GPT-2 family; rope + rmsnorm + swiglu + untied is the Llama family."""
 
     num_layers: Positive
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden_size: Positive
     """Width of the residual stream."""
     num_heads: Positive
-    """Query heads; hidden_size must be divisible by it."""
+    """Number of query heads; hidden_size must be divisible by it."""
     num_kv_heads: Positive | None = None
-    """Key and value heads (grouped-query attention); default num_heads."""
+    """Number of key and value heads (grouped-query attention); default num_heads."""
     ffn_size: Positive | None = None
     """Inner width of the MLP; default 4 x hidden_size."""
     seq_len: Positive
@@ -55,13 +55,13 @@ class ModelConfig(Section):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before attention, before the MLP and before the head."""
     activation: Literal["gelu", "swiglu"] = "gelu"
-    """gelu is the tanh form of GPT-2."""
+    """Activation of the MLP; gelu is the tanh form of GPT-2."""
     position: Literal["learned", "rope"] = "learned"
-    """Learned position embedding, or rotary on queries and keys."""
+    """Learned position embedding, or rotary embedding of queries and keys."""
     tie_embeddings: bool = True
-    """The head uses the token embedding's weight."""
+    """Use the token embedding's weight in the head."""
     bias: bool = True
-    """Biases in linear layers (and in LayerNorm)."""
+    """Use biases in linear layers (and in LayerNorm)."""
     dropout: Fraction = 0.0
     """Dropout after the embedding and on both residual branches."""
     attention_dropout: Fraction | None = None
@@ -75,18 +75,18 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model and the batch are split over ranks."""
+    """Split of the model and the batch over ranks."""
 
     dp: Positive | Literal["auto"] = "auto"
-    """Data-parallel copies; auto = world / (tp x pp x cp)."""
+    """Data-parallel replicas; auto = world / (tp x pp x cp)."""
     tp: Positive = 1
     """Tensor-parallel ranks (matmuls split by column and row)."""
     pp: Positive = 1
     """Pipeline stages."""
     cp: Positive = 1
-    """Context-parallel ranks (the sequence split)."""
+    """Context-parallel ranks (the sequence is split)."""
     cp_kind: Literal["ring", "ulysses"] = "ring"
-    """How context-parallel attention communicates."""
+    """Communication of context-parallel attention."""
     sequence_parallel: bool = False
     """Split norms, dropout and residuals over tp as well (by token)."""
     virtual_stages: Positive = 1
@@ -100,20 +100,20 @@ class ParallelConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer and where its state lives."""
+    """The optimizer, and the placement of its state."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer."""
+    """Name of the optimizer."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """AdamW's averaging constants."""
+    """AdamW's decay rates of the first and second moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
     momentum: Fraction = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled for AdamW; matrices and embeddings only."""
+    """Weight decay of matrices and embeddings only; decoupled for AdamW."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     warmup: NonNegative = 0
@@ -123,11 +123,11 @@ class OptimConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Final learning rate as a share of lr."""
     sharding: Literal["none", "zero1", "zero2", "zero3"] = "zero1"
-    """What is sharded over the data axis."""
+    """ZeRO stage: how much of the training state is sharded over the data axis."""
     engine: Literal["native", "deepspeed"] = "native"
-    """Who shards and steps."""
+    """Engine that shards the state and runs the optimizer step."""
     shard_group: Literal["data", "node"] = "data"
-    """Shard over all data ranks, or inside a node and replicate across nodes."""
+    """Shard over all data ranks, or inside each node and replicate across nodes."""
     reshard: Literal["pass", "step"] = "pass"
     """zero3: free gathered parameters after each forward and backward of a block, or keep them until the update."""
     grad_dtype: Literal["fp32", "bf16"] | None = None
@@ -143,7 +143,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     steps: Positive
     """Optimizer steps."""
@@ -156,15 +156,15 @@ class TrainConfig(Section):
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Dtype of parameters and activations."""
     loss_scale: Annotated[float, Field(ge=1, le=2.0**32)] = 65536.0
-    """fp16: what a micro-batch's mean loss is multiplied by at first; halved after an overflow."""
+    """fp16: initial factor of a micro-batch's mean loss; halved after an overflow."""
     loss_scale_window: Positive = 1000
-    """fp16: doubled after so many steps without an overflow."""
+    """fp16: steps without an overflow after which the scale is doubled."""
     max_skipped: Positive = 10
-    """Steps in a row without finite loss and gradients, each skipped, after which the run gives up."""
+    """Number of steps skipped in a row (loss or gradients not finite) after which the run fails."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Computed again in the backward instead of kept: nothing, attention's inner part, or whole layers."""
+    """Recompute in the backward instead of keeping: nothing, attention's inner part, or whole layers."""
     compile: bool = False
-    """torch.compile of what holds no collective."""
+    """Apply torch.compile to code without collectives."""
     loss_chunks: Positive = 1
     """Pieces in which logits and loss are computed."""
     eval_every: NonNegative = 0
@@ -174,12 +174,12 @@ class TrainConfig(Section):
 
 
 class DataConfig(Section):
-    """Where tokens come from."""
+    """Source and order of the tokens."""
 
     source: str = "stdlib"
     """stdlib (the Python standard library's sources), synthetic, or a path: text, folder, .bin, .npy, .bin/.idx."""
     tokenizer: str = "byte"
-    """byte, or bpe:SIZE (trained on the source and cached)."""
+    """Tokenizer: byte, or bpe:SIZE (trained on the source and cached)."""
     dtype: Literal["auto", "uint8", "uint16", "int32", "uint32", "int64"] = "auto"
     """Type of the little-endian integers in a headerless .bin; auto: uint16, refused if the file looks wider."""
     order: Literal["epochs", "replacement"] = "epochs"
@@ -193,14 +193,14 @@ class DataConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When state is saved."""
+    """Checkpoints of the training state."""
 
     every: NonNegative = 0
     """Steps between checkpoints; 0: never."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Number of checkpoints kept."""
     async_save: bool = False
-    """Write while training goes on."""
+    """Write checkpoints while training continues."""
 
 
 class ProfileConfig(Section):
@@ -211,20 +211,20 @@ class ProfileConfig(Section):
     torch: bool = False
     """Run torch.profiler in the window."""
     torch_ranks: list[NonNegative] = [0]
-    """Ranks that run it."""
+    """Ranks that run torch.profiler."""
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Tracking with Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    """disabled, offline (files in the run directory) or online."""
+    """Mode of the tracker: disabled, offline (files in the run directory) or online."""
     project: str = "dist_gpt"
     """Project name."""
 
 
 class LogConfig(Section):
-    """What is printed and tracked."""
+    """Console output and tracking."""
 
     every: Positive = 1
     """Steps between lines on the console; metrics.jsonl has every step."""
@@ -232,10 +232,10 @@ class LogConfig(Section):
 
 
 class SlurmConfig(Section):
-    """What sbatch is asked for, and how ranks are started inside the allocation."""
+    """Options of sbatch, and the launcher of the ranks inside the allocation."""
 
     starter: Literal["srun", "torchrun", "mpi"] = "srun"
-    """srun: one task per rank (Frontier demands it); torchrun: one task per node; mpi: mpirun in the allocation."""
+    """srun: one task per rank (required on Frontier); torchrun: one task per node; mpi: mpirun in the allocation."""
     partition: str | None = None
     """--partition; null leaves it to the cluster, as with the keys below."""
     account: str | None = None
@@ -247,59 +247,59 @@ class SlurmConfig(Section):
     time: Word | None = None
     """--time: minutes, H:MM:SS or D-H:MM:SS; at least two minutes more than launch.grace_s."""
     gpus_per_node: NonNegative | None = None
-    """--gpus-per-node; 0 or null: none are asked for."""
+    """--gpus-per-node; 0 or null: none are requested."""
     cpus_per_rank: Positive | None = None
-    """--cpus-per-task, counted per rank (srun does not inherit it from sbatch: it is passed on)."""
+    """--cpus-per-task, counted per rank (passed to srun as well, which does not inherit it from sbatch)."""
     requeue: bool = True
-    """Go back to the queue after a warning (USR1) and a save, and go on from there."""
+    """After a warning (USR1) and a save, requeue the job, which resumes from that checkpoint."""
     options: dict[str, Word] = {}
-    """Further options of sbatch, long name: value, for example {mail-type: FAIL}; an empty value for a flag."""
+    """Further options of sbatch as long name: value, for example {mail-type: FAIL}; a flag has an empty value."""
 
 
 class LaunchConfig(Section):
-    """How ranks are started, watched and ended."""
+    """Start, supervision and end of the ranks."""
 
     nodes: Positive = 1
-    """Nodes."""
+    """Number of nodes."""
     ranks_per_node: Positive | Literal["auto"] = "auto"
     """Ranks per node; auto: world / nodes when dp is a number, else one per GPU (without a GPU, tp x pp x cp)."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Who communicates: nccl (GPUs), gloo (CPU), or auto: nccl where GPUs are visible."""
+    """Communication backend: nccl (GPUs), gloo (CPUs), or auto: nccl where GPUs are visible."""
     single_copy: Literal["auto", "off"] = "auto"
-    """On gloo, members of a group on one node read each other's memory where the system lets them; off: gloo carries
-    everything."""
+    """On gloo, members of a group on one node read each other's memory where the system permits it; off: gloo carries
+    all traffic."""
     bind: Literal["auto", "off"] = "auto"
-    """On CPUs, each rank keeps to processors of its own where there are enough and nobody has bound it; off: never."""
+    """CPU pinning: each CPU rank gets CPUs of its own if there are enough and it is not yet pinned; off: never."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
-    """One deadline for a collective, and for the whole initialisation."""
+    """Deadline in seconds of each collective, and of the whole initialisation."""
     silence_s: Annotated[float, Field(ge=1)] = 30.0
-    """A rank that the launcher has not heard of for this long is taken as stopped, or cut off, and the job ends."""
+    """Seconds without a heartbeat after which the launcher considers a rank stopped or cut off, and ends the job."""
     grace_s: Annotated[float, Field(gt=0)] = 120.0
-    """Longest time from a request to stop (SIGTERM, SIGUSR1) to the end of the save; a Slurm job is warned that long
-    before its time is over."""
+    """Longest time in seconds from a request to stop (SIGTERM, SIGUSR1) to the end of the save; a Slurm job is warned
+    this long before its time limit."""
     max_restarts: NonNegative = 0
-    """Times that the ranks are started again, from the newest checkpoint, after one of them failed."""
+    """Largest number of times that ranks are restarted, from the newest checkpoint, after one of them failed."""
     preflight: Literal["strict", "warn", "off"] = "strict"
-    """What is looked at before training starts: refuse what is wrong, only say it, or do not look."""
+    """Checks before training starts: refuse to train with a problem, only report it, or do not check."""
     interface: str | None = None
-    """Network interface that nodes talk over; default the one whose route leads to the first node."""
+    """Network interface between nodes; default the one whose route leads to the first node."""
     modules: list[str] = []
     """Environment modules that a Slurm job loads before anything else."""
     env: dict[str, Word] = {}
-    """Variables set for every rank."""
+    """Environment variables set for every rank."""
     slurm: SlurmConfig = SlurmConfig()
-    """Only for --via slurm."""
+    """Settings that only --via slurm uses."""
     elastic: bool = False
-    """Go on with fewer ranks after a failure."""
+    """Continue with fewer ranks after a failure."""
 
     @property
     def reads_memory(self) -> bool:
-        """Whether ranks of a node shall read each other's memory where they may."""
+        """True if ranks of a node are to read each other's memory where the system permits it."""
         return self.single_copy == "auto"
 
 
 class Config(Section):
-    """A whole run."""
+    """Configuration of a whole run."""
 
     name: str = "run"
     """Name of the run."""
@@ -317,7 +317,7 @@ class Config(Section):
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job; only of a resolved configuration (dp is a number)."""
+        """Number of ranks of a resolved configuration; raises ValueError while dp is "auto"."""
         p = self.parallel
         if p.dp == "auto":
             raise ValueError("world_size of an unresolved configuration: parallel.dp is 'auto'")
@@ -325,6 +325,6 @@ class Config(Section):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches per data rank and step."""
+        """Number of micro-batches per data rank and step."""
         p = self.parallel
         return self.train.global_batch // (int(p.dp) * self.train.micro_batch)

@@ -1,4 +1,4 @@
-"""YAML in and out: duplicate keys, aliases and tags with side effects are refused, `1e-4` is a number.
+"""Read and write YAML: duplicate keys, aliases and tags with side effects are refused, `1e-4` is a number.
 
 PyYAML follows YAML 1.1, which reads `no` as false, `010` as 8 and `1e-4` as text. Here plain scalars follow
 the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): null, true/false, decimal integers
@@ -16,7 +16,7 @@ import yaml
 
 from dist_gpt.config.errors import ConfigError
 
-MAX_FILE_BYTES = 1_000_000  # a configuration is small; this catches a data file given by mistake
+MAX_FILE_BYTES = 1_000_000  # catches a data file given by mistake
 
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))
 _PLAIN: list[tuple[str, re.Pattern[str], list[str]]] = [
@@ -38,32 +38,35 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node, but raise ComposerError for an alias."""
         if self.check_event(yaml.events.AliasEvent):
             reader: Any = self
             event = reader.peek_event()
             raise yaml.composer.ComposerError(
-                None, None, f"found the alias *{event.anchor}; aliases are refused, write the value out (text that "
-                "begins with * needs quotes)", event.start_mark)  # fmt: skip
+                None, None, f"found the alias *{event.anchor}; aliases are not supported, write the value out "
+                "(text that begins with * needs quotes)", event.start_mark)  # fmt: skip
         return super().compose_node(parent, index)
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """Decimal always: YAML 1.1 would read 010 as octal."""
+        """Return the integer in decimal; YAML 1.1 would read 010 as octal."""
         return int(str(self.construct_scalar(node)).replace("_", ""))
 
     def construct_float(self, node: yaml.ScalarNode) -> float | str:
-        """A number too large for a float stays text, so that it is refused by name instead of becoming inf."""
+        """Return the float; a number too large for one stays text, so that it is refused instead of becoming inf."""
         text = str(self.construct_scalar(node))
         value = float(text.replace("_", ""))
         return value if math.isfinite(value) else text
 
 
 class PlainDumper(yaml.SafeDumper):
-    """Quotes what either YAML version would read as something else than text; writes no aliases."""
+    """SafeDumper that quotes text which either YAML version would read as another type, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Return True: values are repeated instead of aliased."""
         return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> Any:
+        """Indent lists below their key, too."""
         return super().increase_indent(flow, False)
 
 
@@ -75,9 +78,9 @@ StrictLoader.add_constructor(_FLOAT, StrictLoader.construct_float)
 
 
 def parse(text: str, where: str) -> tuple[Any, list[str]]:
-    """The value in `text` and one problem per duplicate key. Raises ConfigError when it is no YAML at all.
+    """Return the value in `text` and one problem per duplicate key. Raise ConfigError if `text` is not valid YAML.
 
-    `where` (a file or an option) begins every message, with the line where there is one.
+    `where` (a file or an option) begins every message, followed by the line if it is known.
     """
     loader: Any = None
     try:
@@ -97,7 +100,7 @@ def parse(text: str, where: str) -> tuple[Any, list[str]]:
 
 
 def read(path: Path) -> tuple[Any, list[str]]:
-    """`parse` of a file. Raises ConfigError when it cannot be read as text."""
+    """Return the result of `parse` for a file. Raise ConfigError if it cannot be read as text or is too large."""
     try:
         if path.is_dir():
             raise ConfigError([f"{path}: is a folder, expected a YAML file"])
@@ -106,7 +109,7 @@ def read(path: Path) -> tuple[Any, list[str]]:
             raise ConfigError([f"{path}: {size} bytes, expected a YAML file of at most {MAX_FILE_BYTES}"])
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: no UTF-8 text (byte {error.start}), expected a YAML file"]) from None
+        raise ConfigError([f"{path}: not UTF-8 text (byte {error.start}), expected a YAML file"]) from None
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such file"]) from None
     except OSError as error:
@@ -115,7 +118,7 @@ def read(path: Path) -> tuple[Any, list[str]]:
 
 
 def write(tree: Any) -> str:
-    """`tree` (dicts, lists, numbers, text, booleans, None) as YAML that `parse` reads back equal."""
+    """Return `tree` (dicts, lists, numbers, text, booleans, None) as YAML that `parse` reads back equal."""
     return str(yaml.dump(tree, Dumper=PlainDumper, sort_keys=False, allow_unicode=True, default_flow_style=None))
 
 
@@ -139,10 +142,10 @@ def _duplicates(node: Any, path: str, where: str) -> list[str]:
 def _syntax_error(error: yaml.YAMLError, text: str, where: str) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, int(error.position)) + 1
-        return f"{where}:{line}: no YAML: {error.reason} (character {int(error.character):#06x})"
+        return f"{where}:{line}: invalid YAML: {error.reason} (character {int(error.character):#06x})"
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
     context = getattr(error, "context", None)
     reason = getattr(error, "problem", None) or str(error)
     hint = "; indent with spaces, not tabs" if "'\\t'" in reason else ""
-    return f"{place}: no valid YAML: {reason}{f' ({context})' if context else ''}{hint}"
+    return f"{place}: invalid YAML: {reason}{f' ({context})' if context else ''}{hint}"

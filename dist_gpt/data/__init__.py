@@ -1,4 +1,4 @@
 """Tokens for training: found (`corpus`, `binary`), tokenised (`tokenizer`, `tokens`), kept (`cache`), drawn (`loader`).
 
-Numpy only; nothing here needs torch, so data are prepared before any rank starts.
+Nothing here needs torch, so data are prepared before any rank starts.
 """

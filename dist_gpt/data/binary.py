@@ -1,4 +1,4 @@
-"""Find tokens that exist already (files with a known header, headerless files, Megatron's pairs); make synthetic ones.
+"""Find existing tokens (files with a known header, headerless files, Megatron's pairs), or make synthetic ones.
 
 Tokenised files are used where they lie, never copied: a corpus of tens of GB is normal.
 """
@@ -28,8 +28,8 @@ def find_tokenised(
     """Return the train and validation spans of tokenised data, or None if `source` is something else.
 
     Accepted: a folder with train.bin and val.bin (or .npy); a file with a known header; NAME.bin without one; NAME.bin,
-    NAME.idx or NAME where both exist (Megatron). One file is split at its end, Megatron's between documents where one
-    ends near the wanted place. `dtype` is data.dtype. Raise DataError for other formats that hold tokens.
+    NAME.idx or NAME if both files exist (Megatron). Validation is the end of a single file; Megatron's is cut between
+    documents if one ends near the wanted place. `dtype` is data.dtype. Raise DataError for other formats of tokens.
     """
     path = Path(source).expanduser().absolute()
     if path.is_dir():
@@ -59,13 +59,13 @@ def _is_text(path: Path) -> bool:
 
 
 def synthetic(count: int, vocab_size: int) -> NDArray[np.int64]:
-    """`count` tokens of a first-order Markov chain, (count,): with chance 3/4 a fixed successor, else any token.
+    """Return tokens of a first-order Markov chain, (count,): with probability 3/4 a fixed successor, else any token.
 
     Entropy per token ~ 0.56 + ln(vocab_size) / 4 nats, against ln(vocab_size) before learning. Philox's raw output is
-    used because numpy promises it, and not its distributions, to be the same in every version.
+    used because numpy guarantees that it, unlike its distributions, is the same in every version.
     """
     raw = np.random.Philox(key=np.zeros(2, dtype=np.uint64)).random_raw(2 * count + vocab_size)
-    cycle = np.argsort(raw[2 * count :], kind="stable")  # a random order of the vocabulary: each token's successor
+    cycle = np.argsort(raw[2 * count :], kind="stable")  # random order of the vocabulary: each token's successor
     jump = raw[:count] < np.uint64(2**62)
     jump[0] = True
     position = np.arange(count)
@@ -76,7 +76,7 @@ def synthetic(count: int, vocab_size: int) -> NDArray[np.int64]:
 
 
 def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span] | None:
-    """Return the spans of train.bin and val.bin, each read by its own header; refuse a header in only one of them."""
+    """Return the spans of train.bin and val.bin (or .npy), or None; refuse a pair of which only one has a header."""
     for suffix in SUFFIXES:
         pair = path / f"train{suffix}", path / f"val{suffix}"
         if not any(one.is_file() for one in pair):
@@ -84,15 +84,15 @@ def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span]
         for one in pair:
             if not one.is_file():
                 raise DataError(
-                    f"data.source: the folder {path} has no {one.name}; tokenised folders hold train.bin and val.bin; "
-                    "to split a single file, give its path"
+                    f"data.source: the folder {path} has no {one.name}; a folder of tokens needs train.bin and "
+                    "val.bin; to split a single file, give its path"
                 )
         train, val = (identify(one, dtype) for one in pair)
         if (train is None) != (val is None):
             with_header, without = pair if train is not None else pair[::-1]
             raise DataError(
-                f"data.source: {with_header} has a header but {without} has none, so one of them is not what it "
-                "seems; write both in the same format"
+                f"data.source: {with_header} has a header but {without} has none, so their formats differ; write "
+                "both in the same format"
             )
         return train or headerless(pair[0], dtype, vocab_size), val or headerless(pair[1], dtype, vocab_size)
     _refuse_shards(path)
@@ -100,7 +100,7 @@ def _folder(path: Path, dtype: str, vocab_size: int | None) -> tuple[Span, Span]
 
 
 def _refuse_shards(folder: Path) -> None:
-    """Raise DataError for a folder of token shards, of which the text reader would only read the README."""
+    """Raise DataError for a folder of token shards, of which the text reader would read only the README."""
     index = folder / "index.json"
     if index.is_file():
         try:
@@ -130,23 +130,28 @@ def _cut(whole: Span, first_val: int) -> tuple[Span, Span]:
 
 
 def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple[Span, Span]:
-    """Read and check the index: 34 bytes of header, sizes int32[s], pointers int64[s], document starts int64[d]."""
+    """Return the train and validation spans of Megatron's pair after checking its index.
+
+    The index holds 34 bytes of header, sizes int32[s], pointers int64[s], document starts int64[d].
+    """
     if not path.is_file():
-        raise DataError(f"data.source: {index} is there, but {path.name} is not; give both files of the pair")
+        raise DataError(f"data.source: {index} exists, but {path.name} does not; provide both files of the pair")
     with index.open("rb") as file:
         head = file.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
             raise _bad_index(index, f"begins with {head[:9]!r} instead of {MAGIC!r}")
         _, version, code, sequences, entries = HEADER.unpack(head)
         if version != 1:
-            raise _bad_index(index, f"has version {version}, only 1 is known")
+            raise _bad_index(index, f"has version {version}, but only version 1 is supported")
         if code not in CODED_DTYPES:
-            raise _bad_index(index, f"has dtype code {code}; integers are {sorted(CODED_DTYPES)} (6 and 7 are floats)")
+            raise _bad_index(index, f"has dtype code {code}, but integers are {sorted(CODED_DTYPES)} (floats: 6, 7)")
         refuse_contradiction(index, CODED_DTYPES[code], dtype)
         needed = HEADER.size + 12 * sequences + 8 * entries
         size = index.stat().st_size
-        if size not in (needed, needed + sequences):  # the longer form ends with one mode byte a sequence
-            raise _bad_index(index, f"has {size} bytes, but {sequences} sequences, {entries} documents need {needed}")
+        if size not in (needed, needed + sequences):  # the longer form ends with one mode byte per sequence
+            raise _bad_index(
+                index, f"has {size} bytes, but {sequences} sequences and {entries} documents need {needed}"
+            )
         sizes = np.fromfile(file, "<i4", sequences).astype(np.int64)
         pointers = np.fromfile(file, "<i8", sequences)
         documents = np.fromfile(file, "<i8", entries)
@@ -154,7 +159,7 @@ def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple
     width = np.dtype(whole.dtype).itemsize
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])  # (sequences + 1,) in tokens
     if (sizes < 0).any() or not np.array_equal(pointers, starts[:-1] * width):
-        raise _bad_index(index, "lists sequences that do not follow one another without gaps")
+        raise _bad_index(index, "lists sequences that are not contiguous")
     if path.stat().st_size != whole.count * width:
         raise _bad_index(index, f"counts {whole.count} tokens of {width} bytes, but {path} has {path.stat().st_size}")
     if whole.count == 0:
@@ -165,7 +170,7 @@ def _megatron(path: Path, index: Path, val_fraction: float, dtype: str) -> tuple
 
 
 def _document_cut(count: int, boundaries: NDArray[Any], val_fraction: float) -> int:
-    """Where validation begins: the boundary nearest to the wanted place if that leaves 1/2 to 2 times its share."""
+    """Return where validation begins: at the boundary nearest to its share if that leaves 1/2 to 2 times the share."""
     wanted = count - int(count * val_fraction)
     if len(boundaries) == 0:
         return wanted
@@ -176,6 +181,6 @@ def _document_cut(count: int, boundaries: NDArray[Any], val_fraction: float) -> 
 
 def _bad_index(index: Path, found: str) -> DataError:
     return DataError(
-        f"data.source: {index} {found}; it must be the index that Megatron's preprocess_data writes beside its .bin "
-        "(write both again)"
+        f"data.source: {index} {found}; expected the index that Megatron's preprocess_data writes with its .bin; write "
+        "both files again"
     )

@@ -1,9 +1,9 @@
 """The cache of prepared tokens: entries are written whole, checked, and opened read-only.
 
-An entry is the folder <cache>/<sha256 of what it was made from>/ with train.bin, val.bin (headerless little-endian),
-tokenizer.json for a BPE, and meta.json. Tokenised sources are used where they lie; their entry holds meta.json alone.
-An entry is written beside its place and renamed, so that it is whole or absent, and of two processes that prepare the
-same data the slower one takes the other's.
+An entry is the folder <cache>/<sha256 of what it is made from>/ with train.bin, val.bin (headerless little-endian),
+tokenizer.json for a BPE, and meta.json. Tokenised sources are used where they are; their entry holds meta.json alone.
+An entry is written beside its place and renamed, so that it is whole or absent; if two processes prepare the same data,
+the slower one uses the other's entry.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 from dist_gpt.data.corpus import DataError
 from dist_gpt.data.reader import Span, Tokens
 
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # a rename found another entry in its place
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # errors of a rename onto an existing entry
 
-Built = tuple[dict[str, "Part"], dict[str, object]]  # what a recipe returns: parts, and what meta.json says of them
+Built = tuple[dict[str, "Part"], dict[str, object]]  # result of a recipe: parts, and further keys of meta.json
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens [offset, offset + count) of `file` (inside the entry, or an absolute path), and what was seen in them.
+    """Tokens [offset, offset + count) of `file` (inside the entry, or an absolute path), their range and digests.
 
-    `sha256` is the digest of all tokens; `sample` is that of blocks of them, which is cheap to compare again.
+    `sha256` is the digest of all tokens; `sample` is that of blocks of them, which is cheap to check again.
     """
 
     file: str
@@ -53,9 +53,9 @@ class Part:
 class Prepared:
     """Tokens ready for training.
 
-    `digest` depends on the tokens alone: ranks compare it in the roll call. `vocab_size` is the tokenizer's, and for
-    tokenised sources the largest id + 1. `train_ids` and `val_ids` are their smallest and largest ids. `tokenizer` is
-    "none" for tokenised and synthetic sources.
+    `digest` depends on the tokens alone: ranks compare it in the roll call. `vocab_size` is the tokenizer's; for
+    tokenised sources, the largest id + 1. `train_ids` and `val_ids` are the smallest and largest id of each part.
+    `tokenizer` is "none" for tokenised and synthetic sources.
     """
 
     path: Path
@@ -72,10 +72,10 @@ class Prepared:
 
 
 def open_prepared(path: str | Path) -> Prepared:
-    """Open what `prepare` made (its `.path`).
+    """Open the data that `prepare` made, given its `.path`.
 
-    Raise DataError if it is missing or unreadable, or if a file does not hold the tokens that were prepared: this is
-    also how a rank notices that its node has a different file under the same path.
+    Raise DataError if they are missing or unreadable, or if a file does not hold the tokens that were prepared: so a
+    rank also detects that its node has a different file under the same path.
     """
     folder = Path(path)
     try:
@@ -96,13 +96,13 @@ def open_prepared(path: str | Path) -> Prepared:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"prepared data {folder} cannot be read: {error}; start again to have it made, and let data.cache (and a "
-            "tokenised data.source) be a folder that every node sees"
+            f"prepared data {folder} cannot be read: {error}; restart to prepare the data again, and put data.cache "
+            "(and a tokenised data.source) in a folder that every node can read"
         ) from error
 
 
 def write_part(path: Path, dtype: str, chunks: Iterable[NDArray[np.int64]]) -> Part:
-    """Write a part's file and say what went into it."""
+    """Write `chunks` to the file `path` and return the part that describes it."""
     digest = hashlib.sha256()
     count, low, high = 0, 0, -1
     with path.open("wb") as file:
@@ -120,7 +120,7 @@ def write_part(path: Path, dtype: str, chunks: Iterable[NDArray[np.int64]]) -> P
 
 
 def scan_part(span: Span) -> Part:
-    """Return smallest and largest id and digests of existing tokens. Raise DataError if they change meanwhile."""
+    """Return the part that describes existing tokens. Raise DataError if their file changes meanwhile."""
     low: list[int] = []
     high: list[int] = []
 
@@ -139,7 +139,7 @@ def _open(folder: Path, part: Part) -> Tokens:
     path = folder / part.file  # an absolute part.file stands for itself
     dtype = np.dtype(part.dtype)
     if dtype.kind not in "iu":
-        raise ValueError(f"{path} has dtype {part.dtype}, which is no integer")
+        raise ValueError(f"{path} has dtype {part.dtype}, which is not an integer type")
     size, stop = path.stat().st_size, (part.offset + part.count) * dtype.itemsize
     if part.file == path.name and size != stop:
         raise ValueError(f"{path} has {size} bytes instead of {stop}")
@@ -150,12 +150,12 @@ def _read_meta(folder: Path) -> tuple[dict[str, object], dict[str, Part]]:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     parts = {name: Part(**meta["parts"][name]) for name in ("train", "val")}
     if meta["digest"] != _digest(parts):
-        raise ValueError("meta.json does not agree with itself")
+        raise ValueError("the digest in meta.json does not match its parts")
     return meta, parts
 
 
 def _digest(parts: dict[str, Part]) -> str:
-    """Of the tokens: dtype, counts and contents, not where they lie."""
+    """Return the digest of the tokens: dtypes, counts and contents, not their place."""
     what = [
         [name, part.dtype, part.count, part.min_id, part.max_id, part.sha256] for name, part in sorted(parts.items())
     ]
@@ -165,16 +165,16 @@ def _digest(parts: dict[str, Part]) -> str:
 def entry_problem(folder: Path) -> str | None:
     """Return why the entry cannot be used, or None.
 
-    Its own files are hashed again in full; of sources elsewhere only blocks are: the key has their size and time.
+    Its own files are hashed again in full; sources elsewhere only in blocks, as the key has their size and times.
     """
     try:
         meta, parts = _read_meta(folder)
         for part in parts.values():
             _open(folder, part)
             if not Path(part.file).is_absolute() and _file_digest(folder / part.file) != part.sha256:
-                return f"{part.file} does not have the digest in meta.json"
+                return f"{part.file} does not match its digest in meta.json"
         if meta["tokenizer_sha256"] and _file_digest(folder / "tokenizer.json") != meta["tokenizer_sha256"]:
-            return "tokenizer.json does not have the digest in meta.json"
+            return "tokenizer.json does not match its digest in meta.json"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
     return None
@@ -190,7 +190,7 @@ def _file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Inside, no other process of this machine is. A file system that locks no folders lets everybody in."""
+    """Hold a lock on `folder` against other processes of this machine, if the file system can lock folders."""
     number = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -201,7 +201,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def build_entry(build: Callable[[Path], Built], folder: Path) -> None:
-    """Let `build` fill a folder and rename it to `folder`; if another process was faster, its entry is used."""
+    """Let `build` fill a folder and rename it to `folder`; if another process was faster, keep its entry."""
     made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     aside: list[Path] = []
     try:
@@ -210,9 +210,9 @@ def build_entry(build: Callable[[Path], Built], folder: Path) -> None:
         meta["tokenizer_sha256"] = _file_digest(tokenizer) if tokenizer.exists() else None
         meta |= {"digest": _digest(parts), "parts": {name: asdict(part) for name, part in parts.items()}}
         (made / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        made.chmod(0o755)  # mkdtemp's 0700 would lock out others who share the cache
+        made.chmod(0o755)  # mkdtemp's 0700 would lock out other users of the cache
         for _ in range(100):
-            with _alone(folder.parent):  # or an entry would be moved that another process has just made good
+            with _alone(folder.parent):  # else an entry that another process has just repaired could be moved
                 try:
                     os.rename(made, folder)
                     return
@@ -221,11 +221,11 @@ def build_entry(build: Callable[[Path], Built], folder: Path) -> None:
                         raise
                 if entry_problem(folder) is None:
                     return
-                # A damaged entry stands in the way. It is moved as a whole, since a running job may have it mapped.
+                # A damaged entry is in the way. It is moved as a whole, since a running job may have its files open.
                 aside.append(Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)))
                 with contextlib.suppress(FileNotFoundError):  # another process moved it first
                     os.rename(folder, aside[-1])
-        raise OSError(f"{folder} is replaced again and again by other processes")
+        raise OSError(f"other processes keep replacing {folder}")
     finally:
         for left in (made, *aside):
             shutil.rmtree(left, ignore_errors=True)

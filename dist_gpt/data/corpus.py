@@ -1,7 +1,7 @@
 """Text sources: the standard library's own sources, a text file, or a folder of text files.
 
 A corpus is a list of documents (byte ranges of files), each checked to be UTF-8 text, and a digest of their contents.
-Documents are read again when they are tokenised, so a corpus needs the memory of its largest file only.
+Documents are read again when they are tokenised, so a corpus needs memory for its largest file only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SOURCES = (
 
 
 class DataError(ConfigError):
-    """The data cannot be used as configured; the message says what was found and what to change (exit code 2)."""
+    """Error of data that cannot be used as configured; says what was found and what to change (exit code 2)."""
 
     def __init__(self, message: str) -> None:
         super().__init__([message])
@@ -44,11 +44,11 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size of the document in bytes."""
         return self.stop - self.start
 
     def read(self) -> str:
-        """The text. DataError if the file no longer holds what was checked."""
+        """Return the document's text. Raise DataError if the file no longer holds what was checked."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start)
@@ -57,29 +57,29 @@ class Document:
                 return data.decode("utf-8")
         except (OSError, UnicodeDecodeError):
             pass
-        raise DataError(f"data.source: {self.path} changed while it was being prepared; start again")
+        raise DataError(f"data.source: {self.path} changed while it was being prepared; restart to prepare it again")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order. `digest` depends on their contents and order, not on where they lie."""
+    """Documents in a fixed order. `digest` depends on their contents and order, not on their paths."""
 
     source: str
     documents: tuple[Document, ...]
     digest: str
-    skipped: tuple[str, ...] = ()  # files of a folder that are no text
+    skipped: tuple[str, ...] = ()  # files of a folder that are not text
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size of all documents in bytes."""
         return sum(document.size for document in self.documents)
 
 
 def read_corpus(source: str) -> Corpus:
     """Find and check every document of `source` ("stdlib", a text file or a folder).
 
-    In a folder, empty files and hidden files are passed over; so are files that are no text, unless their suffix
-    says that they are. Raises DataError for a missing path, a binary or empty file, a folder without text.
+    In a folder, empty and hidden files are skipped, and so are files that are not text, unless their suffix says that
+    they are. Raise DataError for a missing path, a binary or empty file, or a folder without text.
     """
     if source == "stdlib":
         return _check_files(source, *_stdlib_files(), strict=set(), limit=STDLIB_LIMIT)
@@ -96,10 +96,10 @@ def read_corpus(source: str) -> Corpus:
 
 
 def split_documents(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Train and validation documents: whole documents, spread evenly, so that validation holds its share of the bytes.
+    """Return train and validation documents: whole ones, spread evenly, so that validation has its share of the bytes.
 
-    A document goes to validation whenever that brings its share closer to `val_fraction`. Where documents are too few
-    or too large for that (a single file is), validation is the last `val_fraction` of the bytes instead.
+    A document goes to validation whenever that brings its share closer to `val_fraction`. If documents are too few or
+    too large for that (as a single file is), validation is the last `val_fraction` of the bytes instead.
     """
     train: list[Document] = []
     val: list[Document] = []
@@ -115,9 +115,9 @@ def split_documents(documents: Sequence[Document], val_fraction: float) -> tuple
 
 
 def _split_tail(documents: Sequence[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Cut the joined documents once, at a character's boundary."""
+    """Cut the joined documents once, at a character boundary, into train and validation documents."""
     total = sum(document.size for document in documents)
-    left = total - int(total * val_fraction)  # bytes still to be given to train
+    left = total - int(total * val_fraction)  # bytes still to go to train
     train: list[Document] = []
     val: list[Document] = []
     for document in documents:
@@ -133,7 +133,7 @@ def _split_tail(documents: Sequence[Document], val_fraction: float) -> tuple[lis
 
 
 def _character_start(path: Path, offset: int) -> int:
-    """The largest offset <= `offset` at which a UTF-8 character begins (continuation bytes are 10xxxxxx)."""
+    """Return the largest offset <= `offset` at which a UTF-8 character begins (continuation bytes are 10xxxxxx)."""
     first = max(0, offset - 3)
     with path.open("rb") as file:
         file.seek(first)
@@ -144,7 +144,7 @@ def _character_start(path: Path, offset: int) -> int:
 
 
 def _stdlib_files() -> tuple[Path, list[Path]]:
-    """The running interpreter's standard library: its root and its .py files, without tests and installed packages."""
+    """Return the root and .py files of the interpreter's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in _walk(root, STDLIB_SKIP) if path.suffix == ".py"]
     if not files:
@@ -156,7 +156,7 @@ def _stdlib_files() -> tuple[Path, list[Path]]:
 
 
 def _text_files(root: Path) -> list[Path]:
-    """Every visible file below `root`, sorted by its relative path."""
+    """Return every visible file below `root`, sorted by relative path. Raise DataError if there is none."""
     files = _walk(root, set())
     if not files:
         raise DataError(f"data.source: the folder {root} holds no files; allowed: {SOURCES}")
@@ -164,7 +164,7 @@ def _text_files(root: Path) -> list[Path]:
 
 
 def _walk(root: Path, skip: set[str]) -> list[Path]:
-    """Regular files below `root`, hidden ones, bytecode and folders named in `skip` left out, in a fixed order."""
+    """Return regular files below `root` in a fixed order, without hidden ones, bytecode and folders named in `skip`."""
     found: list[Path] = []
     for folder, names, files in os.walk(root):
         names[:] = [n for n in names if n not in skip and n != "__pycache__" and not n.startswith(".")]
@@ -173,7 +173,7 @@ def _walk(root: Path, skip: set[str]) -> list[Path]:
 
 
 def _check_files(source: str, root: Path, files: list[Path], strict: set[str], limit: int | None = None) -> Corpus:
-    """Read every file once: check for text, and digest it. Binary ones are errors if `strict` has their suffix."""
+    """Check that files are text and digest them, up to `limit` bytes. Binary ones with a `strict` suffix are errors."""
     digest = hashlib.sha256()
     documents: list[Document] = []
     skipped: list[str] = []
@@ -190,8 +190,8 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
         if problem and path.suffix in strict:
             remove = "" if len(files) == 1 else "remove it, "
             raise DataError(
-                f"data.source: {path} is no text: {problem}; convert it to UTF-8, {remove}or, if it holds tokens, "
-                "name it .bin"
+                f"data.source: {path} is not text: {problem}; convert it to UTF-8, {remove}or name it .bin if "
+                "it holds tokens"
             )
         refuse_other_text(path, data, alone=len(files) == 1)
         if problem:
@@ -202,29 +202,29 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
             total += len(data)
     if not documents:
         raise DataError(
-            f"data.source: {root} holds no text: of {len(files)} files {len(skipped)} are binary and "
-            f"{len(files) - len(skipped)} empty; allowed: {SOURCES}"
+            f"data.source: {root} holds no text ({len(files)} file{'' if len(files) == 1 else 's'}: {len(skipped)} "
+            f"binary, {len(files) - len(skipped)} empty); allowed: {SOURCES}"
         )
     return Corpus(source, tuple(documents), digest.hexdigest(), tuple(skipped))
 
 
 def refuse_other_text(path: Path, data: bytes, alone: bool) -> None:
-    """Raise DataError for text that only stands for what it should hold: a Git LFS pointer, a JSON list of ids.
+    """Raise DataError for text that only stands for the data: a Git LFS pointer, a JSON list of ids.
 
-    Among other files, a JSON list of numbers may well be text to learn from; `alone`: it is the only file.
+    Among other files, a JSON list of numbers may be text to learn from; `alone` says that it is the only file.
     """
     if data.startswith(LFS_POINTER):
         raise DataError(f"data.source: {path} is a Git LFS pointer instead of the file; run git lfs pull")
     numbers = data[:IDS_LOOKED_AT].strip(b"[], \t\r\n")
     if alone and path.suffix == ".json" and numbers and not numbers.strip(b"[]0123456789, \t\r\n"):
         raise DataError(
-            f"data.source: {path} holds only numbers, and as text its digits would be trained on; if they are token "
-            "ids, save them with numpy.save as .npy, and if not, name it .txt"
+            f"data.source: {path} holds only numbers, and as text its digits would be trained on; if these are token "
+            "ids, save them as .npy with numpy.save; otherwise, rename the file to .txt"
         )
 
 
 def text_problem(data: bytes) -> str | None:
-    """Why `data` is no UTF-8 text ("NUL byte at offset 12", "not UTF-8 at byte 5 (0xff)"), or None."""
+    """Return why `data` is not UTF-8 text ("NUL byte at offset 12", "not UTF-8 at byte 5 (0xff)"), or None."""
     nul = data.find(b"\0")
     if nul >= 0:
         return f"NUL byte at offset {nul}"

@@ -1,7 +1,7 @@
 """Recognise files of tokens: read known headers, name and refuse other known formats.
 
-`identify` looks at the first bytes of a file. It returns where the tokens lie for a header that is read (llm.c, NumPy,
-LitGPT), None for a file without a known header, and raises DataError for a format that holds no plain tokens.
+`identify` reads the first bytes of a file. It returns the span of the tokens for a supported header (llm.c, NumPy,
+LitGPT) and None for a file without a known header, and raises DataError for a format that holds no plain tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LLMC_OTHER = {
     20240326: "model checkpoint", 20240803: "model checkpoint", 20240327: "optimizer state", 20240328: "tokenizer",
     20240522: "evaluation file",
 }  # fmt: skip
-LITGPT = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens of a chunk
+LITGPT = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens per chunk
 CODED_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Dtype codes of Megatron, which LitGPT uses too; 6 and 7 are floats."""
 
@@ -39,7 +39,7 @@ UNPACK = "decompress it first"
 
 @dataclass(frozen=True)
 class Head:
-    """A file's size, its first bytes and its last one."""
+    """Size, first bytes and last byte of a file."""
 
     path: Path
     size: int
@@ -47,23 +47,23 @@ class Head:
     last: bytes
 
     def word(self, offset: int) -> int:
-        """Return the little-endian uint32 at `offset`, 0 where there is none."""
+        """Return the little-endian uint32 at `offset`; bytes beyond `first` count as 0."""
         return int.from_bytes(self.first[offset : offset + 4].ljust(4, b"\0"), "little")
 
     def long(self, offset: int) -> int:
-        """Return the little-endian uint64 at `offset`, 0 where there is none."""
+        """Return the little-endian uint64 at `offset`; bytes beyond `first` count as 0."""
         return int.from_bytes(self.first[offset : offset + 8].ljust(8, b"\0"), "little")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format that is refused: its name, how it is recognised, and what to do with it."""
+    """Format that is refused: its name, a test that recognises it, and advice to the user."""
 
     name: str
     matches: Callable[[Head], bool]
     advice: str = WRITE_AGAIN
     sure: bool = True
-    """False: the signature is so short that tokens may begin with it; an explicit data.dtype takes precedence."""
+    """False if tokens may match by chance (a short signature); then an explicit data.dtype takes precedence."""
 
 
 def _at(magic: bytes, offset: int = 0) -> Callable[[Head], bool]:
@@ -88,7 +88,7 @@ def _pickle(head: Head) -> bool:
 
 
 def _like_llmc(head: Head) -> bool:
-    """Match the layout of llm.c's headers: a date as magic, a small version, and zeros after the first few words."""
+    """Match the layout of llm.c's headers: a date as magic, a small version, and zeros after the first 16 words."""
     year, month, day = head.word(0) // 10000, head.word(0) // 100 % 100, head.word(0) % 100
     dated = 2020 <= year < 2050 and 1 <= month <= 12 and 1 <= day <= 31
     return dated and 0 < head.word(4) < 100 and len(head.first) >= LLMC_HEADER and not any(head.first[64:LLMC_HEADER])
@@ -112,7 +112,7 @@ def _word_of(path: Path, offset: int) -> int:
 
 
 def _tfrecord(head: Head) -> bool:
-    """Match a length, its masked CRC-32C, and room for the record and another checksum."""
+    """Match TFRecord: a length, its masked CRC-32C, and room for the record and another checksum."""
     if len(head.first) < 16 or head.long(0) + 16 > head.size:
         return False
     crc = 0xFFFFFFFF
@@ -129,7 +129,7 @@ def _safetensors(head: Head) -> bool:
 
 
 def _arrow_stream(head: Head) -> bool:
-    """Match a continuation marker, the metadata's length, and a flatbuffer whose root is near its beginning."""
+    """Match an Arrow stream: continuation marker, the metadata's length, a flatbuffer with its root near its start."""
     return head.first[:4] == b"\xff" * 4 and 0 < head.word(4) < head.size and head.word(4) % 8 == 0 < head.word(8) < 64
 
 
@@ -138,12 +138,12 @@ def begins_as_utf8(data: bytes) -> bool:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        return len(data) == HEAD and error.start >= HEAD - 3  # a character is cut by the end of what was read
+        return len(data) == HEAD and error.start >= HEAD - 3  # the end of the head cuts a character
     return True
 
 
 def _text(head: Head) -> bool:
-    """Match UTF-8 without control characters, 16 bytes or more: a few tokens may look like anything."""
+    """Match UTF-8 without control characters, 16 bytes or more: a few tokens may look like text by chance."""
     data = head.first
     if len(data) < 16 or any(byte < 32 and byte not in b"\t\n\r\f\x1b" or byte == 127 for byte in data):
         return False
@@ -181,25 +181,25 @@ REFUSED: tuple[Format, ...] = (
     Format("a GGML file (a model)", _any(b"lmgg", b"fmgg", b"tjgg"), "give the data, not the model"),
     Format("a shard of litdata or MosaicML MDS (an index of samples, then the samples)", _shard_of_samples),
     Format("a file with a header like llm.c's and an unknown magic", _like_llmc,
-           "supported are magic 20240520 (version 1) and 20240801 (version 7)", sure=False),
+           "supported: magic 20240520 (version 1) and 20240801 (version 7)", sure=False),
     Format("a Megatron index", _at(b"MMIDIDX\0\0"),
-           "name it NAME.idx beside its NAME.bin, which holds the tokens, and give NAME.bin"),
+           "put it next to its NAME.bin, which holds the tokens, as NAME.idx, and give NAME.bin"),
     Format("an old fairseq index", _at(b"TNTIDX\0\0"), "write the data again with Megatron's preprocess_data"),
     Format("a PDF", _at(b"%PDF-"), "extract its text to a .txt file"),
     Format("an image", _any(b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1")),
     Format("a RIFF file (audio or images)", lambda h: h.first[:4] == b"RIFF" and h.word(4) + 8 == h.size),
     Format("a program or library (ELF)", _at(b"\x7fELF")),
     Format("a Git LFS pointer instead of the file", _at(LFS_POINTER), "run git lfs pull"),
-    Format("UTF-16 text (a byte order mark)", _any(b"\xff\xfe", b"\xfe\xff"), "convert it to UTF-8 and name it .txt",
-           sure=False),
+    Format("UTF-16 text (a byte order mark)", _any(b"\xff\xfe", b"\xfe\xff"),
+           "convert it to UTF-8 and rename it to .txt", sure=False),
     Format("text (UTF-8, such as JSON, CSV or a web page)", _text,
-           "name it .txt to have it tokenised; if these are byte tokens, set data.dtype: uint8", sure=False),
+           "rename it to .txt to tokenise it; for byte tokens, set data.dtype: uint8", sure=False),
 )  # fmt: skip
-"""Formats that are named and refused. The first match counts."""
+"""Formats that are refused by name. The first match counts."""
 
 
 def read_head(path: Path) -> Head:
-    """Return the size of a file, its first bytes and its last one."""
+    """Return the size, the first HEAD bytes and the last byte of a file."""
     with path.open("rb") as file:
         first = file.read(HEAD)
         size = file.seek(0, 2)
@@ -208,7 +208,7 @@ def read_head(path: Path) -> Head:
 
 
 def identify(path: Path, dtype: str = AUTO) -> Span | None:
-    """Return the tokens of a file with a known header, None for a file without one.
+    """Return the span of tokens in a file with a known header, or None for a file without one.
 
     Raise DataError for a format that is not supported, for a header that is damaged or contradicts the file's size, and
     for one that contradicts `dtype` (data.dtype).
@@ -238,7 +238,7 @@ def refuse_contradiction(path: Path, header: str, dtype: str) -> None:
 
 
 def _llmc(head: Head) -> Span | None:
-    """Read the header of llm.c and modded-nanogpt, 1,024 bytes."""
+    """Return the span of an llm.c or modded-nanogpt file (a header of 1,024 bytes), or None."""
     magic, version, count = head.word(0), head.word(4), head.word(8)
     tokens = {known for known, _ in LLMC}
     if magic in LLMC_OTHER and 0 < version < 100 and len(head.first) >= LLMC_HEADER:
@@ -250,20 +250,20 @@ def _llmc(head: Head) -> Span | None:
         return None
     if (magic, version) not in LLMC:
         known = " and ".join(f"magic {m} version {v}" for m, v in LLMC)
-        raise _damaged(head, "llm.c", f"has magic {magic} version {version}, while {known} are supported")
+        raise _damaged(head, "llm.c", f"has magic {magic} version {version} (supported: {known})")
     dtype = LLMC[magic, version]
     width = np.dtype(dtype).itemsize
     needed = LLMC_HEADER + count * width
     if head.size != needed:
-        raise _damaged(head, "llm.c", f"counts {count} tokens of {width} bytes, which need {needed} bytes, and the "
-                                      f"file has {head.size}")  # fmt: skip
+        raise _damaged(head, "llm.c", f"counts {count} tokens of {width} bytes, which need {needed} bytes, but the "
+                                      f"file has {head.size} bytes")  # fmt: skip
     return _span(head, "llm.c", dtype, LLMC_HEADER, count)
 
 
 UNREADABLE = (
     ValueError, EOFError, SyntaxError, TypeError, ArithmeticError, RecursionError, tokenize.TokenError,
 )  # fmt: skip
-"""What NumPy raises at a damaged header."""
+"""Errors that NumPy raises for a damaged header."""
 NUMPY_HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 """Versions of NumPy's header; 3.0 is for structured arrays alone."""
 
@@ -290,26 +290,26 @@ def _numpy(head: Head) -> Span | None:
     needed = offset + shape[0] * kind.itemsize
     if head.size != needed:
         raise _damaged(head, "NumPy", f"counts {shape[0]} tokens of {kind.itemsize} bytes, which need {needed} bytes, "
-                                      f"and the file has {head.size}")  # fmt: skip
+                                      f"but the file has {head.size} bytes")  # fmt: skip
     return _span(head, "NumPy", kind.str, offset, shape[0])
 
 
 def _litgpt(head: Head) -> Span | None:
-    """Read LitGPT's PackedDataset: a header of 24 bytes, and whole chunks."""
+    """Return the span of LitGPT's PackedDataset (a header of 24 bytes, then whole chunks), or None."""
     if not head.first.startswith(b"LITPKDS"):
         return None
     if len(head.first) < LITGPT.size:
-        raise _damaged(head, "LitGPT", f"has only {head.size} bytes of its {LITGPT.size}")
+        raise _damaged(head, "LitGPT", f"has only {head.size} bytes instead of {LITGPT.size}")
     _, version, code, chunk = LITGPT.unpack(head.first[: LITGPT.size])
     if version != 1:
-        raise _damaged(head, "LitGPT", f"has version {version}, while version 1 is supported")
+        raise _damaged(head, "LitGPT", f"has version {version} (supported: version 1)")
     if code not in CODED_DTYPES:
-        raise _damaged(head, "LitGPT", f"has dtype code {code}; integers are {sorted(CODED_DTYPES)} (6, 7: floats)")
+        raise _damaged(head, "LitGPT", f"has dtype code {code} (integers: {sorted(CODED_DTYPES)}; floats: 6, 7)")
     width = np.dtype(CODED_DTYPES[code]).itemsize
     payload = head.size - LITGPT.size
     if chunk == 0 or payload % (chunk * width):
-        raise _damaged(head, "LitGPT", f"has {payload} bytes of tokens, not a multiple of its chunk of {chunk} tokens "
-                                       f"of {width} bytes")  # fmt: skip
+        raise _damaged(head, "LitGPT", f"gives chunks of {chunk} tokens of {width} bytes, but the file's {payload} "
+                                       "bytes of tokens are not a multiple of that")  # fmt: skip
     return _span(head, "LitGPT", CODED_DTYPES[code], LITGPT.size, payload // width)
 
 
@@ -318,10 +318,10 @@ def _span(head: Head, name: str, dtype: str, header: int, count: int) -> Span:
     if count == 0:
         raise DataError(f"data.source: {head.path} has a header but 0 tokens; give a file with tokens")
     if header % width:  # no writer of these formats does that
-        raise _damaged(head, name, f"ends it at byte {header}, not a multiple of {width}")
+        raise _damaged(head, name, f"ends at byte {header}, not a multiple of {width}")
     return Span(head.path, dtype, header // width, count)
 
 
 def _damaged(head: Head, name: str, found: str) -> DataError:
-    return DataError(f"data.source: {head.path} begins with {name}'s header, but {found}; the file is truncated, "
-                     "damaged or of another version: write it again")  # fmt: skip
+    return DataError(f"data.source: {head.path} begins with the {name} header, which {found}; the file is truncated, "
+                     "damaged or of another version; write it again")  # fmt: skip

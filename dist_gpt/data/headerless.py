@@ -1,4 +1,4 @@
-"""Read files of tokens without a header, and refuse them where the width of a token is in doubt.
+"""Read token files without a header, and refuse those whose token width is in doubt.
 
 A headerless .bin does not say how wide its tokens are. The convention is uint16 (nanoGPT). If 4-byte tokens are read as
 uint16, every second one is 0 or 1, and training raises no error. `refuse_doubt` looks for that pattern.
@@ -17,14 +17,14 @@ from dist_gpt.data.formats import AUTO
 from dist_gpt.data.reader import BLOCK, BLOCKS, Span
 
 TINY = (64, 1)
-"""Bounds of a high half: 64 covers ids below 2^22, 1 (for small vocabularies) ids below 2^16."""
+"""Upper bounds (exclusive) of high words: 64 covers ids below 2^22, 1 (for small vocabularies) ids below 2^16."""
 FEWEST, RATIO = 8, 50
-"""A pattern needs FEWEST words in low places that are not tiny, and RATIO times as many as in high places."""
+"""A layout matches if at least FEWEST low words are not tiny, and RATIO times as many as high words."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to store wider integers: `low` is the index of the low 2-byte word among `words`."""
+    """Layout of integers wider than 2 bytes: `low` is the index of the low 2-byte word among `words`."""
 
     name: str
     words: int
@@ -43,7 +43,7 @@ LAYOUTS = (
 
 
 def headerless(path: Path, dtype: str, vocab_size: int | None) -> Span:
-    """Return the tokens of a file without a header. Raise DataError if their width is in doubt or does not fit."""
+    """Return the span of tokens in a headerless file. Raise DataError if their width is in doubt or does not fit."""
     size = path.stat().st_size
     kind = np.dtype("uint16" if dtype == AUTO else dtype)
     width = kind.itemsize
@@ -51,7 +51,8 @@ def headerless(path: Path, dtype: str, vocab_size: int | None) -> Span:
         odd = "an odd number" if width == 2 else f"not a multiple of {width}"
         raise DataError(
             f"data.source: {path} has {size} bytes, {odd}, but a headerless .bin holds {width}-byte tokens "
-            f"(data.dtype {dtype}); it is truncated or of another format (Megatron's needs its .idx beside it)"
+            f"(data.dtype {dtype}); it is truncated or in another format (a Megatron .bin needs its .idx next to it); "
+            "write it again"
         )
     if dtype == AUTO:
         refuse_doubt(path, size, vocab_size)
@@ -59,23 +60,24 @@ def headerless(path: Path, dtype: str, vocab_size: int | None) -> Span:
 
 
 def refuse_doubt(path: Path, size: int, vocab_size: int | None) -> None:
-    """Raise DataError where data.dtype auto, which means uint16, may be wrong."""
+    """Raise DataError if uint16, which data.dtype auto means for a headerless file, may be wrong."""
     layout = wider(_samples(path, size))
     if layout is not None:
         every = "every other 2-byte word is" if layout.words == 2 else "3 of every 4 2-byte words are"
         raise DataError(
-            f"data.source: {path} has no header and looks like {layout.name} ({every} 0 or tiny), but without "
-            f"data.dtype a headerless file is read as uint16; {layout.advice}, or data.dtype: uint16 if that is right"
+            f"data.source: {path} has no header and looks like {layout.name} ({every} 0 or very small), but without "
+            f"data.dtype a headerless file is read as uint16; {layout.advice}, or data.dtype: uint16 if the "
+            "tokens are uint16"
         )
     if vocab_size is not None and vocab_size > 65_535:
         raise DataError(
             f"data.source: {path} has no header, and with model.vocab_size {vocab_size} its tokens may be wider than "
-            "uint16; set data.dtype: uint32, or data.dtype: uint16 if that is right"
+            "uint16; set data.dtype: uint32, or data.dtype: uint16 if the tokens are uint16"
         )
 
 
 def wider(words: NDArray[np.uint16]) -> Layout | None:
-    """Return the layout of wider integers that `words` (multiple of 4,) look like; None if there is none."""
+    """Return the layout of wider integers that 2-byte `words`, (multiple of 4,), look like, or None."""
     for layout in LAYOUTS:
         places = words[: len(words) // layout.words * layout.words].reshape(-1, layout.words)
         if layout.swapped:
@@ -91,7 +93,7 @@ def wider(words: NDArray[np.uint16]) -> Layout | None:
 
 
 def _samples(path: Path, size: int) -> NDArray[np.uint16]:
-    """Return the 2-byte words of blocks spread over the file, each of which begins at a multiple of 8 bytes."""
+    """Return the 2-byte words of blocks spread over the file; each block begins at a multiple of 8 bytes."""
     blocks = min(BLOCKS, -(-size // BLOCK))
     found = []
     with path.open("rb") as file:

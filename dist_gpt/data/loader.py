@@ -1,4 +1,4 @@
-"""Batches: which windows of the tokens a step trains on, as a function of (data.seed, step) and nothing else."""
+"""Batches: the windows of tokens that a step trains on, a function of (data.seed, step) alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dist_gpt.data.tokens import check_fits
 
 
 class Batches:
-    """Windows of seq_len + 1 tokens; inputs are `x[:, :-1]`, targets `x[:, 1:]`.
+    """Source of samples, windows `x` of seq_len + 1 tokens; inputs are `x[:, :-1]`, targets `x[:, 1:]`.
 
-    A rank asks for the samples [first, first + count) of the global batch that are its own. What a sample holds does
-    not depend on who asks, on the layout, or on how often the run was restarted.
+    Each rank requests its own samples [first, first + count) of the global batch. The contents of a sample do not
+    depend on the rank, on the layout, or on restarts of the run.
 
     An epoch is one pass over all windows. Windows begin every seq_len tokens, so every token but the first is a target
     once; the last tokens, too few for a window, are left out. With data.order replacement, windows begin anywhere and
-    are drawn independently, and an epoch is the same number of samples.
+    are drawn independently, and an epoch has the same number of samples.
     """
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
@@ -40,20 +40,20 @@ class Batches:
         """Number of windows in an epoch."""
 
     def offsets(self, step: int, first: int, count: int) -> NDArray[np.int64]:
-        """Return where samples [first, first + count) of `step` begin in the train part, (count,)."""
+        """Return the positions in the train part at which samples [first, first + count) of `step` begin, (count,)."""
         self._check(first, count)
         if self._order == "replacement":
             return self._drawn(step, first, count)
         number = step * self._batch + first + np.arange(count, dtype=np.int64)
         epochs = number // self.windows
         if epochs[0] == epochs[-1]:
-            epochs = epochs[:1]  # the usual case, and the keys are computed once
+            epochs = epochs[:1]  # the usual case: the keys are computed once
         return permute(number % self.windows, epochs, self.windows, self._seed) * self._seq_len
 
     def _drawn(self, step: int, first: int, count: int) -> NDArray[np.int64]:
         """Return starts drawn independently: Philox (Salmon et al. 2011) keyed by (seed, step).
 
-        Its raw words are used since numpy keeps them equal in all versions; the bias of the remainder is below
+        Its raw words are used because numpy keeps them equal in all versions; the bias of the remainder is below
         windows / 2^64.
         """
         key = np.array([self._seed % 2**64, step], dtype=np.uint64)
@@ -61,11 +61,11 @@ class Batches:
         return (words % np.uint64(len(self._train) - self._seq_len)).astype(np.int64)
 
     def epoch(self, steps: int) -> float:
-        """Return the passes over the data that `steps` steps make."""
+        """Return the number of passes over the data in `steps` steps."""
         return steps * self._batch / self.windows
 
     def describe(self) -> str:
-        """Return a line for the console: the windows in an epoch and the epochs in the run."""
+        """Return one line for the console: the windows in an epoch and the epochs in the run."""
         left_out = len(self._train) - 1 - self.windows * self._seq_len
         replaced = ", drawn with replacement (data.order)" if self._order == "replacement" else ""
         return (
@@ -80,7 +80,7 @@ class Batches:
     def validation(self, batch_index: int, first: int, count: int) -> NDArray[np.int64]:
         """Return samples [first, first + count) of validation batch `batch_index`, (count, seq_len + 1).
 
-        Always the same windows, spread evenly over the validation part; they overlap where it is short.
+        The windows are always the same, spread evenly over the validation part; they overlap if it is short.
         """
         self._check(first, count)
         if not 0 <= batch_index < self._eval_batches:
@@ -94,7 +94,7 @@ class Batches:
             raise ValueError(f"samples [{first}, {first + count}) of a global batch of {self._batch}")
 
     def _gather(self, tokens: Tokens, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the windows at `offsets`. Raise DataError for ids outside the vocabulary (a changed file)."""
+        """Return the windows at `offsets`. Raise DataError for ids outside the vocabulary (of a changed file)."""
         found = tokens.windows(offsets, self._window)
         limit = self._vocab_size
         if limit is not None and (found.min() < 0 or found.max() >= limit):
@@ -102,6 +102,6 @@ class Batches:
             raise DataError(
                 f"data.source: token id {found[row, column]} at position {offsets[row] + column} of the tokens from "
                 f"{tokens.path} is outside the vocabulary of {limit} (model.vocab_size), and was not there when the "
-                "data were prepared; do not change the file while a run uses it, and start again"
+                "data were prepared; do not change the file while a run uses it, and restart the run"
             )
         return found

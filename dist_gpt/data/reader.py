@@ -1,7 +1,7 @@
 """Read tokens from a file with pread, and check them while they are read.
 
-A memory map would be simpler, but if its file is truncated, the process dies of SIGBUS without a message. Here a short
-read is an error that names the file, and a file that changes during the run is noticed.
+A memory map would be simpler, but if its file is truncated, SIGBUS kills the process without a message. Here a short
+read is an error that names the file, and a change of the file during the run is detected.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from dist_gpt.data.corpus import DataError
 
 BLOCK, BLOCKS = 4096, 64
-WHOLE = 4 << 20  # bytes up to which a file is digested whole instead of in blocks
-RECHECK_WHOLE = 1 << 30  # bytes up to which a file whose time has changed is read whole again
+WHOLE = 4 << 20  # bytes up to which a file is digested whole, not in blocks
+RECHECK_WHOLE = 1 << 30  # bytes up to which a file is read whole again after its times changed
 SCAN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [offset, offset + count) of a file; the offset includes a header, counted in tokens."""
+    """Tokens [offset, offset + count) of a file; the offset counts tokens and includes the header."""
 
     path: Path
     dtype: str
@@ -36,9 +36,9 @@ class Span:
 
 
 class Tokens:
-    """The tokens of a span, (count,), read-only. Slices are read from the file.
+    """Tokens of a span, (count,), read-only. Slices are read from the file.
 
-    `sample` and `sha256` are digests taken when the data were prepared; "" where there are none yet.
+    `sample` and `sha256` are digests taken when the data were prepared; "" if there are none yet.
     """
 
     def __init__(self, span: Span, sample: str = "", sha256: str = "") -> None:
@@ -59,7 +59,7 @@ class Tokens:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the tokens."""
+        """Size of the tokens in bytes."""
         return self._count * self.dtype.itemsize
 
     def __getitem__(self, key: slice) -> NDArray[Any]:
@@ -95,8 +95,8 @@ class Tokens:
     def refuse_changes(self) -> None:
         """Raise DataError if the file holds other tokens than when it was opened.
 
-        Its size and times are compared first. If they have changed, the contents decide: up to 1 GB of
-        tokens are read again in full; of more, blocks are compared.
+        Size and times are compared first. If they have changed, the contents decide: up to 1 GiB of tokens are
+        read again in full; of more, blocks are compared.
         """
         stamp = self._stamp()
         if stamp == self._seen:
@@ -108,7 +108,7 @@ class Tokens:
         self._seen = stamp
 
     def sample(self) -> str:
-        """Return a digest of blocks spread over the tokens, both ends included; up to 4 MB, of all tokens."""
+        """Return a digest of blocks spread over the tokens, both ends included, or of all tokens up to 4 MiB."""
         size = self.nbytes
         digest = hashlib.sha256(f"{self.dtype.str} {size} ".encode())
         blocks = [(0, size)] if size <= WHOLE else [(i * (size - BLOCK) // (BLOCKS - 1), BLOCK) for i in range(BLOCKS)]
@@ -117,11 +117,11 @@ class Tokens:
         return digest.hexdigest()
 
     def sha256(self) -> str:
-        """Return the digest of all tokens."""
+        """Return the SHA-256 (hex) of all tokens."""
         return self.scan(lambda ids: None)
 
     def scan(self, look: Callable[[NDArray[Any]], None]) -> str:
-        """Call `look` with all tokens, piece by piece, and return their digest. Raise DataError if the file changes."""
+        """Call `look` with all tokens, in pieces, and return their SHA-256. Raise DataError if the file changes."""
         before = self._stamp()
         digest = hashlib.sha256()
         step = SCAN_BYTES // self.dtype.itemsize
@@ -134,7 +134,7 @@ class Tokens:
         return digest.hexdigest()
 
     def _stamp(self) -> tuple[int, ...]:
-        """Return what changes with the file; the last one, the time of its inode, cannot be set back by a writer."""
+        """Return the file's size, mtime and ctime (ns); a writer cannot set the ctime (of the inode) back."""
         status = os.fstat(self._file)
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -153,5 +153,5 @@ class Tokens:
     def _changed(self, how: str) -> DataError:
         return DataError(
             f"data.source: {self.path} changed while it was being read ({how}); do not change the file while a run "
-            "uses it, and start again"
+            "uses it, and restart the run"
         )

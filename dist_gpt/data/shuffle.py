@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Words = NDArray[np.uint64]
 
 ROUNDS = 10
-"""Luby and Rackoff need 4 for a pseudorandom permutation; more make up for small halves."""
+"""Luby and Rackoff need 4 rounds for a pseudorandom permutation; more make up for small halves."""
 SMALLEST_SIDE = 8
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 EPOCH_STEP = np.uint64(0xD1342543DE82EF95)
@@ -38,9 +38,9 @@ def mix(words: Words) -> Words:
 
 
 def permute(positions: NDArray[np.int64], epochs: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Return the images of `positions` under the permutations of 0 .. size - 1 keyed by (seed, epoch), (n,).
+    """Return the images of `positions`, (n,), under the permutations of 0 .. size - 1 keyed by (seed, epoch).
 
-    `epochs` has one entry for each position, or a single one for all of them.
+    `epochs` has one entry per position, or a single one for all positions.
     """
     if not 1 <= size <= LARGEST:
         raise ValueError(f"a permutation of {size} elements; 1 to 2^62 are supported")
@@ -61,8 +61,8 @@ def permute(positions: NDArray[np.int64], epochs: NDArray[np.int64], size: int, 
 def sides(size: int) -> tuple[int, int]:
     """Return a and b of the network's domain: both near the square root, a*b at or a little above `size`.
 
-    `a` is even because cyclic shifts of an odd length are even permutations, and with two odd sides half of all
-    permutations could never occur. Neither side is below SMALLEST_SIDE, where 10 rounds mix too little.
+    `a` is even because cyclic shifts of an odd length are even permutations: with two odd sides, half of all
+    permutations could never occur. Neither side is below SMALLEST_SIDE, where 10 rounds would mix too little.
     """
     rows = math.isqrt(size - 1) + 1
     rows = max(rows + rows % 2, SMALLEST_SIDE)

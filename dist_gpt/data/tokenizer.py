@@ -16,42 +16,42 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `separator` stands between documents and is never produced by encoding text."""
+    """Converter of text to ids and back. `separator` stands between documents; encoding text never produces it."""
 
     vocab_size: int
     separator: int
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Ids of one text, (tokens,)."""
+        """Return the ids of one text, (tokens,)."""
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; what is no UTF-8 (a cut character) becomes U+FFFD."""
+        """Return the text of `ids`; invalid UTF-8 (a cut character) becomes U+FFFD."""
 
 
 class ByteTokenizer:
-    """256 ids, the UTF-8 bytes. NUL separates documents: a text that holds one is refused as binary."""
+    """Tokenizer with 256 ids, the UTF-8 bytes. NUL separates documents: a text that holds one is refused as binary."""
 
     vocab_size = 256
     separator = 0
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Ids of one text, (bytes,)."""
+        """Return the ids of one text, (bytes,)."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; cut characters become U+FFFD."""
+        """Return the text of `ids`; cut characters become U+FFFD."""
         return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
 
 
 class BpeTokenizer:
-    """A byte-level BPE of the `tokenizers` library; id 0 is the end of text."""
+    """Byte-level BPE of the `tokenizers` library; id 0 is the end of text."""
 
     separator = 0
 
@@ -62,7 +62,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> BpeTokenizer:
-        """Learn at most `size` tokens; fewer where the texts have no more repeated pairs."""
+        """Learn at most `size` tokens from `texts`; fewer if no more pairs repeat."""
         from tokenizers import Tokenizer as Inner
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -81,34 +81,34 @@ class BpeTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> BpeTokenizer:
-        """Read tokenizer.json."""
+        """Read a tokenizer from `path`, a tokenizer.json."""
         from tokenizers import Tokenizer as Inner
 
         return cls(Inner.from_file(str(path)))
 
     def save(self, path: Path) -> None:
-        """Write tokenizer.json."""
+        """Write the tokenizer to `path`, a tokenizer.json."""
         self._inner.save(str(path))
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Ids of one text, (tokens,)."""
+        """Return the ids of one text, (tokens,)."""
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, the end of text included; cut characters become U+FFFD."""
+        """Return the text of `ids`, including any end of text; cut characters become U+FFFD."""
         return str(self._inner.decode([int(i) for i in ids], skip_special_tokens=False))
 
 
 def bpe_size(spec: str) -> int | None:
-    """SIZE of "bpe:SIZE", None for "byte". DataError for anything else."""
+    """Return SIZE of "bpe:SIZE", or None for "byte". Raise DataError for anything else."""
     if spec == "byte":
         return None
     kind, _, size = spec.partition(":")
     if kind == "bpe" and size.isascii() and size.isdigit() and int(size) >= SMALLEST_BPE:
         return int(size)
-    raise DataError(f"data.tokenizer: {spec!r}; allowed: byte, or bpe:SIZE with SIZE at least {SMALLEST_BPE}")
+    raise DataError(f"data.tokenizer: got {spec!r}; allowed: byte, or bpe:SIZE with SIZE at least {SMALLEST_BPE}")

@@ -1,4 +1,4 @@
-"""Text to tokens: `prepare` makes a configuration's tokens once, before the ranks start, or finds them in the cache."""
+"""Prepare tokens: `prepare` makes them once, before the ranks start, or finds them in the cache."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from dist_gpt.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, bpe_
 
 __all__ = ["Prepared", "cache_folder", "check_fits", "describe", "load_tokenizer", "open_prepared", "prepare"]
 
-FORMAT = 2  # part of every key: raise it when what is written changes
+FORMAT = 2  # part of every key; raise it when the format of entries changes
 SYNTHETIC_TOKENS = 2_000_000
-SCAN_TOKENS = 1 << 23  # tokens looked at at once
-BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once
+SCAN_TOKENS = 1 << 23  # tokens checked at a time
+BATCH_BYTES = 1 << 20  # text given to the tokenizer at a time
 
 Say = Callable[[str], None]
 Progress = Callable[[str], None] | None
@@ -43,17 +43,17 @@ Progress = Callable[[str], None] | None
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What an entry is made from (its key), and how: `build` fills a folder and returns what meta.json adds."""
+    """Recipe of a cache entry: `key` identifies its inputs, `build` fills a folder and returns parts and metadata."""
 
     key: dict[str, object]
     build: Callable[[Path], Built]
 
 
 def prepare(config: Config, progress: Progress = None) -> Prepared:
-    """The tokens of a resolved configuration, from the cache or made now. Runs before ranks start; needs no torch.
+    """Return the tokens of a resolved configuration, cached or made now. Call it before ranks start; it needs no torch.
 
-    `progress` receives lines for a person. Raises DataError for data that cannot be used, for sequences longer than
-    the data, and for token ids outside the vocabulary: before any rank exists, so the same at every layout.
+    `progress` receives lines for the user. Raise DataError for data that cannot be used, for sequences longer than
+    the data, and for token ids outside the vocabulary: before any rank exists, so equally for every layout.
     """
     say = progress or (lambda line: None)
     recipe = _recipe(config, say)
@@ -63,21 +63,22 @@ def prepare(config: Config, progress: Progress = None) -> Prepared:
     problem = entry_problem(folder)
     if problem:
         if folder.exists():
-            say(f"cache entry {folder} is damaged ({problem}): it is made again")
+            say(f"cache entry {folder} is damaged ({problem}); preparing it again")
         try:
             root.mkdir(parents=True, exist_ok=True)
             build_entry(recipe.build, folder)
         except OSError as error:
             raise DataError(
-                f"data.cache: cannot write {root}: {error.strerror or error}; set data.cache to a folder with room"
+                f"data.cache: cannot write {root}: {error.strerror or error}; set data.cache to a "
+                "writable folder with enough space"
             ) from error
-    prepared = replace(open_prepared(folder), source=config.data.source)  # equal data may have another name
+    prepared = replace(open_prepared(folder), source=config.data.source)  # equal data may be cached under another name
     check_fits(prepared, config)
     return prepared
 
 
 def load_tokenizer(prepared: Prepared) -> Tokenizer:
-    """The tokenizer that made these tokens. DataError for tokenised and synthetic sources, which come without one."""
+    """Return the tokenizer of these tokens. Raise DataError for tokenised and synthetic sources, which have none."""
     if prepared.tokenizer == "none":
         raise DataError(f"data.source: {prepared.source} holds tokens only, so text cannot be encoded or decoded")
     if bpe_size(prepared.tokenizer) is None:
@@ -86,7 +87,7 @@ def load_tokenizer(prepared: Prepared) -> Tokenizer:
 
 
 def check_fits(prepared: Prepared, config: Config) -> None:
-    """DataError if the tokens do not suit model.seq_len, model.vocab_size and train.eval_batches."""
+    """Raise DataError if tokens are all equal or do not suit model.seq_len, model.vocab_size and train.eval_batches."""
     needed = config.model.seq_len + 1
     parts = [("train", prepared.train)] + ([("validation", prepared.val)] if config.train.eval_batches else [])
     for name, tokens in parts:
@@ -120,15 +121,17 @@ def check_fits(prepared: Prepared, config: Config) -> None:
 def _refuse_constant(prepared: Prepared, seq_len: int) -> None:
     """Raise DataError if a part repeats one id: nothing can be learnt from it.
 
-    Validation is the end of a single file, and constant where the file was allocated and only partly written.
+    Validation is the end of a single file, and is constant if the file was allocated but only partly written.
     """
     parts = (
         ("train", prepared.train, prepared.train_ids, 0),
-        ("validation", prepared.val, prepared.val_ids, seq_len),  # a few tokens may well be equal
+        ("validation", prepared.val, prepared.val_ids, seq_len),  # a few tokens may be equal by chance
     )
     for name, tokens, (low, high), fewest in parts:
         if low == high and len(tokens) > fewest:
-            why = "it may have been allocated but never fully written:" if low == 0 else "look at what wrote it, and"
+            why = "check the program that wrote it, and"
+            if low == 0:
+                why = "the file may have been allocated but never fully written;"
             raise DataError(
                 f"data.source: all {len(tokens):,} {name} tokens of {prepared.source} are the id {low}, so there is "
                 f"nothing to learn from them; {why} write it again"
@@ -136,7 +139,7 @@ def _refuse_constant(prepared: Prepared, seq_len: int) -> None:
 
 
 def describe(prepared: Prepared) -> str:
-    """One line for the console."""
+    """Return one line for the console: source, token counts, tokenizer, vocabulary and cache entry."""
     tokenizer = "no tokenizer" if prepared.tokenizer == "none" else f"{prepared.tokenizer} tokenizer"
     return (
         f"{prepared.source}: {_millions(len(prepared.train))} train tokens, {_millions(len(prepared.val))} validation, "
@@ -145,7 +148,7 @@ def describe(prepared: Prepared) -> str:
 
 
 def cache_folder(config: Config) -> Path:
-    """data.cache, or $XDG_CACHE_HOME/dist_gpt, or ~/.cache/dist_gpt; absolute, since ranks may start elsewhere."""
+    """Return data.cache, $XDG_CACHE_HOME/dist_gpt or ~/.cache/dist_gpt; absolute, as ranks may start elsewhere."""
     if config.data.cache is not None:
         return Path(config.data.cache).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -156,7 +159,7 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count:,}"
 
 
-# What an entry is made from ------------------------------------------------------------------------------------------
+# Recipes of cache entries --------------------------------------------------------------------------------------------
 
 
 def _recipe(config: Config, say: Say) -> _Recipe:
@@ -165,7 +168,7 @@ def _recipe(config: Config, say: Say) -> _Recipe:
         _refuse_dtype(config)
         return _synthetic_recipe(config)
     if not data.source:
-        raise DataError(f"data.source: '' names nothing; allowed: {SOURCES}")
+        raise DataError(f"data.source: got an empty text; allowed: {SOURCES}")
     with _reading():
         spans = None
         if data.source != "stdlib":
@@ -173,11 +176,12 @@ def _recipe(config: Config, say: Say) -> _Recipe:
     if spans is not None:
         return _tokenised_recipe(data.source, spans)
     _refuse_dtype(config)
-    bpe_size(data.tokenizer)  # a wrong one is reported before the corpus is read
+    bpe_size(data.tokenizer)  # raises for a wrong one before the corpus is read
     corpus = read_corpus(data.source)
     if corpus.skipped:
         examples = ", ".join(corpus.skipped[:3])
-        say(f"{data.source}: {len(corpus.skipped)} files are no text and left out (such as {examples})")
+        are = "file is not text and is" if len(corpus.skipped) == 1 else "files are not text and are"
+        say(f"{data.source}: {len(corpus.skipped)} {are} skipped (for example {examples})")
     key = {"corpus": corpus.digest, "tokenizer": data.tokenizer, "val_fraction": data.val_fraction}
     return _Recipe({"kind": "text", **key}, lambda folder: _text(folder, corpus, config, say))
 
@@ -193,7 +197,7 @@ def _refuse_dtype(config: Config) -> None:
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Reports the source, and not the cache, as what cannot be read."""
+    """Raise DataError that blames the source, not the cache, for an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -205,9 +209,9 @@ def _reading() -> Iterator[None]:
 def _synthetic_recipe(config: Config) -> _Recipe:
     vocabulary = config.model.vocab_size
     if vocabulary is None:
-        raise DataError("model.vocab_size: synthetic data need it; set it to the number of different tokens wanted")
+        raise DataError("model.vocab_size: missing, but synthetic data need it; set it to the number of tokens wanted")
     fraction = config.data.val_fraction
-    count = max(SYNTHETIC_TOKENS, math.ceil(2 * (config.model.seq_len + 1) / fraction))  # any seq_len has its data
+    count = max(SYNTHETIC_TOKENS, math.ceil(2 * (config.model.seq_len + 1) / fraction))  # enough for any seq_len
     held = int(count * fraction)
 
     def build(folder: Path) -> Built:
@@ -225,8 +229,8 @@ def _synthetic_recipe(config: Config) -> _Recipe:
 def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
     """Return the recipe of tokenised files.
 
-    The key holds size, times and a digest of blocks: reading tens of GB at every start would take too long. The
-    modification time can be set back after a change between the blocks; the inode's change time cannot.
+    The key holds size, times and a digest of blocks: reading tens of GB at every start would take too long. A writer
+    that changes bytes between the blocks can set the modification time back, but not the inode's change time.
     """
     key: list[object] = []
     with _reading():
@@ -241,7 +245,9 @@ def _tokenised_recipe(source: str, spans: tuple[Span, Span]) -> _Recipe:
             train, val = (scan_part(span) for span in spans)
         for part, sample in ((train, samples[0]), (val, samples[1])):
             if part.sample != sample:
-                raise DataError(f"data.source: {part.file} changed while it was being prepared; start again")
+                raise DataError(
+                    f"data.source: {part.file} changed while it was being prepared; restart to prepare it again"
+                )
         largest = max(train.max_id, val.max_id)
         return {"train": train, "val": val}, {"source": source, "tokenizer": "none", "vocab_size": largest + 1}
 
@@ -252,22 +258,24 @@ def _opened(span: Span) -> Tokens:
     try:
         return Tokens(span)
     except ValueError as error:
-        raise DataError(f"data.source: {error}; it changed while it was being prepared; start again") from None
+        raise DataError(
+            f"data.source: {error}; it changed while it was being prepared; restart to prepare it again"
+        ) from None
 
 
 def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:
-    """Split, train the tokenizer on the train part if it is a BPE, and tokenise both parts."""
+    """Split a corpus, train the tokenizer on the train part if it is a BPE, and write both parts as tokens."""
     documents = dict(zip(("train", "val"), split_documents(corpus.documents, config.data.val_fraction), strict=True))
     size = bpe_size(config.data.tokenizer)
     tokenizer: Tokenizer
     if size is None:
         tokenizer = ByteTokenizer()
     else:
-        say(f"training a BPE of {size} tokens on {corpus.size / 1e6:.1f} MB of text")
+        say(f"training a BPE tokenizer of {size} tokens on {corpus.size / 1e6:.1f} MB of text")
         trained = BpeTokenizer.train((document.read() for document in documents["train"]), size)
         trained.save(folder / "tokenizer.json")
         if trained.vocab_size < size:
-            say(f"the text yields {trained.vocab_size} tokens only; the other {size - trained.vocab_size} stay unused")
+            say(f"the text yields only {trained.vocab_size} tokens; the other {size - trained.vocab_size} stay unused")
         tokenizer = trained
     count = len(corpus.documents)
     say(f"tokenising {count} document{'' if count == 1 else 's'}, {corpus.size / 1e6:.1f} MB")
@@ -278,8 +286,8 @@ def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:
 
 
 def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> Iterator[NDArray[np.int64]]:
-    """Tokens of documents in order, with a separator between two of them."""
-    between = np.array([], dtype=np.int64)  # nothing stands before the first
+    """Yield the tokens of the documents in order, with a separator between two of them."""
+    between = np.array([], dtype=np.int64)  # no separator before the first
     batch: list[str] = []
     waiting = 0
     for number, document in enumerate(documents, 1):

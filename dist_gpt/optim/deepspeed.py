@@ -41,7 +41,7 @@ def _imported() -> Any:
         import deepspeed
     except Exception as error:
         raise ConfigError([
-            "optim.engine: got deepspeed, which is installed and cannot be imported "
+            "optim.engine: got deepspeed, which is installed but cannot be imported "
             f"({type(error).__name__}: {error}); pip install --force-reinstall 'dist-gpt[deepspeed]', "
             "or set optim.engine=native"
         ]) from error  # fmt: skip
@@ -73,7 +73,7 @@ class DeepSpeedEngine:
     def load(self, param: Param, part: Tensor) -> None:
         """Set `param` to `part`, of this tp rank's shape. Raise RuntimeError after `start`."""
         if self.engine is not None:
-            raise RuntimeError(f"{param.name} cannot be set any more: its parts are DeepSpeed's")
+            raise RuntimeError(f"{param.name} cannot be set any more: DeepSpeed owns its parts")
         with torch.no_grad():
             self.model.stage.named[param.name].copy_(part)
 

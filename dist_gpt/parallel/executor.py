@@ -140,7 +140,7 @@ class Executor:
         self._finish_sends()
         self._micro_batches.clear()
         if self._tape or self._activations or self._gradients or self._receiving:
-            raise RuntimeError(f"rank {self.mesh.rank}: the step list left work behind on the tape")
+            raise RuntimeError(f"rank {self.mesh.rank}: the step list ended with unfinished work on the tape")
         return self.loss
 
     def _dispatch(self, step: Step, update: Update | None) -> None:

@@ -111,9 +111,7 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None, None, None
 
 
-def cross_entropy(
-    logits: Tensor, targets: Tensor, first_id: int, vocab_size: int, scale: float, tp: Group
-) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, first_id: int, vocab_size: int, scale: float, tp: Group) -> Tensor:
     """Return `scale` x the summed negative log-likelihood: logits (N, V/tp), targets (N,) int64 -> scalar.
 
     The result is equal on all tp ranks. `first_id` is the id of the first column, `vocab_size` is V. `logits` are

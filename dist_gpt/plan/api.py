@@ -68,29 +68,29 @@ def _notes(config: Config) -> list[str]:
     """Return notes on what the numbers assume, and on settings without effect."""
     notes = []
     if config.optim.engine == "deepspeed":
-        notes.append("comm: without DeepSpeed's own; memory: the most that DeepSpeed holds during a step")
+        notes.append("comm: excludes DeepSpeed's own communication; memory: DeepSpeed's peak during a step")
         whole = 4 * max(stored_parameters(kind.plan) for kind in rank_kinds(config))
         held = f"every rank holds all its parameters in float32, {whole / 1e9:.3g} GB"
         notes.append(f"start: before the first step {held}")
     if config.model.attention_dropout:
         notes.append(
-            "activations: dropout inside attention is taken as fused; on a CPU it is not, and keeps T x T more"
+            "activations: attention dropout is counted as fused; on a CPU it is not fused and keeps T x T more values"
         )
     o, t, plan = config.optim, config.train, RankPlan(config, 0)
     if t.dtype in ("bf16", "fp16") and config.launch.backend != "nccl":
         notes.append(
-            f"activations: a CPU without units for {t.dtype} computes attention in float32, and keeps more of it"
+            f"activations: a CPU without {t.dtype} instructions computes attention in float32, and keeps more bytes"
         )
     if o.sharding in ("zero2", "zero3") and plan.layout.data == 1:  # zero1 is the default
-        notes.append(f"optim.sharding {o.sharding} with one data rank: there is nobody to share state with")
+        notes.append(f"optim.sharding {o.sharding} with one data rank: there is no other rank to share state with")
     if t.dtype != "fp16" and t.loss_scale != TrainConfig.model_fields["loss_scale"].default:
-        notes.append(f"train.loss_scale {t.loss_scale:g} with train.dtype {t.dtype}: only fp16 scales its loss")
+        notes.append(f"train.loss_scale {t.loss_scale:g} with train.dtype {t.dtype}: the loss is scaled with fp16 only")
     if o.shard_group == "node" and config.launch.nodes == 1:
-        notes.append("optim.shard_group node on one node: all its data ranks, as with shard_group data")
+        notes.append("optim.shard_group node on one node: the group is all data ranks, as with shard_group data")
     if o.offload and config.launch.backend != "nccl":
-        notes.append("host: on a CPU it is the same memory, and comes on top of the peak: offload saves none there")
+        notes.append("host: on a CPU, host memory is the same memory and adds to the peak, so offload saves none")
     if config.launch.backend == "auto" and plan.stage and needs_room(plan):
-        notes.append("buffers: counted for gloo; with --set launch.backend=nccl reductions need none")
+        notes.append("buffers: counted for gloo; with --set launch.backend=nccl, reductions need none")
     return notes
 
 

@@ -16,11 +16,11 @@ _GRID_WIDTH = 84  # 110 columns with the rank in front and the idle share behind
 _HOLDS = {
     "parameters": "of the stages held here, or this rank's shard",
     "gradients": "of the same, or this rank's shard",
-    "optimizer": "masters and averages of what is stepped here",
-    "activations": "kept for the backward, where that is most",
-    "buffers": "messages, gathered parameters, gradients on their way",
+    "optimizer": "masters and moments of the parameters updated here",
+    "activations": "kept for the backward, at their maximum",
+    "buffers": "messages, gathered parameters, gradients in transit",
     "peak": "the sum; temporaries inside a block are not counted",
-    "host": "in host memory: what the optimizer steps there",
+    "host": "in host memory: state that the optimizer updates there",
 }
 
 
@@ -33,7 +33,7 @@ def plan_text(doc: dict[str, Any], config: Config) -> str:
         [f"Traffic of {_place(doc['layout'], rank)}, one training step", *_traffic(doc["comm"])],
         ["Traffic of all ranks together, one training step", *_traffic(doc["total"]["comm"])],
         [
-            f"Memory of {_place(doc['layout'], doc['peak_rank'])}, which needs most",
+            f"Memory of {_place(doc['layout'], doc['peak_rank'])}, which needs the most",
             *_memory(doc["memory_bytes"]),
             *doc["notes"],
         ],
@@ -54,13 +54,13 @@ def flops_text(doc: dict[str, Any]) -> str:
         ))  # fmt: skip
     per_token = [
         ("model FLOPs", doc["model_flops_per_token"], "forward and backward, all T x T scores"),
-        ("hardware FLOPs", doc["hardware_flops_per_token"], f"what is executed, recompute {doc['recompute']}"),
+        ("hardware FLOPs", doc["hardware_flops_per_token"], f"executed, with recompute {doc['recompute']}"),
         ("causal", doc["published"]["causal"], "model FLOPs with the masked half of the scores left out"),
         ("6N + 12LHT", doc["published"]["6n_12lht"], f"PaLM's convention, N = {doc['published']['n']:,}"),
     ]
     return "\n".join([
-        f"{doc['name']}: {doc['parameters']:,} parameters; FLOPs for one sequence of {doc['seq_len']:,} tokens,",
-        "each (m, k) @ (k, n) as often as a layer has such products, times the layers",
+        f"{doc['name']}: {doc['parameters']:,} parameters; FLOPs for one sequence of {doc['seq_len']:,} tokens:",
+        "each (m, k) @ (k, n), times the products in a layer, times the layers",
         "",
         *_table(rows),
         "",
@@ -125,7 +125,7 @@ def _layout_lines(doc: dict[str, Any]) -> list[str]:
                 "model FLOPs",
                 f"  {job}FLOP a step in the job, {total['model_flops'] // tokens:,} per token; rank {rank}: {own}FLOP",
             ),
-            *([("recomputed", f"  {si(again)}FLOP on top on rank {rank}")] if again else []),
+            *([("recomputed", f"  {si(again)}FLOP in addition on rank {rank}")] if again else []),
         ],
         right=(),
     )
@@ -176,7 +176,7 @@ def _schedule_lines(doc: dict[str, Any], config: Config) -> list[str]:
         limits = f"up to {DRAWN_RANKS} pipeline ranks and {DRAWN_MICRO_BATCHES} micro-batches"
         return [*lines, f"  The grid is drawn for {limits}; --json holds every rank's order."]
     grid = draw_text(timeline(config), _GRID_WIDTH).splitlines()
-    legend = "F forward, B backward, with the micro-batch or small letters for odd ones; . idle"
+    legend = "F forward, B backward, with the micro-batch, or in lower case for odd ones; . idle"
     return [*lines, *(f"  {line}" for line in (*grid, legend))]
 
 
@@ -192,5 +192,6 @@ def _stages(schedule: dict[str, Any], pp: int) -> list[str]:
         if rank == pp - 1 or held[rank + 1] != held[rank]:
             ranks = f"pp {first}" if rank == first else f"pp {first} to {rank}"
             first = rank + 1
-            rows.append((ranks, f"  {held[rank]} layers" + (" each" if " to " in ranks else "")))
+            layers = "layer" if held[rank] == "1" else "layers"
+            rows.append((ranks, f"  {held[rank]} {layers}" + (" each" if " to " in ranks else "")))
     return _table(rows, right=())

@@ -241,7 +241,7 @@ def make_timer(device: torch.device) -> Timer:
     if device.type == "cuda":
         if os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0") not in ("", "0"):
             raise ConfigError([
-                "profile.steps: with TORCH_NCCL_BLOCKING_WAIT set, times of the device cannot be taken without "
+                "profile.steps: with TORCH_NCCL_BLOCKING_WAIT set, device times cannot be measured without "
                 "blocking the host; unset it, or run without a window"
             ])  # fmt: skip
         from dist_gpt.comm.device_time import CudaTimer

@@ -1,1 +1,1 @@
-"""The report: a run directory is read, its clocks are aligned, its calls are matched, and what they cost is told."""
+"""The report of a run: read its directory, align its clocks, match its calls, and account for their cost."""

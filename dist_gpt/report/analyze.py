@@ -1,8 +1,8 @@
-"""From a run directory to the report's document: plain JSON, which pages, figures and comparisons read.
+"""Build the report's document from a run directory: plain JSON that pages, figures and comparisons read.
 
     document = analyze(load("runs/demo"))
 
-Everything that needs the profiling window is null or empty where there was none.
+Sections that need the profiling window are null or empty without one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DRAWN_RANKS = 8
 
 @dataclass
 class Profile:
-    """What the window holds, on one clock; the parts that the sections share."""
+    """Data of the profiling window on one clock, shared by the sections of the report."""
 
     run: Run
     clocks: Clocks
@@ -43,13 +43,13 @@ class Profile:
 
     @property
     def median_step(self) -> int | None:
-        """The profiled step of middle length: what is drawn and replayed."""
+        """Profiled step of median duration (of its slowest rank), which is drawn and replayed; None without any."""
         longest = self.budget.wall.max(axis=0) if self.budget.wall.size else np.empty(0)
         return self.budget.steps[int(np.argsort(longest)[len(longest) // 2])] if len(longest) else None
 
 
 def profile(run: Run) -> Profile:
-    """Aligns, matches and splits; of steps that every rank that was read has finished."""
+    """Align the clocks, match the calls and split the time of the steps that all ranks in `run` have finished."""
     _drop_unfinished(run)
     clocks = align(run)
     calls, meetings = match(run, clocks)
@@ -59,7 +59,7 @@ def profile(run: Run) -> Profile:
 
 
 def _drop_unfinished(run: Run) -> None:
-    """A run that goes on, or died, leaves rows of a step that not all ranks have ended; means count whole steps."""
+    """Drop rows of steps that not all ranks have ended (the run continues, or died): means count whole steps."""
     ended = [{fact["step"] for fact in log.steps if fact["phase"] == TRAIN} for log in run.ranks.values()]
     whole = np.array(sorted(set.intersection(*ended)) if ended else [], dtype=np.int64)
     for log in run.ranks.values():
@@ -68,7 +68,7 @@ def _drop_unfinished(run: Run) -> None:
 
 
 def analyze(run: Run, found: Profile | None = None) -> dict[str, Any]:
-    """The document of a report."""
+    """Return the report's document, ready for JSON; `found` is the profile of `run` if the caller has it."""
     p = found or profile(run)
     profiled = bool(p.budget.steps)
     sections = _window_sections(p) if profiled else _EMPTY
@@ -129,7 +129,7 @@ def _window_sections(p: Profile) -> dict[str, Any]:
 
 
 def _spread(found: Budget) -> dict[str, float]:
-    """Standard error of each category's mean over steps, in seconds."""
+    """Return the standard error of each category's mean over steps, in seconds; empty for fewer than two steps."""
     count = len(found.steps)
     if count < 2:
         return {}
@@ -137,7 +137,7 @@ def _spread(found: Budget) -> dict[str, float]:
 
 
 def _replayed(p: Profile, step: int) -> dict[str, Any]:
-    """What the step would cost if an axis were free, and what held it up."""
+    """Replay the step: return its duration with each axis free, and its critical path; both empty if that fails."""
     try:
         graph = build(p.run, p.clocks, p.calls, p.meetings, step)
         path = critical_path(graph)
@@ -153,7 +153,7 @@ def _replayed(p: Profile, step: int) -> dict[str, Any]:
 
 
 def _timeline(p: Profile, step: int) -> dict[str, Any]:
-    """One step of a few ranks: what they computed, and every collective from its issue to its end."""
+    """Return one step of at most DRAWN_RANKS ranks: their computing, and every collective from issue to end."""
     chosen = p.budget.ranks[:: -(-len(p.budget.ranks) // DRAWN_RANKS)]
     zero = min((int(p.spans.start[p.spans.of(r)][p.spans.step[p.spans.of(r)] == step].min(initial=1 << 62))
                 for r in chosen), default=0)  # fmt: skip
@@ -179,7 +179,7 @@ def _lanes(p: Profile, rank: int, step: int, zero: int) -> list[dict[str, Any]]:
 
 
 def _pieces(p: Profile, row: int, zero: int) -> list[list[Any]]:
-    """A call: under way without standing in the way, then blocked: waiting for others, transferring."""
+    """Return the spans of one call: in flight without blocking its rank (overlapped), then wait, then transfer."""
     c = p.calls
     payload = int(p.meetings.payload[c.meeting[row]]) if c.meeting[row] >= 0 else int(c.payload[row])
     label = f"{OPS[c.op[row]].replace('_', '-')} {payload:,} B"
@@ -200,7 +200,7 @@ def _seconds(zero: int, start: Any, end: Any) -> list[float]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
+    """Return `value` with plain Python numbers, and None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,18 +1,18 @@
-"""Where every nanosecond of every step went, rank by rank: categories that are disjoint by construction.
+"""Time budget of every rank's step: each nanosecond is in exactly one category, by construction.
 
-A rank's step is cut at its own time stamps. A moment lies either inside a blocked interval of a call (in the issuing
-call, or in the wait for it), or inside an entry of the step list, or in neither; no moment in two.
+A rank's step is cut at its own timestamps. A moment is either blocked by a call (in the issuing call, or in the wait
+for it), or not blocked and inside an entry of the step list, or in neither.
 
-    blocked before the last member came     wait.AXIS, of a pipeline's receive: bubble
+    blocked before the last member arrived  wait.AXIS; for a pipeline's receive: bubble
     ... and until this rank's part ended    transfer.AXIS (with the local part of an emulated operation)
-    ... and until this rank went on         descheduled: the operating system had not woken it
+    ... and until this rank resumed         descheduled: the operating system had not woken it
     in an entry, not blocked                forward, backward, weight, recompute, optimizer, data: the thread's CPU time
-    ... and not on a processor either       descheduled (on a CPU; a GPU runs what it is given)
-    in neither, not on a processor          descheduled (on a CPU)
+    ... and not on a CPU                    descheduled (CPU runs only; a GPU runs what it is given)
+    in neither, not on a CPU                descheduled (CPU runs only)
     in neither                              unexplained
 
-The drain of a pipeline is bubble too: waiting in any collective behind a rank's own last action, until the last action
-of its pipeline has ended.
+The drain of a pipeline is bubble too: the wait in any collective after a rank's own last action, until the last action
+of its pipeline ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dist_gpt.schedule.expand import BACKWARD, FORWARD, FREE, GATHER, RECOMPUTE,
 COMPUTE = ("forward", "backward", "weight", "recompute", "optimizer")
 ALWAYS = ("bubble", "data", "checkpoint", "descheduled", "unexplained")
 KINDS = ("forward", "backward", "weight", "recompute", "optimizer", "data", "message")
-"""Of spans, by number. What a message's entry computes besides its call is left unexplained."""
+"""Kinds of spans, by number. Time in a message's entry outside of its call is left unexplained."""
 _KIND = {FORWARD: 0, BACKWARD: 1, WEIGHT: 2, RECOMPUTE: 3, REDUCE: 4, UPDATE: 4, GATHER: 4, FREE: 4, SEND: 6, RECV: 6}
 _DATA, _MESSAGE, _OPTIMIZER = KINDS.index("data"), KINDS.index("message"), KINDS.index("optimizer")
 _RECV = OPS.index("recv")
@@ -40,7 +40,7 @@ _RECV = OPS.index("recv")
 
 @dataclass
 class Spans:
-    """Entries of the step lists of all ranks, by rank and time; aligned ns. They do not overlap on a rank."""
+    """Entries of all ranks' step lists, by rank and start; times in aligned ns. Those of one rank do not overlap."""
 
     rank: np.ndarray
     step: np.ndarray
@@ -52,19 +52,19 @@ class Spans:
     bounds: dict[int, slice]
 
     def of(self, rank: int) -> slice:
-        """Where the spans of a rank stand."""
+        """Return the slice of a rank's spans."""
         return self.bounds.get(rank, slice(0, 0))
 
 
 def read_spans(run: Run, clocks: Clocks) -> Spans:
-    """All spans of the window on the common clock."""
+    """Return all spans of the window on the common clock."""
     total = sum(len(log.spans) for log in run.ranks.values())
     column = {name: np.empty(total, np.int64) for name in ("rank", "step", "index", "start", "end", "cpu", "kind")}
     bounds, at = {}, 0
     for rank, log in run.ranks.items():
         here = slice(at, at + len(log.spans))
         rows = dict(zip(SPAN_COLUMNS, log.spans[np.argsort(log.spans[:, 2], kind="stable")].T, strict=True))
-        kinds = np.array([*(_KIND[s.kind] for s in run.plan_of(rank).steps), _DATA])  # the last one: index -1
+        kinds = np.array([*(_KIND[s.kind] for s in run.plan_of(rank).steps), _DATA])  # the last one is for index -1
         column["rank"][here] = rank
         column["start"][here] = clocks.to_origin(rank, rows["start"])
         column["end"][here] = column["start"][here] + rows["wall"]
@@ -78,7 +78,7 @@ def read_spans(run: Run, clocks: Clocks) -> Spans:
 
 @dataclass
 class Blocked:
-    """Per call, ns in which its rank stood still for it. `cpu`: used meanwhile."""
+    """Nanoseconds for which each call blocked its rank, by cause; `cpu`: CPU time in ns used meanwhile."""
 
     wait: np.ndarray
     bubble: np.ndarray
@@ -88,21 +88,22 @@ class Blocked:
 
     @property
     def total(self) -> np.ndarray:
+        """Nanoseconds blocked per call, whatever the cause."""
         return self.wait + self.bubble + self.transfer + self.late
 
 
 def blocked(run: Run, calls: Calls, meetings: Meetings, spans: Spans) -> Blocked:
-    """Splits what every call blocked its rank for."""
+    """Split the time for which every call blocked its rank by cause."""
     waited = (calls.wait >= 0) & (calls.waited >= 0)
     begin = np.where(waited, calls.wait, 0)
     end = np.where(waited, np.maximum(calls.waited, calls.wait), 0)
     met = calls.meeting >= 0
     arrival = np.where(met, meetings.arrival[np.maximum(calls.meeting, 0)], calls.issue) if len(meetings) else begin
     done = np.where(calls.done >= 0, calls.done, end)
-    if len(meetings):  # of a receive the backend gives a bound; its sender knows better
+    if len(meetings):  # for a receive the backend gives only a bound; its sender knows the end
         known = met & (calls.flags & BOUND > 0) & (meetings.end[np.maximum(calls.meeting, 0)] >= 0)
         done = np.where(known, meetings.end[np.maximum(calls.meeting, 0)], done)
-    over = np.clip(done, begin, end)  # this rank's part has ended
+    over = np.clip(done, begin, end)  # when this rank's part ended
     before = np.clip(np.minimum(over, arrival) - begin, 0, None)
     after = end - over
     local = np.where((calls.flags & EMULATED) > 0, np.minimum(after, calls.cpu), 0)
@@ -113,7 +114,7 @@ def blocked(run: Run, calls: Calls, meetings: Meetings, spans: Spans) -> Blocked
 
 
 def _drain(run: Run, calls: Calls, spans: Spans, begin: np.ndarray, until: np.ndarray) -> np.ndarray:
-    """Per call, the part of [begin, until] between its rank's last pipeline action and its pipeline's."""
+    """Return, per call, the ns of [begin, until] between its rank's last pipeline action and its pipeline's."""
     own, whole = last_actions(run, spans)
     found = np.zeros(len(calls), np.int64)
     for rank in run.ranks:
@@ -127,8 +128,10 @@ def _drain(run: Run, calls: Calls, spans: Spans, begin: np.ndarray, until: np.nd
 
 
 def last_actions(run: Run, spans: Spans) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
-    """When each (rank, step) ended its last forward, backward or weight step, and when its pipeline did. Empty where
-    there is no pipeline."""
+    """Return, by (rank, step), when the rank's last pipeline action ended, and when its whole pipeline's last one did.
+
+    Actions are forward, backward, weight and recompute; times are aligned ns. Both are empty without a pipeline.
+    """
     own: dict[tuple[int, int], int] = {}
     if run.layout.pp == 1:
         return own, {}
@@ -146,8 +149,10 @@ def last_actions(run: Run, spans: Spans) -> tuple[dict[tuple[int, int], int], di
 
 @dataclass
 class Budget:
-    """ns by (rank, step) and category. `wall` is the sum of all categories. `computing`: in entries that compute, and
-    not blocked, on a processor or not: what makes others wait."""
+    """Nanoseconds by (rank, step) and category; `wall` is the sum of all categories.
+
+    `computing` is the time in entries that compute while not blocked, on a CPU or not: what makes other ranks wait.
+    """
 
     ranks: list[int]
     steps: list[int]
@@ -156,12 +161,12 @@ class Budget:
     computing: np.ndarray
 
     def mean_s(self) -> dict[str, float]:
-        """Seconds of a step, mean over ranks and steps."""
+        """Return the seconds of each category in a step, mean over ranks and steps."""
         known = self.wall > 0
         return {name: float(part[known].mean()) / 1e9 if known.any() else 0.0 for name, part in self.parts.items()}
 
     def of_rank_s(self, rank: int) -> dict[str, float]:
-        """The same of one rank, with its `wall_s`."""
+        """Return one rank's seconds of each category in a step, mean over steps, with their sum as `wall_s`."""
         row = self.ranks.index(rank)
         known = self.wall[row] > 0
         mean = {name: float(part[row][known].mean()) / 1e9 if known.any() else 0.0 for name, part in self.parts.items()}
@@ -169,7 +174,7 @@ class Budget:
 
 
 def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
-    """The budget of every profiled step."""
+    """Return the budget of every profiled step."""
     ranks = list(run.ranks)
     steps = np.union1d(spans.step, calls.step).tolist()  # a rank that died leaves calls without spans
     place = np.zeros(max(ranks, default=0) + 1, np.int64)
@@ -210,7 +215,7 @@ def budget(run: Run, calls: Calls, spans: Spans, stood: Blocked) -> Budget:
 
 
 def _walls(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
-    """ns of every profiled step as its rank measured it."""
+    """Return the duration in ns of every profiled step as its rank measured it."""
     wall = np.zeros((len(ranks), len(steps)))
     for row, column, fact in _facts(run, ranks, steps):
         wall[row, column] = fact["step_s"] * 1e9
@@ -218,7 +223,7 @@ def _walls(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
 
 
 def _facts(run: Run, ranks: list[int], steps: list[int]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(row, column, what the rank says of it) of every profiled step."""
+    """Yield (row, column, step fact) of every profiled step of every rank."""
     columns = {step: i for i, step in enumerate(steps)}
     for row, rank in enumerate(ranks):
         for fact in run.ranks[rank].steps:
@@ -227,7 +232,7 @@ def _facts(run: Run, ranks: list[int], steps: list[int]) -> Iterator[tuple[int, 
 
 
 def _between(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
-    """ns of processor time between the entries of every profiled step; inf where that is not known."""
+    """Return the CPU time in ns between the entries of every profiled step; inf where it is not known."""
     found = np.full((len(ranks), len(steps)), np.inf)
     for row, column, fact in _facts(run, ranks, steps):
         if fact["between_cpu_s"] is not None:
@@ -236,8 +241,10 @@ def _between(run: Run, ranks: list[int], steps: list[int]) -> np.ndarray:
 
 
 def _inside(calls: Calls, spans: Spans, stood: Blocked) -> tuple[np.ndarray, np.ndarray]:
-    """Per span, blocked ns and CPU ns meanwhile. A reduction is issued in one entry and waited for in another: each
-    interval belongs to the span in which it began."""
+    """Return, per span, the ns blocked and the CPU time in ns used meanwhile.
+
+    A reduction is issued in one entry and waited for in another: each interval belongs to the span in which it began.
+    """
     inside, cpu = np.zeros(len(spans.start)), np.zeros(len(spans.start))
     issuing = np.clip(calls.issued - calls.issue, 0, None)
     standing = stood.total - issuing

@@ -1,7 +1,7 @@
-"""One figure: a matplotlib Figure measured in pixels, and its SVG, small and fit to be set into a page.
+"""Figures measured in pixels: a matplotlib Figure and its SVG, small enough to be embedded in a page.
 
-The colours of text, rules and background are five hex values found nowhere else, so a page can exchange them for CSS
-variables (`themed`) and the figure follows light and dark mode. As it stands an SVG is a light figure without
+The colours of text, rules, background and heat are five hex values found nowhere else, so a page can replace them by
+CSS variables (`themed`) and the figure follows light and dark mode. Unthemed, an SVG is a light figure without
 background, for papers.
 """
 
@@ -29,11 +29,11 @@ from dist_gpt.report import palette, units
 INK, MUTED, RULE, PAGE, HEAT = "#1c2129", "#57606b", "#d9dee5", "#fefdfe", "#f08c3c"
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAGE: "--page", HEAT: "--heat"}
 WIDE, HALF = 940, 456
-"""Widths in pixels of figures over the whole column, and of two side by side."""
+"""Widths in pixels of a figure over the whole column, and of one of two side by side."""
 SMALL = 13
-"""Size of text: on a screen 800 pixels wide still 10.5 pixels."""
+"""Text size in pixels; still 10.5 pixels on a screen 800 pixels wide."""
 FAINT = MUTED + "55"
-"""The text's second colour, mostly transparent."""
+"""Muted text colour, mostly transparent."""
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dist_gpt",
@@ -66,14 +66,14 @@ _FONTS = "DejaVu Sans, Verdana, sans-serif"
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Inside of it figures are made and written; matplotlib's own settings stay as they are."""
+    """Set matplotlib up for making and writing figures inside the `with` block, and restore its settings after it."""
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        warnings.simplefilter("ignore")  # a glyph that the measuring font lacks: the reader's font may have it
+        warnings.simplefilter("ignore")  # the reader's font may have a glyph that the measuring font lacks
         yield
 
 
 class Canvas:
-    """A figure of `width` x `height` pixels. Coordinates count from the upper left corner."""
+    """Figure of `width` x `height` pixels. Coordinates count from the upper left corner."""
 
     def __init__(self, width: int, height: float) -> None:
         self.width, self.height = width, height
@@ -82,7 +82,7 @@ class Canvas:
         self._tips: list[str] = []
 
     def axes(self, left: float, top: float, width: float, height: float, grid: str = "x") -> Axes:
-        """Axes at this place, without a frame, with grid lines for the axis `grid` (x, y, both, or none)."""
+        """Add axes at this place in pixels, framed only below, with grid lines for axis `grid` (x, y, both or none)."""
         place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(place)
         for side in ("top", "right", "left"):
@@ -94,12 +94,12 @@ class Canvas:
         return axes
 
     def text(self, x: float, y: float, text: str, size: float = SMALL, **style: Any) -> None:
-        """Text with its left end (see `ha`) at x, centred on y."""
+        """Draw text with its left end (see `ha`) at x, centred on y."""
         style = {"ha": "left", "va": "center", "color": MUTED, **style}
         self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=size, **style)
 
     def rows(self, axes: Axes, names: Iterable[str], places: Sequence[float] | None = None) -> None:
-        """Names of the rows of a chart, at the left edge of the figure."""
+        """Label the rows of a chart, at the left edge of the figure."""
         shown = list(names)
         axes.set_yticks(range(len(shown)) if places is None else places, shown)
         axes.tick_params(axis="y", pad=axes.get_position().x0 * self.width)
@@ -107,17 +107,17 @@ class Canvas:
             name.set_horizontalalignment("left")
 
     def value(self, axes: Axes, x: float, y: float, text: str, size: float = SMALL) -> None:
-        """Text just right of (x, y)."""
+        """Draw text just right of the point (x, y) in data coordinates."""
         axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=size,
                       annotation_clip=False)  # fmt: skip
 
     def tip(self, artist: Artist, text: str) -> None:
-        """What is shown when the pointer rests on `artist`."""
+        """Set the text that is shown when the pointer rests on `artist`."""
         artist.set_gid(f"tip-{len(self._tips)}")
         self._tips.append(text)
 
     def box(self, axes: Axes, x: float, y: float, width: float, height: float, key: str, tip: str = "") -> Rectangle:
-        """A rectangle in data coordinates, lower left corner at (x, y), in the colour of the budget category `key`."""
+        """Draw a rectangle in data coordinates, lower left corner at (x, y), in the colour of budget category `key`."""
         return self.paint(axes, (x, y, width, height), palette.colour(key), palette.is_striped(key), tip)
 
     def paint(
@@ -129,7 +129,7 @@ class Canvas:
         tip: str = "",
         **more: Any,
     ) -> Rectangle:
-        """A rectangle (x, y, width, height) in any colour."""
+        """Draw a rectangle (x, y, width, height) in data coordinates, in any colour."""
         x, y, width, height = box
         more = {"linewidth": 0, "facecolor": fill, "clip_on": False, "hatch": HATCH if striped else None, **more}
         patch = Rectangle((x, y), width, height, **more)
@@ -139,7 +139,7 @@ class Canvas:
         return patch
 
     def legend(self, keys: Sequence[tuple[str, str, bool]], left: float, top: float, right: float) -> float:
-        """Names beside patches of colour: (name, colour, striped), in as many rows as needed; returns the height."""
+        """Draw (name, colour, striped) keys as patches with names, in as many rows as needed; return the height."""
         whole = self.figure.add_axes((0, 0, 1, 1), zorder=-1)
         whole.set_axis_off()
         whole.set(xlim=(0, self.width), ylim=(self.height, 0))
@@ -154,14 +154,14 @@ class Canvas:
         return y - top + 19
 
     def svg(self) -> str:
-        """The figure as SVG text, the same for the same figure."""
+        """Return the figure as SVG text; the same figure always gives the same text."""
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         self.figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
         return self._shrink(buffer.getvalue())
 
     def _shrink(self, svg: str) -> str:
-        """Leaves out what nothing refers to, half of the text; puts in the tips."""
+        """Remove what nothing refers to, half of the text, and insert the tips."""
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, count=1, flags=re.S)
         svg = re.sub(r'\bd="([^"]*)"', lambda m: f'd="{_short_path(m[1])}"', svg)
@@ -175,13 +175,13 @@ class Canvas:
 
 
 def _short_path(path: str) -> str:
-    """Path data with hundredths of a pixel and no spare blanks."""
+    """Return path data rounded to hundredths of a pixel, without spare blanks."""
     path = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), path)
     return re.sub(r"\s*([A-Za-z])\s*", r"\1", path.strip())
 
 
 def themed(svg: str, name: str) -> str:
-    """For a page: colours become CSS variables, ids are unique in the page, and the figure scales to its column."""
+    """Return the SVG for a page: colours as CSS variables, ids unique in the page, and scaled to its column."""
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.S)
     match = re.match(r'<svg[^>]*?viewBox="0 0 (\S+) (\S+)"[^>]*>', svg)
     if match is None:
@@ -202,7 +202,7 @@ def themed(svg: str, name: str) -> str:
 
 
 def compound(boxes: Sequence[tuple[float, float, float, float]], fill: str, striped: bool, **more: Any) -> PathPatch:
-    """Many rectangles (x, y, width, height) as one shape, far smaller in SVG than one by one."""
+    """Return many rectangles (x, y, width, height) as one shape, far smaller in SVG than one by one."""
     vertices: list[tuple[float, float]] = []
     codes: list[np.uint8] = []
     for x, y, width, height in boxes:
@@ -213,7 +213,7 @@ def compound(boxes: Sequence[tuple[float, float, float, float]], fill: str, stri
 
 
 def time_axis(axes: Axes, largest: float, label: str, which: str = "x") -> float:
-    """Limits from 0 to `largest` seconds in a unit that reads well; returns the factor for the data."""
+    """Set axis limits from 0 to `largest` seconds in a readable unit; return the factor from seconds to that unit."""
     factor, unit = units.time_unit(largest)
     top = largest * factor or 1.0
     if which == "x":

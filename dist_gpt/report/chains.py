@@ -1,4 +1,4 @@
-"""The calls of one step as chains: per rank, what it issued and waited for, and what it computed in between.
+"""Chains of the calls of one step: per rank, its issues and waits in order, and the computing between them.
 
 All times are int64 ns on the common time line.
 """
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from dist_gpt.report.match import Calls, Meetings
 
 ISSUES, ANYBODY = -1, -1
-UNKNOWN = -1  # a stamp that was not taken
+UNKNOWN = -1  # a timestamp that was not taken
 _SEND = OPS.index("send")
 
 
 class Link(NamedTuple):
-    """An issue (`transfer` -1) or a wait. `begin` is when the computing of `before` ns in front of it began, as
-    measured. The meeting is over for the rank `transfer` ns after its last issue; then come `local` ns, in which the
-    rank itself works for it (the issuing call, the sum of an emulated reduction), and `late` ns until it went on.
-    `own`: the wait needs no other member, only this rank's issue, at that position of its chain."""
+    """One operation of a chain: an issue (`transfer` -1) or a wait.
+
+    The `before` ns of computing in front of it began at `begin`, as measured. The meeting is over for the rank
+    `transfer` ns after its last issue; then follow `local` ns in which the rank itself works for it (the issuing call,
+    the sum of an emulated reduction), and `late` ns until the rank resumed. `own`, if not -1: the wait needs no other
+    member, only this rank's issue, at that position of its chain.
+    """
 
     begin: int
     before: int
@@ -37,16 +40,16 @@ class Link(NamedTuple):
 
 @dataclass
 class Rows:
-    """The calls that touch a step, one entry each; `axis` and `ops` have one per meeting."""
+    """Calls that touch a step, one entry each; `axis` and `ops` have one entry per meeting."""
 
     position: np.ndarray  # of the rank
-    meeting: np.ndarray  # numbered from 0
+    meeting: np.ndarray  # numbered from 0 within the step
     op: np.ndarray
     issue: np.ndarray
     issued: np.ndarray
     wait: np.ndarray
     waited: np.ndarray
-    cpu: np.ndarray  # ns that this rank needs for an emulated operation once it is over
+    cpu: np.ndarray  # ns that this rank needs for an emulated operation after its end
     over: np.ndarray  # when the meeting was over for this rank
     inside: np.ndarray  # issued within the step
     waits: np.ndarray  # waited for within the step
@@ -55,7 +58,7 @@ class Rows:
 
 
 def select(calls: Calls, meetings: Meetings, step: int, ranks: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Rows:
-    """The step's own calls, and those of the step before it that are waited for only now."""
+    """Return the step's own calls, and those of the step before it that are waited for only in this one."""
     near = np.flatnonzero(((calls.step == step) | (calls.step == step - 1)) & np.isin(calls.rank, ranks))
     position = np.searchsorted(ranks, calls.rank[near])
     issue, wait, begin, end = calls.issue[near], calls.wait[near], start[position], stop[position]
@@ -65,7 +68,7 @@ def select(calls: Calls, meetings: Meetings, step: int, ranks: np.ndarray, start
     used = inside | waits
     near, position, inside, waits = near[used], position[used], inside[used], waits[used]
 
-    # Meetings numbered anew; a call without one meets only itself.
+    # Meetings are renumbered from 0; a call without one is a meeting by itself.
     meeting = calls.meeting[near]
     met = meeting >= 0
     _, first, meeting = np.unique(
@@ -81,7 +84,7 @@ def select(calls: Calls, meetings: Meetings, step: int, ranks: np.ndarray, start
 
 
 def make_chains(rows: Rows, start: np.ndarray, stop: np.ndarray) -> tuple[list[list[Link]], list[tuple[int, int]]]:
-    """Every rank's issues and waits in order, and the computing behind the last of them."""
+    """Return every rank's issues and waits in order, and the (begin, ns) of its computing after the last of them."""
     row = np.concatenate([np.flatnonzero(rows.inside), np.flatnonzero(rows.waits)])
     waits = np.arange(len(row)) >= np.count_nonzero(rows.inside)
     time = np.where(waits, rows.wait[row], rows.issue[row])
@@ -91,7 +94,7 @@ def make_chains(rows: Rows, start: np.ndarray, stop: np.ndarray) -> tuple[list[l
     first = np.searchsorted(at, np.arange(len(start) + 1))
     place = np.arange(len(row)) - first[at]
 
-    # Where a chain's clock stands before each operation: a rank does one thing at a time, whatever damaged rows say.
+    # A chain's time before each operation: a rank does one thing at a time, even where damaged rows overlap.
     until = np.maximum(np.where(waits, rows.waited[row], rows.issued[row]), time)
     reached = _running_maximum(until, at)
     begin = start[at].copy()
@@ -104,7 +107,7 @@ def make_chains(rows: Rows, start: np.ndarray, stop: np.ndarray) -> tuple[list[l
     issued = np.full(len(rows.op), -1)
     issued[row[~waits]] = place[~waits]
     over, since = np.minimum(rows.over[row], until), arrival[meeting]
-    # A send that was over before anybody took it: the backend had room for it.
+    # A send that was over before its receiver was ready: the backend had buffered it.
     alone = waits & (rows.op[row] == _SEND) & (over < since) & (issued[row] >= 0) & (issued[row] < place)
     since = np.where(alone, rows.issue[row], since)
     transfer = np.where(waits, np.maximum(over - since, 0), ISSUES)
@@ -120,7 +123,7 @@ def make_chains(rows: Rows, start: np.ndarray, stop: np.ndarray) -> tuple[list[l
 
 
 def _running_maximum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The largest value so far in each group; groups are numbered and stand one behind the other."""
+    """Return the running maximum within each group; groups are contiguous and in ascending order."""
     if not len(values):
         return values
     shift = group * (int(values.max()) - int(values.min()) + 1)

@@ -1,4 +1,4 @@
-"""Statistics of step times: robust, for short windows in which steps resemble their neighbours."""
+"""Robust statistics of step times, for short windows in which steps resemble their neighbours."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from statistics import NormalDist
 import numpy as np
 
 ALPHA = 0.005
-"""Two-sided: how often a difference that is chance exceeds its bound."""
+"""Two-sided probability that a difference due to chance exceeds its bound."""
 FEWEST_STEPS = 6
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The log step times of a window: median, fastest quarter, standard error of the median, its degrees of freedom.
+    """Log step times of a window: median, lower quartile, standard error of the median and its degrees of freedom.
 
-    `inflation` is by how much a standard error is larger than it would be with independent steps.
+    `inflation` is the factor by which a standard error exceeds that of independent steps.
     """
 
     median: float
@@ -29,25 +29,25 @@ class Steps:
 
     @classmethod
     def of(cls, samples: list[float]) -> Steps | None:
-        """None for too few steps."""
+        """Return the statistics of step times in seconds, or None for fewer than FEWEST_STEPS positive ones."""
         times = [x for x in samples if x > 0]
         if len(times) < FEWEST_STEPS:
             return None
         logs = np.log(times)
         n, median = len(logs), float(np.median(logs))
-        # The median absolute deviation, scaled to a normal's; of few steps it may vanish by chance, half of the
-        # standard deviation does not.
+        # The median absolute deviation, scaled to a normal's standard deviation. For few steps it may vanish by chance;
+        # half of the standard deviation does not.
         spread = max(1.4826 * float(np.median(np.abs(logs - median))), 0.5 * float(np.std(logs, ddof=1)))
         correlation = _correlation(logs, median, spread)
         inflation = math.sqrt((1 + correlation) / (1 - correlation))
         error = math.sqrt(math.pi / 2) * spread * inflation / math.sqrt(n)
-        # The deviation's own error is that of a standard deviation from 0.37 times as many values.
+        # The spread is as uncertain as a standard deviation from 0.37 times as many values.
         freedom = max(2.0, 0.37 * (n / inflation**2 - 1))
         return cls(median, float(np.quantile(logs, 0.25)), error, freedom, spread, inflation)
 
 
 def _correlation(logs: np.ndarray, median: float, spread: float) -> float:
-    """Of neighbouring steps, in [0, 0.8]: outliers drawn in, and freed of the bias of short series."""
+    """Return the correlation of neighbouring steps, in [0, 0.8], outliers clipped and short-series bias removed."""
     if spread == 0:
         return 0.0
     deviations = np.clip(logs - median, -2.5 * spread, 2.5 * spread)
@@ -57,7 +57,7 @@ def _correlation(logs: np.ndarray, median: float, spread: float) -> float:
 
 
 def student(freedom: float) -> float:
-    """The 1 - ALPHA/2 quantile of Student's t (Hill's expansion: 17 % too small at 2 degrees of freedom, 5 % at 3)."""
+    """Return the 1 - ALPHA/2 quantile of Student's t (Hill's expansion: 17 % too small for `freedom` 2, 5 % for 3)."""
     z = NormalDist().inv_cdf(1 - ALPHA / 2)
     return (
         z
@@ -68,7 +68,7 @@ def student(freedom: float) -> float:
 
 
 def bound(errors: list[tuple[float, float]]) -> float:
-    """Of a difference whose parts have these (standard error, degrees of freedom), after Welch and Satterthwaite."""
+    """Return the bound of a difference from its parts' (standard error, degrees of freedom), by Welch-Satterthwaite."""
     variance = sum(error**2 for error, _ in errors)
     if variance == 0:
         return 0.0

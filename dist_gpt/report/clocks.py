@@ -1,8 +1,8 @@
-"""All ranks' times on one clock: rank 0's.
+"""Alignment of all ranks' times to one clock, rank 0's.
 
-Every rank has measured, at the start and at the end of its run, how far rank 0's clock is from its own, each time
-within an error. Between the two the distance is taken as linear. What is left of the error can put a message before
-its sending; `repair` shifts clocks, within their errors and by as little as possible, until none is.
+At the start and at the end of its run, every rank measures the offset of rank 0's clock from its own, each time within
+an error. Between the two the offset is taken as linear. The remaining error can put a message's receipt before its
+sending; `repair` shifts clocks, within their errors and by as little as possible, until none is.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from dist_gpt.events import CALL_COLUMNS, SPAN_COLUMNS
 from dist_gpt.report.load import RankLog, Run, ranges
 
 UNKNOWN_DRIFT = 50e-6
-"""Allowed for a clock that was read once: quartz is that good."""
+"""Drift, in ns per ns, allowed for a clock that was read only once: quartz is that good."""
 WANDER = 1e-6
-"""How far a clock may stray from the line between two readings, per ns from the nearer one: temperature, slewing."""
+"""Error per ns from the nearer reading: a clock strays from the line of its readings (temperature, slewing)."""
 BELIEVED_DRIFT = 1e-3
-"""Two readings that differ by more, beyond their errors, are not of one steady clock."""
+"""Largest credible drift: two readings that drift more, beyond their errors, are not of one steady clock."""
 WORST_ERROR_NS = 10_000_000_000
-"""A reading that is further off is none."""
+"""Readings with a larger error are ignored."""
 ROUNDS, PUSHES = 8, 200_000
-"""Of `repair`: how often it looks again at most, and how much it does in between."""
+"""Limits of `repair`: rounds in which it looks for contradictions, and pushes in each round."""
 _ISSUE, _START, _WALL = CALL_COLUMNS.index("issue"), SPAN_COLUMNS.index("start"), SPAN_COLUMNS.index("wall")
 
 
 @dataclass(frozen=True)
 class Line:
-    """Rank 0's clock minus another one, by the other one's raw time in ns: known at one or at two times."""
+    """Offset of rank 0's clock from another one, by the other one's raw time in ns: known at one or at two times."""
 
     at: tuple[int, ...]
     offset: tuple[int, ...]
@@ -39,25 +39,25 @@ class Line:
 
     @property
     def drift(self) -> float | None:
-        """ns per ns; None where it was not measured."""
+        """Drift in ns per ns; None where it was not measured."""
         return (self.offset[1] - self.offset[0]) / (self.at[1] - self.at[0]) if len(self.at) == 2 else None
 
     def offset_at(self, raw: np.ndarray) -> np.ndarray:
-        """int64 ns."""
+        """Return the offset at raw times, in int64 ns."""
         return self.offset[0] + np.rint((raw - self.at[0]) * (self.drift or 0.0)).astype(np.int64)
 
     def error_at(self, raw: int) -> float:
-        """ns. Between two readings at most the worse one's; outside of them it grows."""
+        """Return the error at a raw time, in ns: interpolated between two readings, growing outside, plus WANDER."""
         if len(self.at) == 1:
             return self.error[0] + UNKNOWN_DRIFT * abs(raw - self.at[0])
         part = (raw - self.at[0]) / (self.at[1] - self.at[0])
-        far = min(abs(raw - at) for at in self.at) if any(self.error) else 0  # rank 0's own has nothing to stray from
+        far = min(abs(raw - at) for at in self.at) if any(self.error) else 0  # rank 0's clock cannot stray from itself
         return abs(1 - part) * self.error[0] + abs(part) * self.error[1] + WANDER * far
 
 
 @dataclass
 class RankClock:
-    """One rank's clock. `first` and `last` are raw times between which it is used; `shift` ns is what was repaired."""
+    """Clock of one rank, used between the raw times `first` and `last`; `shift` is its repair in ns."""
 
     base_ns: int
     line: Line | None
@@ -67,7 +67,7 @@ class RankClock:
 
     @property
     def error_ns(self) -> int:
-        """Largest error while it is used."""
+        """Largest error in ns while the clock is used."""
         return 0 if self.line is None else ceil(max(map(self.line.error_at, (self.first, self.last))))
 
 
@@ -79,11 +79,11 @@ class Clocks:
     origin: int = 0
 
     def usable(self, rank: int) -> bool:
-        """Whether the rank's times can be compared with those of others."""
+        """Return whether the rank's times can be compared with those of other ranks."""
         return self.ranks[rank].line is not None
 
     def to_origin(self, rank: int, t: np.ndarray) -> np.ndarray:
-        """int64 ns since `origin`, of times since the rank's header. A clock that is not usable starts with origin."""
+        """Return `t`, ns since the rank's header, as int64 ns since `origin` (unusable clock: since its first use)."""
         clock = self.ranks[rank]
         raw = clock.base_ns + np.asarray(t, dtype=np.int64)
         if clock.line is None:
@@ -92,8 +92,10 @@ class Clocks:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """Per rank {rank, offset_s (rank 0's clock minus this one, when the rank's rows begin), drift_ppm, error_s,
-        repaired_s}; null where it is not known."""
+        """Per rank {rank, offset_s, drift_ppm, error_s, repaired_s}; None where a value is not known.
+
+        `offset_s` is rank 0's clock minus this one when the rank's rows begin.
+        """
         rows = []
         for rank, clock in self.ranks.items():
             row: dict[str, Any] = {"rank": rank, **dict.fromkeys(("offset_s", "drift_ppm", "error_s", "repaired_s"))}
@@ -107,12 +109,12 @@ class Clocks:
 
     @property
     def largest_repair_s(self) -> float:
-        """How far the most repaired clock was shifted."""
+        """Shift of the most repaired clock, in seconds."""
         return max((abs(clock.shift) for clock in self.ranks.values()), default=0) / 1e9
 
 
 def align(run: Run) -> Clocks:
-    """Clocks of all ranks of `run`; tells in `run.problems` which cannot be compared."""
+    """Return the clocks of all ranks of `run`; note in `run.problems` which ones cannot be compared."""
     lines = {rank: _line(log, run.problems) for rank, log in run.ranks.items()}
     by_host: dict[str, Line] = {}
     for rank, log in run.ranks.items():
@@ -126,7 +128,8 @@ def align(run: Run) -> Clocks:
         clocks.ranks[rank] = RankClock(base, line, base + first, base + last)
     if lost := [rank for rank, clock in clocks.ranks.items() if clock.line is None]:
         run.problems.append(
-            f"rank{'s' if len(lost) > 1 else ''} {ranges(lost)}: no clock reading; who waited for them is not known"
+            f"rank{'s' if len(lost) > 1 else ''} {ranges(lost)}: no clock reading; the time that other ranks "
+            f"waited for {'them' if len(lost) > 1 else 'it'} is not known"
         )
     starts = [c.first + int(c.line.offset_at(np.array(c.first))) for c in clocks.ranks.values() if c.line is not None]
     clocks.origin = min(starts, default=0) - max((clock.error_ns for clock in clocks.ranks.values()), default=0) - 1
@@ -134,7 +137,7 @@ def align(run: Run) -> Clocks:
 
 
 def _line(log: RankLog, problems: list[str]) -> Line | None:
-    """From a rank's own readings, None without any. Rank 0's clock is the one that all are compared with."""
+    """Return the line through a rank's own readings, None without any; rank 0's clock is the reference."""
     if log.rank == 0:
         return Line((0, 1), (0, 0), (0, 0))
     base = log.header["base_ns"]
@@ -152,12 +155,12 @@ def _line(log: RankLog, problems: list[str]) -> Line | None:
     doubt = sum(line.error) / (line.at[1] - line.at[0])
     if abs(line.drift or 0.0) <= min(BELIEVED_DRIFT + doubt, 0.1):
         return line
-    problems.append(f"rank {log.rank}: its two clock readings contradict each other; the first is taken alone")
+    problems.append(f"rank {log.rank}: its two clock readings contradict each other; only the first is used")
     return alone
 
 
 def _used(log: RankLog) -> tuple[int, int]:
-    """Between which times, since the header, a rank recorded rows; without rows, its steps."""
+    """Return the first and last time, in ns since the header, of a rank's rows; without rows, of its steps' starts."""
     edges = [column for column in (log.calls[:, _ISSUE], log.spans[:, _START]) if len(column)]
     if edges:
         ends = [*edges, *([log.spans[:, _START] + log.spans[:, _WALL]] if len(log.spans) else [])]
@@ -171,7 +174,7 @@ def _used(log: RankLog) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Heard:
-    """Calls sorted by meeting, as `repair` sees them: n rows, of which meeting i has those from first[i] on.
+    """Calls sorted by meeting, the input of `repair`: n rows, of which meeting i has those from first[i] on.
 
     A `cause` is issued before any `effect` of its meeting is complete.
     """
@@ -186,10 +189,10 @@ class Heard:
 
 
 def repair(heard: Heard, errors: np.ndarray) -> np.ndarray:
-    """Shifts (int64 ns, one per clock, none beyond its error) after which effects follow their causes, where that is
-    possible; the sum of (shift / error)^2 is the least. All are 0 where nothing is wrong.
+    """Return the least shifts, one per clock and within its error, after which effects follow their causes if possible.
 
-    Only pairs of clocks that were seen to contradict each other are constrained: of a world of ranks few are.
+    Shifts are int64 ns with the least sum of (shift / error)^2; all are 0 where nothing is wrong. Only pairs of clocks
+    that were seen to contradict each other are constrained, which are few even with many ranks.
     """
     shifts = np.zeros(len(errors), dtype=np.int64)
     apart = _Apart(errors)
@@ -201,18 +204,18 @@ def repair(heard: Heard, errors: np.ndarray) -> np.ndarray:
 
 
 def last_causes(heard: Heard, issue: np.ndarray) -> np.ndarray:
-    """Per meeting the row of the cause that was issued last, at times `issue`; -1 where no cause was seen."""
+    """Return, per meeting, the row of the cause that was issued last according to `issue`; -1 where none was seen."""
     never = np.iinfo(np.int64).min
     at = np.where(heard.cause, issue, never)
     arrival = np.maximum.reduceat(at, heard.first) if len(at) else at
     last = np.full(len(heard.first), -1, dtype=np.int64)
     rows = np.flatnonzero(heard.cause & (at == arrival[heard.meeting]))[::-1]
-    last[heard.meeting[rows]] = rows  # of several the first one stays
+    last[heard.meeting[rows]] = rows  # of equal ones the first stays
     return last
 
 
 def _contradictions(heard: Heard, shifts: np.ndarray) -> dict[tuple[int, int], int]:
-    """{(clock of a cause, clock of its effect): ns by which the second must be shifted more than the first}."""
+    """Return {(clock of a cause, of its effect): ns by which the second must be shifted more than the first}."""
     shift = shifts[heard.clock]
     cause = last_causes(heard, heard.issue + shift)[heard.meeting]
     late = heard.effect & (cause >= 0) & (heard.complete + shift < (heard.issue + shift)[cause])
@@ -226,10 +229,10 @@ def _contradictions(heard: Heard, shifts: np.ndarray) -> dict[tuple[int, int], i
 
 
 class _Apart:
-    """Least shifts under inequalities "clock b at least so much more than clock a", by Hildreth's method: each
-    inequality in turn pushes its two clocks apart by what it lacks, or lets go of what it pushed too much.
+    """Least shifts under inequalities "clock b at least so much more than clock a", by Hildreth's method.
 
-    The bounds are inequalities against a clock that does not move. What was pushed is kept when more is demanded.
+    Each inequality in turn pushes its two clocks apart by what it lacks, or takes back what it pushed too much. The
+    bounds are inequalities against a clock that does not move. Pushes are kept when more inequalities are added.
     """
 
     def __init__(self, errors: np.ndarray) -> None:
@@ -240,7 +243,7 @@ class _Apart:
         self._pushed: dict[tuple[int, int], float] = {}
 
     def demand(self, pairs: dict[tuple[int, int], int]) -> bool:
-        """Add inequalities; whether that changes anything. What is more than both errors is no matter of clocks."""
+        """Add inequalities; return whether any is new. One beyond both clocks' errors is not due to clocks: ignored."""
         changed = False
         still, errors = len(self.errors), self.errors.tolist()
         for pair, least in pairs.items():
@@ -255,7 +258,7 @@ class _Apart:
         return changed
 
     def settle(self) -> np.ndarray:
-        """The shifts, int64 ns."""
+        """Return the shifts in int64 ns, by pushing until nothing moves or PUSHES are used up."""
         shift, weight = self._shift, self._weight
         for _ in range(PUSHES // max(1, len(self._least))):
             moved = 0.0

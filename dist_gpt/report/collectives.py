@@ -1,8 +1,8 @@
-"""Collectives by axis, operation and size; who sent how much to whom; how much of it ran under computing.
+"""Collectives by axis, operation and size; traffic between ranks; and overlap of communication with computing.
 
-Time is from the last arrival to the last end. Bandwidths as nccl-tests defines them (doc/PERFORMANCE.md): algbw is
-payload over time, busbw is algbw times 2(n-1)/n for all-reduce, (n-1)/n for all-gather, reduce-scatter, all-to-all and
-broadcast, 1 for a message, with the group's own n.
+Time is from the last arrival to the last end. Bandwidths follow nccl-tests (doc/PERFORMANCE.md) except for broadcast,
+to which it gives 1: algbw is payload over time, busbw is algbw times 2(n-1)/n for all-reduce, (n-1)/n for all-gather,
+reduce-scatter, all-to-all and broadcast, 1 for a message, with the group's own n.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from dist_gpt.report.match import Calls, Meetings
 from dist_gpt.schedule.expand import BACKWARD, FORWARD, GATHER, RECOMPUTE, REDUCE, WEIGHT, Step
 
 MOST_RANKS = 64
-"""Rows of the traffic matrix; more ranks are drawn as blocks of neighbours."""
+"""Most rows of the traffic matrix; more ranks are merged into blocks of neighbours."""
 SEND, RECV = OPS.index("send"), OPS.index("recv")
 COMPUTE = (FORWARD, RECOMPUTE, BACKWARD, WEIGHT)
 
 
 @dataclass
 class Parts:
-    """Calls that met, with their meeting's operation and payload: both ends of a message are a send of its bytes."""
+    """Calls of complete meetings, with the meeting's operation and payload: both ends of a message count as sends."""
 
     rows: np.ndarray  # into Calls
     op: np.ndarray
     payload: np.ndarray
     axis: np.ndarray
     size: np.ndarray
-    counts: np.ndarray  # bool: the receiving end of a message is no call of its own
-    ranks: np.ndarray  # how many ranks use the axis
+    counts: np.ndarray  # bool: False for the receiving end of a message
+    ranks: np.ndarray  # number of ranks that use the axis
     steps: int
 
     def per_step(self, mask: np.ndarray, values: np.ndarray) -> float:
-        """Sum of `values` (of all parts) where `mask`, per step and rank of the axis."""
+        """Return the sum of `values` (one per part) where `mask`, which selects one axis, per step and rank of it."""
         return float(values[mask].sum()) / max(1, self.steps * int(self.ranks[mask][0])) if mask.any() else 0.0
 
 
 def parts_of(calls: Calls, meetings: Meetings, steps: int) -> Parts:
-    """Every call of a complete meeting."""
+    """Return the calls of all complete meetings in a window of `steps` steps."""
     rows = np.flatnonzero(calls.meeting >= 0)
     rows = rows[meetings.complete[calls.meeting[rows]]]
     meeting = calls.meeting[rows]
@@ -57,14 +57,14 @@ def parts_of(calls: Calls, meetings: Meetings, steps: int) -> Parts:
 
 
 def bus_factor(op: str, size: int) -> float:
-    """busbw over algbw."""
+    """Return the ratio of busbw to algbw for `op` in a group of `size` ranks."""
     if op == "all_reduce":
         return 2 * (size - 1) / size
     return 1.0 if op in ("send", "recv", "barrier") else (size - 1) / size
 
 
 def table(calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts) -> list[dict[str, Any]]:
-    """A row per (axis, op, payload, group size); counts and seconds are per step, mean over the ranks of the axis."""
+    """Return a row per (axis, op, payload, group size); counts and seconds are per step, mean over the axis' ranks."""
     keys = np.stack([parts.axis, parts.op, parts.payload, parts.size])
     unique, inverse = np.unique(keys, axis=1, return_inverse=True) if parts.rows.size else (keys, keys[0])
     inverse = inverse.reshape(-1)
@@ -99,7 +99,7 @@ def table(calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts) -> lis
 
 
 def sizes(calls: Calls, parts: Parts) -> list[dict[str, Any]]:
-    """Message sizes by axis, in powers of two; calls per step, mean over the ranks of the axis."""
+    """Return a histogram of payload bytes by axis, in powers of two; calls per step, mean over the axis' ranks."""
     found = []
     for number, axis in enumerate(calls.axes):
         mask = (parts.axis == number) & parts.counts & (parts.payload > 0)
@@ -116,7 +116,7 @@ def sizes(calls: Calls, parts: Parts) -> list[dict[str, Any]]:
 
 
 def traffic(calls: Calls, parts: Parts, ranks: list[int]) -> dict[str, Any]:
-    """Wire bytes per step from rank (row) to rank (column): along the ring, or to everybody for an all-to-all."""
+    """Return wire bytes per step from rank (row) to rank (column): along the ring, or to all for an all-to-all."""
     block = -(-len(ranks) // MOST_RANKS)
     place = {rank: i // block for i, rank in enumerate(ranks)}
     count = -(-len(ranks) // block)
@@ -147,8 +147,10 @@ def traffic(calls: Calls, parts: Parts, ranks: list[int]) -> dict[str, Any]:
 
 
 def overlap(run: Run, calls: Calls, meetings: Meetings, stood: Blocked, parts: Parts, spans: Spans) -> dict[str, Any]:
-    """How long messages were under way, and how much of that stood in nobody's way. Calls of which only a bound of the
-    end is known count like the others of their axis."""
+    """Return the seconds in flight and those exposed, by axis and by bucket, per step.
+
+    Calls for which only a bound of the end is known count like the others of their axis.
+    """
     done = np.where(calls.done >= 0, calls.done, calls.waited)[parts.rows]
     under_way = np.clip(done - meetings.arrival[calls.meeting[parts.rows]], 0, None)
     exposed = np.minimum(stood.transfer[parts.rows], under_way)
@@ -168,8 +170,10 @@ def overlap(run: Run, calls: Calls, meetings: Meetings, stood: Blocked, parts: P
 def _buckets(
     run: Run, calls: Calls, parts: Parts, spans: Spans, under_way: np.ndarray, exposed: np.ndarray
 ) -> list[dict[str, Any]]:
-    """What each bucket of each stage takes in a step, at dp, cp, tp 0: the reduction of its gradients, and where state
-    is sharded the gathers of its parameters."""
+    """Return the time of each bucket of each stage in a step, at dp, cp, tp 0.
+
+    Rows are the reduction of its gradients and, with sharded state, the gathers of its parameters.
+    """
     numbers = [calls.axes.index(axis) for axis in ("data", "shard") if axis in calls.axes]
     found = []
     for stage in range(run.layout.pp if numbers else 0):
@@ -199,7 +203,7 @@ def _buckets(
 
 
 def _computed_meanwhile(entries: Sequence[Step], place: int) -> str:
-    """What comes after entry `place`, which starts a collective of a bucket."""
+    """Return the kind of computing after entry `place`, which starts a bucket's collective, or "nothing"."""
     later = [entry.kind for entry in entries[place + 1 :] if entry.kind in COMPUTE]
     if entries[place].kind == REDUCE:  # the update waits for it
         return BACKWARD if later else "nothing"

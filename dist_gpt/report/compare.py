@@ -1,18 +1,18 @@
-"""Two reports side by side: what differs by more than chance.
+"""Comparison of two reports: the differences that exceed chance.
 
-Bytes and calls are exact: any difference is told. A time is called better or worse only if it differs by more than
+Bytes and calls are exact: any difference is reported. A time is called better or worse only if it differs by more than
 both MARGIN of the step and its noise. Noise is a two-sided bound of 1 - ALPHA on a difference between two runs:
 
-    within a run    of the log step times the spread by the median absolute deviation (a hiccup of the machine is not
+    within a run    the spread of the log step times by the median absolute deviation (a hiccup of the machine is not
                     the program's), widened for steps that resemble the step before; Student's t with Welch's degrees
                     of freedom, as two short windows of unequal spread are compared
     between runs    of one configuration on one machine: placement of processes, memory and turbo clocks. Two short
                     windows cannot show it, so a floor is assumed (BETWEEN), more where steps vary more
-    foreign load    on a machine shared with others: where `descheduled` says that one run had to wait more for its
-                    processors, what moved along with it in waiting, transfers and the like is not held against it
+    foreign load    on a shared machine: where `descheduled` shows that one run waited longer for its CPUs, changes in
+                    waiting, transfers and the like that go the same way are not held against it
 
-A regression moves all steps, a burst of foreign load some: the step time is called different only if its fastest
-quarter has moved too.
+A regression moves all steps, a burst of foreign load some: the step time is called different only if its lower
+quartile has moved too.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from dist_gpt.report.parts import dict_of, list_of, listing, rows_of
 from dist_gpt.report.units import amount, number, percent, seconds
 
 MARGIN = 0.03
-"""Of the step time; less is never called a difference."""
+"""Share of the step time; less is never called a difference."""
 BETWEEN = 0.02
-"""Standard deviation of the log step time between runs of one configuration, at least."""
+"""Least standard deviation of the log step time between runs of one configuration."""
 BETWEEN_OF_SPREAD, BETWEEN_OF_HELD = 0.25, 0.25
-"""... or, if larger, as a part of the spread of its steps, or of the share of time in which it was `descheduled`: with
-more processes than processors, the operating system decides how long a step takes."""
+"""Factors for what replaces BETWEEN if larger: of the spread of a run's steps, and of the share of time in which it was
+`descheduled`: with more processes than CPUs, the operating system decides how long a step takes."""
 CATEGORY_BETWEEN = 0.04, 0.15
-"""The same of a budget category, of its own time: of computing; of everything that depends on others."""
+"""Relative standard deviation of a budget category between runs: for computing; for all that depends on others."""
 BUSIER = 0.01
-"""Of the step: a smaller difference in `descheduled` says nothing."""
+"""Share of the step; a smaller difference in `descheduled` says nothing."""
 MEMORY_MARGIN = 0.05
 OVERHEAD_BETWEEN = 0.3
-"""Standard deviation between runs of the time outside training steps (start, evaluation), of itself."""
+"""Relative standard deviation between runs of the time outside training steps (start, evaluation)."""
 COMPUTING = frozenset({"forward", "backward", "weight", "recompute", "optimizer"})
 NAMES = frozenset({"name", "run_dir"})
 """Configuration keys that differ between any two runs."""
 
 
 def compare(this: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The section of `this` report that holds it against an earlier one."""
+    """Return the section of report `this` that compares it with an earlier one, `other`."""
     pair = _Pair(this, other)
     changes = config_changes(this, other)
     rows = [*_speed(pair, not changes), *_shares(pair), *_budget(pair), *_collectives(pair)]
@@ -63,14 +63,14 @@ def compare(this: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_changes(this: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
-    """Keys whose values differ, but for the runs' names."""
+    """Return the configuration keys whose values differ, except those in NAMES."""
     a, b = dict_of(this.get("config")), dict_of(other.get("config"))
     keys = sorted((a.keys() | b.keys()) - NAMES)
     return [{"key": key, "this": a.get(key), "other": b.get(key)} for key in keys if a.get(key) != b.get(key)]
 
 
 class _Pair:
-    """Both documents, and what is common to the judgement of their rows."""
+    """Two documents, this run's and the other's, and what the judgement of all rows has in common."""
 
     def __init__(self, this: dict[str, Any], other: dict[str, Any]) -> None:
         self.both = (this, other)
@@ -83,13 +83,13 @@ class _Pair:
 
     @property
     def step_s(self) -> float:
-        """The other run's step time: what shares are of. Without it this one's."""
+        """Step time in seconds that shares refer to: the other run's, or this one's where that is not known."""
         this, other = self.head("step_s_p50")
         return other or this or 0.0
 
     @cached_property
     def noise(self) -> float | None:
-        """Noise of the log step time's difference, foreign load aside; None where there are too few steps."""
+        """Noise of the difference in log step time, without foreign load; None where there are too few steps."""
         first, second = self.steps
         if first is None or second is None:
             return None
@@ -102,7 +102,7 @@ class _Pair:
         return bound([*within, *between])
 
     def category_noise(self, category: str, between: float) -> float:
-        """Noise of the difference in a category's seconds; `between` as a part of them."""
+        """Return the noise of the difference in a category's seconds; `between` is a fraction of them."""
         errors = []
         for document, budget, steps in zip(self.both, self.budgets, self.steps, strict=True):
             if steps is not None:
@@ -113,13 +113,15 @@ class _Pair:
         return bound(errors)
 
     def moved(self, category: str) -> float:
-        """Seconds by which a category is larger in this run."""
+        """Return the seconds by which a category is larger in this run."""
         return amount(self.budgets[0].get(category)) - amount(self.budgets[1].get(category))
 
     @cached_property
     def held(self) -> float:
-        """Seconds that a typical step of this run waited longer for its processors: what hiccups of single steps added
-        to the mean, they did not add to the median."""
+        """Seconds by which a typical step of this run waited longer for its CPUs than one of the other run.
+
+        Excludes hiccups of single steps: they add to the mean step time, not to the median.
+        """
         typical = []
         for budget, head in zip(self.budgets, self.heads, strict=True):
             samples = [amount(x) for x in list_of(head.get("step_s_samples"))]
@@ -129,14 +131,14 @@ class _Pair:
 
     @property
     def busier(self) -> int:
-        """1 where foreign load held up this run more than the other, -1 the other way round, else 0."""
+        """1 where foreign load delayed this run more than the other, -1 where less, 0 where about the same."""
         return 0 if abs(self.held) <= BUSIER * self.step_s else 1 if self.held > 0 else -1
 
     def load(self, category: str) -> float:
-        """Seconds of a category's difference that foreign load may have caused.
+        """Return the seconds of a category's difference that foreign load may have caused.
 
-        Computing is slowed down by sharing caches, by less than what it waited for the processor. For a rank that
-        waited for its processor all others may have waited in turn.
+        Shared caches slow down computing, by less than it waited for the CPU. While a rank waits for its CPU, all
+        others may wait for that rank.
         """
         moved, held = self.moved(category), abs(self.held)
         if moved * self.busier <= 0:
@@ -151,7 +153,7 @@ class _Pair:
         return min(abs(moved), held * world)
 
     def load_share(self, longer: float) -> float:
-        """The same of the whole step, as a part of the step time, if its difference `longer` goes the same way."""
+        """Return the share of the step that foreign load may explain, if the step's change `longer` goes its way."""
         if longer * self.busier <= 0:
             return 0.0
         categories = self.budgets[0].keys() | self.budgets[1].keys()
@@ -169,7 +171,7 @@ def _row(
     margin: float,
     larger_is: str = "worse",
 ) -> dict[str, Any]:
-    """A difference in seconds, bytes or shares; `noise` and `margin` are in the same unit."""
+    """Return the row of a difference in seconds, bytes or shares; `noise` and `margin` are in the same unit."""
     this, other = values
     verdict = "same"
     if this is not None and other is not None and noise is not None and abs(this - other) > max(noise, margin):
@@ -188,15 +190,17 @@ def _row(
 
 
 def _exact(what: str, unit: str, this: float, other: float) -> dict[str, Any]:
-    """A count, mean over ranks: any difference is one."""
+    """Return the row of a count, mean over ranks, of which any difference counts as changed."""
     row = _row(what, unit, (this, other), None, 0.0)
     row["noise"], row["verdict"] = 0.0, "same" if math.isclose(this, other, rel_tol=1e-9) else "changed"
     return row
 
 
 def _speed(pair: _Pair, same_work: bool) -> Iterator[dict[str, Any]]:
-    """Step time, tokens/s and MFU. All are judged by the logs of the step times, so that they agree; with a changed
-    configuration a step's work may differ, which then counts for the latter two."""
+    """Yield the rows of step time, tokens/s and MFU, all judged by the logs of the step times, so that they agree.
+
+    With a changed configuration a step's work may differ, which then counts for the latter two.
+    """
     first, second = pair.steps
     least = math.log1p(MARGIN)
     for what, key, unit, sense in (
@@ -222,7 +226,7 @@ def _speed(pair: _Pair, same_work: bool) -> Iterator[dict[str, Any]]:
 
 
 def _shares(pair: _Pair) -> Iterator[dict[str, Any]]:
-    """Goodput, bubble and memory."""
+    """Yield the rows of goodput, bubble and memory peak."""
     this, other = pair.head("goodput")
     if this is not None and other is not None:
         overhead = math.hypot(this * (1 - this), other * (1 - other))
@@ -244,7 +248,7 @@ def _shares(pair: _Pair) -> Iterator[dict[str, Any]]:
 
 
 def _peak_bytes(document: dict[str, Any]) -> float | None:
-    """The largest measured peak of any rank."""
+    """Return the largest measured memory peak of any rank, in bytes; None where none was measured."""
     peaks = []
     for row in rows_of(document.get("memory_bytes")):
         allocated, measured = number(row.get("allocated_peak")), number(dict_of(row.get("measured")).get("peak"))
@@ -253,7 +257,7 @@ def _peak_bytes(document: dict[str, Any]) -> float | None:
 
 
 def _budget(pair: _Pair) -> Iterator[dict[str, Any]]:
-    """Every category of the step's budget, judged by its share of the step."""
+    """Yield a row for every category of the step's budget, judged by its share of the step."""
     for category in [*pair.budgets[1], *(c for c in pair.budgets[0] if c not in pair.budgets[1])]:
         values = tuple(amount(budget.get(category)) for budget in pair.budgets)
         noise = None
@@ -267,7 +271,7 @@ def _budget(pair: _Pair) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class _Traffic:
-    """What an axis did in a step: seconds from last arrival to last end, their standard error, calls and bytes."""
+    """Traffic of one axis in a step: seconds from last arrival to last end, variance of their mean, calls and bytes."""
 
     time_s: float = 0.0
     variance: float = 0.0
@@ -290,7 +294,7 @@ def _traffic(document: dict[str, Any]) -> dict[str, _Traffic]:
 
 
 def _collectives(pair: _Pair) -> Iterator[dict[str, Any]]:
-    """Time, calls and bytes of every axis, per step."""
+    """Yield the rows of time, calls and bytes of every axis, per step."""
     this, other = (_traffic(document) for document in pair.both)
     for axis in sorted(this.keys() | other.keys()):
         a, b = this.get(axis, _Traffic()), other.get(axis, _Traffic())
@@ -304,11 +308,11 @@ def _collectives(pair: _Pair) -> Iterator[dict[str, Any]]:
         yield _exact(f"{axis} collectives: bytes", "B", a.bytes, b.bytes)
 
 
-# --- the sentence ----------------------------------------------------------------------------------------------------
+# --- verdict ---------------------------------------------------------------------------------------------------------
 
 
 def _verdict(pair: _Pair, rows: list[dict[str, Any]], changes: list[dict[str, Any]]) -> str:
-    """What a reader should know, in a sentence or two."""
+    """Return the main findings of the comparison in a few sentences."""
     if pair.noise is None:
         return f"Too few profiled steps to compare times; at least {FEWEST_STEPS} are needed in both runs."
     by_name = {row["what"]: row for row in rows}
@@ -326,10 +330,10 @@ def _verdict(pair: _Pair, rows: list[dict[str, Any]], changes: list[dict[str, An
     moved.sort(key=lambda row: -abs(row["this"] - row["other"]))
     if moved:
         names = [f"{row['what'].removeprefix('budget: ')} ({_signed(row['this'] - row['other'])})" for row in moved]
-        parts.append(f"Moved: {listing(names, 3)}.")
+        parts.append(f"Largest changes: {listing(names, 3)}.")
     if pair.busier:
         which = "this" if pair.busier > 0 else "the other"
-        parts.append(f"The machine was busier during {which} run, so waiting and transfers say little.")
+        parts.append(f"The machine was busier during {which} run, so changes in waiting and transfer mean little.")
     changed = [row["what"] for row in rows if row["verdict"] == "changed"]
     if changed:
         parts.append(f"Changed: {listing(changed, 4)}.")

@@ -1,8 +1,8 @@
-"""Shapes of the objects in an event file, and whether a value has one. What fits can be used without asking again.
+"""Shapes of the objects in an event file, and a check of values against them. A value that fits needs no other check.
 
 A shape is a type (`float` means any finite number), `Each(shape)` (an object with any keys), `[shape]` (a list),
-`(shape, shape)` (a list of so many), or a dict from keys to shapes. A key that ends in `?` may be missing or null; what
-else is there is let pass.
+`(shape, shape)` (a list of that length), or a dict from keys to shapes. A key that ends in `?` may be missing or null;
+keys that are not in the dict are allowed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 _LIMIT = 1 << 60
-"""Integers stay below: sums of a few of them fit into int64."""
+"""Integers must be smaller in size, so that sums of a few of them fit into int64."""
 
 
 @dataclass(frozen=True)
 class Each:
-    """An object with any keys and values of one shape."""
+    """Shape of an object with any keys and values of one shape."""
 
     shape: Any
 
@@ -49,7 +49,7 @@ STEP = {
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether `value`, as JSON gave it, has `shape`."""
+    """Return whether `value`, as parsed from JSON, has `shape`."""
     if isinstance(shape, Each):
         return isinstance(value, dict) and all(fits(inner, shape.shape) for inner in value.values())
     if isinstance(shape, list):
@@ -73,7 +73,7 @@ def _has(value: dict[str, Any], key: str, shape: Any) -> bool:
 
 
 def complete(value: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
-    """`value` with every key of `shape`: null where it is missing, {} for objects."""
+    """Add to `value`, in place, the keys of `shape` that it lacks, {} for objects and else None; return it."""
     for key, inner in shape.items():
         name = key.removesuffix("?")
         if value.get(name) is None:

@@ -1,4 +1,4 @@
-"""Figures over time: one step of several ranks with lanes, and the pipeline as measured above the ideal."""
+"""Figures over time: one step of several ranks in lanes, the pipeline as measured above the ideal, and the bubble."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Paint = tuple[str, bool, float]
 
 
 def spans_of(value: Any) -> list[Span]:
-    """[start_s, end_s, kind, label] lists as tuples; what has no duration is left out."""
+    """Return [start_s, end_s, kind, label] lists as tuples, without those that have no duration."""
     spans = []
     for row in list_of(value):
         if isinstance(row, (list, tuple)) and len(row) >= 3:
@@ -35,7 +35,7 @@ def spans_of(value: Any) -> list[Span]:
 
 
 def timeline(doc: dict[str, Any]) -> Canvas | None:
-    """One step: for each rank a lane of compute above one lane per axis of communication."""
+    """Draw one step: for each rank a compute lane above one lane per communication axis; None without data."""
     ranks = rows_of(dict_of(doc.get("timeline")).get("ranks"))[:MOST_RANKS]
     lanes = [
         (f"rank {short(row.get('rank'), 8)}", short(lane.get("lane"), 9), spans)
@@ -70,9 +70,9 @@ def timeline(doc: dict[str, Any]) -> Canvas | None:
         drawn = [
             (start, end, _paint(lane, kind), f"{rank}, {lane}: {label}, {kind}") for start, end, kind, label in spans
         ]
-        if lane == "compute":  # where the rank stands still inside an entry, it does not compute
+        if lane == "compute":  # a rank that is blocked inside an entry does not compute
             drawn += [
-                (start, end, _paint(name, kind), f"{rank} stands still: {label}, {kind}")
+                (start, end, _paint(name, kind), f"{rank} is blocked: {label}, {kind}")
                 for owner, name, calls in lanes
                 if owner == rank and name != "compute"
                 for start, end, kind, label in calls
@@ -84,7 +84,7 @@ def timeline(doc: dict[str, Any]) -> Canvas | None:
 
 
 def _paint(lane: str, kind: str) -> Paint:
-    """Fill, striped, opacity. Waiting for a message of the pipeline is bubble."""
+    """Return the fill, striped and opacity of a span; waiting for a message of the pipeline is bubble."""
     if lane == "compute":
         return palette.colour(kind), palette.is_striped(kind), 1.0
     if lane == "pp" and kind == "wait":
@@ -110,7 +110,7 @@ def _lane(
     scale: tuple[float, float, float],
     tips: int,
 ) -> int:
-    """Draws one lane; up to `tips` spans that are wide enough one by one, with what they are. Returns how many."""
+    """Draw one lane; return the number of spans with a tip: all that are wide enough, or none if over `tips` are."""
     (top, height), (origin, factor, longest) = where, scale
     wide = [(end - start) * 760 > 1.5 * longest for start, end, *_ in spans]
     single = sum(wide) <= tips
@@ -129,7 +129,7 @@ def _lane(
 
 
 def cell_of(name: str) -> tuple[int, str, str]:
-    """`2F0` as chunk, budget category and micro-batch."""
+    """Return the chunk, budget category and micro-batch of an action such as `2F0`."""
     match = _ACTION.fullmatch(name)
     if match is None or match[2] not in _KINDS:
         return 0, "unexplained", ""
@@ -137,7 +137,7 @@ def cell_of(name: str) -> tuple[int, str, str]:
 
 
 def pipeline(doc: dict[str, Any]) -> Canvas | None:
-    """Stages over time: measured above, the schedule's ideal below, on one time axis."""
+    """Draw the stages over one time axis, measured above the schedule's ideal; None without data."""
     part = dict_of(doc.get("pipeline"))
     charts = [
         (name, [spans_of(stage) for stage in list_of(part.get(key))][:64])
@@ -150,7 +150,7 @@ def pipeline(doc: dict[str, Any]) -> Canvas | None:
     kinds = {cell_of(span[2])[1] for _, stages in charts for spans in stages for span in spans}
     keys = [(palette.label(k), palette.colour(k), palette.is_striped(k)) for k in palette.ordered(kinds)]
     if any(chunk for _, stages in charts for spans in stages for chunk in _rounds(spans)):
-        keys.append(("pale: a later part of the same stage", FAINT, False))
+        keys.append(("pale: a later chunk of the same stage", FAINT, False))
     row = 26 if max(len(stages) for _, stages in charts) <= 8 else 16
     left, y = 76, 30.0
     canvas = Canvas(WIDE, y + sum(26 + row * len(stages) for _, stages in charts) + 44)
@@ -172,7 +172,7 @@ def pipeline(doc: dict[str, Any]) -> Canvas | None:
 
 
 def _rounds(spans: list[Span]) -> dict[int, int]:
-    """Of a stage's chunks that are not its first: which round over the pipeline each is; empty for plain schedules."""
+    """Return {chunk: round over the pipeline} of a stage's chunks except its first; empty for plain schedules."""
     chunks = sorted({cell_of(span[2])[0] for span in spans if _ACTION.fullmatch(span[2])})
     return {chunk: i for i, chunk in enumerate(chunks) if i}
 
@@ -180,7 +180,7 @@ def _rounds(spans: list[Span]) -> dict[int, int]:
 def _stage(
     canvas: Canvas, axes: Axes, where: tuple[int, str], spans: list[Span], scale: tuple[float, float, float]
 ) -> None:
-    """One row of the chart: a box per action, with its micro-batch where there is room."""
+    """Draw one row of the chart: a box per action, with its micro-batch where there is room."""
     (stage, chart), (factor, longest, row) = where, scale
     rounds = _rounds(spans)
     room = 8.5 * max((len(cell_of(span[2])[2]) for span in spans), default=0) + 2  # all are numbered, or none
@@ -208,7 +208,7 @@ def _stage(
 
 
 def bubble(doc: dict[str, Any]) -> Canvas | None:
-    """The bubble as measured, split into what it comes from, above what was simulated and planned."""
+    """Draw the measured bubble, split by cause, above the simulated and the planned one; None without data."""
     part = dict_of(dict_of(doc.get("pipeline")).get("bubble"))
     pieces = [("structural", palette.colour("bubble"), False), ("imbalance", palette.axis_colour("pp"), True),
               ("transfer", palette.axis_colour("pp"), False)]  # fmt: skip
@@ -226,7 +226,7 @@ def bubble(doc: dict[str, Any]) -> Canvas | None:
     axes.set(
         xlim=(0, 100 * largest),
         ylim=(len(bars) + 0.5, -0.5),
-        xlabel="share of the pipelined part of a step that a stage is idle (%)",
+        xlabel="idle share of the pipelined part of a step (%)",
     )
     canvas.rows(axes, ["measured", *[name for name, _ in bars]])
     at = 0.0

@@ -1,4 +1,4 @@
-"""The numbers on top of a report, and the way from an ideal step to the measured one."""
+"""Headline numbers of a report, and the waterfall from an ideal step to the measured one."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dist_gpt.report.load import Run
 from dist_gpt.skips import Skipped
 
 SETTLING = 3
-"""First steps that the headline leaves out where there are many more: the first one allocates, caches fill."""
+"""First steps that the headline leaves out if there are many more: the first one allocates, and caches fill."""
 FORMULA = (
-    "MFU = model FLOPs of a step / (ranks x step time x peak); model FLOPs are those of the matmuls, forward once and "
-    "backward twice, attention over all T x T scores, nothing recomputed (PaLM, arXiv:2204.02311, appendix B). HFU "
-    "adds what is recomputed."
+    "MFU = model FLOPs of a step / (ranks x step time x peak). Model FLOPs are those of the matmuls, once in the "
+    "forward and twice in the backward, with attention over all T x T scores and without recomputation (PaLM, "
+    "arXiv:2204.02311, appendix B). HFU includes recomputation."
 )
 
 
 def step_times(run: Run) -> dict[int, float]:
-    """Seconds of every training step: of the rank that took longest."""
+    """Return {step: seconds} of every training step, as its slowest rank measured it."""
     longest: dict[int, float] = {}
     for log in run.ranks.values():
         for fact in log.steps:
@@ -33,13 +33,13 @@ def step_times(run: Run) -> dict[int, float]:
 
 
 def settled(times: dict[int, float]) -> list[float]:
-    """Without the first steps, where enough are left."""
+    """Return the step times without the first SETTLING ones, if more than twice as many are left."""
     values = list(times.values())
     return values[SETTLING:] if len(values) > 3 * SETTLING else values
 
 
 def peak_of(run: Run) -> dict[str, Any] | None:
-    """{flops_per_s, source} of one rank: the published one of its device, else what was measured on it."""
+    """Return {flops_per_s, source} of one rank: its device's published peak, else the measured one; None without."""
     log = next(iter(run.ranks.values()))
     published = published_peak(log.header.get("device") or "")
     dtype = run.config.train.dtype
@@ -48,15 +48,15 @@ def peak_of(run: Run) -> dict[str, Any] | None:
     ceiling = next((log.ceiling for log in run.ranks.values() if log.ceiling), None)
     if ceiling is None:
         return None
-    speed, source = ceiling["flops_per_s"], "a large matmul measured on rank 0's device, all others idle"
+    speed, source = ceiling["flops_per_s"], "a large matmul measured on rank 0's device with all other ranks idle"
     share = _share_of_cores(run)
     if share < 1:
-        source += f"; times {share:.3g}, since the ranks of a host have that many cores each"
+        source += f"; times {share:.3g}, the cores per rank and thread of its host"
     return {"flops_per_s": speed * share, "source": source}
 
 
 def _share_of_cores(run: Run) -> float:
-    """Cores per rank and thread, at most 1: eight ranks on two cores have a quarter each. 1 on a GPU."""
+    """Return the cores per rank and thread, at most 1 (eight ranks on two cores have a quarter each); 1 on a GPU."""
     logs = list(run.ranks.values())
     if any((log.header.get("device") or "cpu") != "cpu" for log in logs):
         return 1.0
@@ -67,7 +67,7 @@ def _share_of_cores(run: Run) -> float:
 
 
 def headline(run: Run, budget: Budget | None) -> dict[str, Any]:
-    """The `headline` of a report."""
+    """Return the `headline` section of a report."""
     times = step_times(run)
     p50, p95 = (float(np.percentile(settled(times), q)) for q in (50, 95)) if times else (None, None)
     world, config = run.layout.world, run.config
@@ -102,7 +102,7 @@ def headline(run: Run, budget: Budget | None) -> dict[str, Any]:
 
 
 def _goodput(run: Run) -> dict[str, Any]:
-    """Share of the wall time, from the start of rank 0's process, in which steps were trained."""
+    """Return the share of wall time, from the start of rank 0's process, spent in training steps, and its parts."""
     log = next(iter(run.ranks.values()))
     train = sum(fact["step_s"] for fact in log.steps if fact["phase"] == TRAIN)
     other = sum(fact["step_s"] for fact in log.steps if fact["phase"] != TRAIN)
@@ -118,7 +118,7 @@ def _goodput(run: Run) -> dict[str, Any]:
 
 
 def waterfall(run: Run, parts: dict[str, float]) -> list[dict[str, Any]]:
-    """From the least time the model's FLOPs take to the measured step: each row adds, the last one is the sum."""
+    """Return rows from the least time for the model's FLOPs to the measured step: each adds, the last is the sum."""
     total = sum(parts.values())
     compute = {name: parts.get(name, 0.0) for name in COMPUTE}
     model = compute["forward"] + compute["backward"] + compute["weight"]
@@ -130,7 +130,7 @@ def waterfall(run: Run, parts: dict[str, float]) -> list[dict[str, Any]]:
         ideal = min(model, flops / ceiling["flops_per_s"])
         rows += [
             ("model FLOPs at the measured ceiling", ideal),
-            ("slower matmuls, and all else in blocks", model - ideal),
+            ("slower matmuls, other work in blocks", model - ideal),
         ]
     else:
         rows.append(("forward and backward", model))

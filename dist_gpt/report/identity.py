@@ -1,4 +1,4 @@
-"""What ran where: the configuration against its defaults, the mesh on its hosts, versions, clocks, files."""
+"""Identity of a run: its configuration against the defaults, the mesh on its hosts, versions, clocks, files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_gpt.report.load import RankLog, Run
 
 
 def flat(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
+    """Return {dotted key: value} of a configuration."""
     found: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
@@ -26,7 +26,7 @@ def flat(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def defaults(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> default; PydanticUndefined where a value is required."""
+    """Return {dotted key: default} of a configuration; PydanticUndefined where a value is required."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation
@@ -38,7 +38,7 @@ def defaults(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, A
 
 
 def identity(run: Run, clocks: Clocks, steps: list[int]) -> dict[str, Any]:
-    """The `identity` of a report."""
+    """Return the `identity` section of a report."""
     usual = defaults()
     changed = [
         {"key": key, "value": _text(value), "default": _text(usual[key])}
@@ -75,7 +75,7 @@ def _text(value: Any) -> str:
 
 
 def accounting(run: Run) -> dict[str, Any]:
-    """The `accounting` of a report: what ranks issued and had not declared, or the other way round."""
+    """Return the `accounting` section of a report: calls that ranks issued but had not declared, or the reverse."""
     found = [{"rank": rank, **row} for rank, log in run.ranks.items() for row in log.differences]
     lines = [f"rank {rank}: {line}" for rank, log in run.ranks.items() if log.end for line in log.end["differences"]]
     ended = all(log.end is not None for log in run.ranks.values()) and len(run.ranks) == run.layout.world
@@ -83,7 +83,7 @@ def accounting(run: Run) -> dict[str, Any]:
 
 
 def files(run: Run) -> list[str]:
-    """The run directory's own files."""
+    """Return the names and sizes of the run directory's own files, the first 40 of them."""
     found = []
     for path in sorted(run.folder.iterdir()):
         if path.is_file() and not path.name.startswith("report."):
@@ -92,11 +92,11 @@ def files(run: Run) -> list[str]:
 
 
 def definitions() -> list[list[str]]:
-    """[word, meaning] of the appendix."""
+    """Return the [word, meaning] pairs of the appendix."""
     words, _ = yaml_io.read(Path(__file__).with_name("definitions.yaml"))
     return [[str(word), str(meaning)] for word, meaning in words.items()]
 
 
 def _trained(log: RankLog) -> int:
-    """Training steps of the last attempt; their numbers go on from where it was resumed."""
+    """Return the number of training steps in the last attempt; their numbering continues where it resumed."""
     return len({fact["step"] for fact in log.steps if fact["phase"] == TRAIN})

@@ -1,13 +1,13 @@
-"""torch.profiler's traces of a run: the operators behind every kind of action, and their lanes for our own trace.
+"""Traces of a run by torch.profiler: the operators of every kind of action, and lanes for the report's own trace.
 
 The run wraps every training step and every entry of its step list in an annotation ('dist_gpt step 12', 'forward 0F0
-block 1'). An operator belongs to the entry that was under way on the annotating thread when it began, on whatever
-thread (on a GPU, autograd has its own); a kernel to the entry under way when it was launched. Of operators the self
-time counts, which is what nested ones did not take. Where there are kernels, they are what is listed.
+block 1'). An operator belongs to the entry that was active on the annotating thread when it began, on whatever thread
+(on a GPU, autograd has its own); a kernel to the entry active when it was launched. An operator counts with its self
+time, without that of nested ones. Where there are kernels, they are listed instead of operators.
 
 The steps' starts are known on the run's clock as well (`anchors`), which ties the two time lines together.
 
-Files are read as a stream and trusted in nothing: what cannot be read is told as a problem.
+Files are streamed and not trusted: what cannot be read is reported as a problem.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from dist_gpt.report.load import Run
 
 MAX_EVENTS, MAX_CHARACTERS = 1_000_000, 2_000_000_000
-"""Of one file; what is beyond is not read."""
+"""Limits on one file; anything beyond them is not read."""
 MAX_LANE_EVENTS = 50_000
-"""Of one rank, in our own trace: the longest."""
+"""Most events of one rank in the report's own trace; the longest are kept."""
 TOP = 12
-"""Operators listed of each kind of action."""
+"""Number of operators or kernels listed for each kind of action."""
 BLOCK, LONGEST_EVENT = 1 << 20, 1 << 23
 FIRST_LANE = 1000
-"""Lanes (tids) of a trace's threads and streams start here; ours are below."""
+"""First lane (tid) of a torch trace's threads and streams; the report's own lanes are below."""
 STEP = re.compile(r"dist_gpt step (\d{1,9})")
 ACTIONS = {
     "forward": "forward", "backward": "backward", "weight": "weight", "recompute": "recompute", "data": "data",
@@ -54,14 +54,17 @@ OTHER = "other"
 _OPERATORS, _LAUNCHES = frozenset({"cpu_op"}), frozenset({"cuda_runtime", "cuda_driver"})
 _KERNELS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 _FAR = 1e14
-"""Microseconds, three years: ns of such times fit into int64."""
+"""Limit on times in microseconds (three years), so that their ns fit into int64."""
 _OPENING, _SEPARATORS = re.compile(r'"traceEvents"\s*:\s*\['), re.compile(r"[\s,]*")
 
 
 @dataclass
 class TorchProfile:
-    """What the traces of all ranks say. `kernels`: {rank, action, name, s, calls} per step, the longest first of each
-    rank; `lanes`: events for `trace.write_trace`; `problems`: sentences."""
+    """Contents of the traces of all ranks.
+
+    `kernels`: {rank, action, name, s, calls} per step, the longest first of each rank; `lanes`: events for
+    `trace.write_trace`; `problems`: sentences.
+    """
 
     kernels: list[dict[str, Any]] = field(default_factory=list)
     lanes: list[dict[str, Any]] = field(default_factory=list)
@@ -69,7 +72,7 @@ class TorchProfile:
 
 
 class Event(NamedTuple):
-    """A complete event; microseconds of the trace's own clock."""
+    """Complete event of a trace; times in microseconds of the trace's own clock."""
 
     start: float
     duration: float
@@ -80,27 +83,30 @@ class Event(NamedTuple):
 
     @property
     def end(self) -> float:
+        """End of the event, in microseconds of the trace's own clock."""
         return self.start + self.duration
 
 
 def read(run: Run, clocks: Clocks) -> TorchProfile:
-    """Read every trace that the ranks' event files name."""
+    """Read every trace that the ranks' event files name; report failures in the result's `problems`."""
     profile = TorchProfile()
     for rank, log in run.ranks.items():
         for fact in log.torch_traces:
             name = str(fact.get("file") or "")
             where = f"rank {rank}: {name or 'torch trace'}"
             if not name or Path(name).name != name:
-                profile.problems.append(f"{where}: no name of a file in the run directory")
+                profile.problems.append(f"{where}: not the name of a file in the run directory")
                 continue
             trace = read_file(run.folder / name)
             profile.problems += [f"{where}: {problem}" for problem in trace.problems]
             if not trace.steps:
-                profile.problems.append(f"{where}: no step of this run is annotated in it")
+                profile.problems.append(f"{where}: it has no annotated step of this run")
                 continue
             profile.kernels += [{"rank": rank, **row} for row in trace.top()]
             if (to_run := trace.to_run(fact.get("anchors"))) is None:
-                profile.problems.append(f"{where}: nothing ties its clock to the run's; it is left out of the trace")
+                profile.problems.append(
+                    f"{where}: no anchor relates its clock to the run's; it is left out of the trace"
+                )
             elif clocks.usable(rank):
                 profile.lanes += trace.lanes(rank, clocks, to_run)
     return profile
@@ -108,7 +114,7 @@ def read(run: Run, clocks: Clocks) -> TorchProfile:
 
 @dataclass
 class TorchTrace:
-    """One file. `annotations` are of the thread that annotates the steps, `steps` (number, start, end) in order."""
+    """One trace file; `annotations`: of the thread that annotates steps; `steps`: (number, start, end) in order."""
 
     events: list[Event] = field(default_factory=list)
     annotations: list[Event] = field(default_factory=list)
@@ -116,7 +122,7 @@ class TorchTrace:
     problems: list[str] = field(default_factory=list)
 
     def top(self) -> list[dict[str, Any]]:
-        """{action, name, s, calls} per step: kernels by device time if there are any, else operators by self time."""
+        """Return {action, name, s, calls} per step: kernels by device time if any, else operators by self time."""
         kernels = [event for event in self.events if event.category in _KERNELS]
         seconds: dict[tuple[str, str], float] = defaultdict(float)
         calls: dict[tuple[str, str], int] = defaultdict(int)
@@ -136,7 +142,7 @@ class TorchTrace:
         return rows
 
     def _actions(self) -> Callable[[float], str | None]:
-        """What kind of entry was under way at a moment; None outside of the steps."""
+        """Return a function from a time in microseconds to the kind of the entry active then; None outside of steps."""
         spans = [(round(start * 1000), round(end * 1000), OTHER) for _, start, end in self.steps]
         for event in self.annotations:
             words = event.name.split(maxsplit=1)
@@ -153,13 +159,13 @@ class TorchTrace:
         return at
 
     def _launched(self, kernels: list[Event]) -> Iterator[tuple[float, Event, float]]:
-        """(launched at, kernel, its time). A kernel whose launch was not seen counts from its own start."""
+        """Yield (launch time, kernel, duration); a kernel whose launch was not seen counts from its own start."""
         launched = {e.correlation: e.start for e in self.events if e.category in _LAUNCHES and e.correlation >= 0}
         for kernel in kernels:
             yield launched.get(kernel.correlation, kernel.start), kernel, kernel.duration
 
     def _self_times(self) -> Iterator[tuple[float, Event, float]]:
-        """(began at, operator, time that no nested one took)."""
+        """Yield (start, operator, self time without nested operators)."""
         lanes: dict[tuple[str, str], list[Event]] = defaultdict(list)
         for event in self.events:
             if event.category in _OPERATORS:
@@ -178,8 +184,10 @@ class TorchTrace:
                 yield events[i].start, events[i], max(0.0, own[i])
 
     def to_run(self, anchors: Any) -> Callable[[np.ndarray], np.ndarray] | None:
-        """From microseconds of the trace to ns of the run (int64, since the rank's header), through the steps' starts;
-        None where no step is anchored."""
+        """Return the map from the trace's microseconds to the run's int64 ns since the rank's header.
+
+        It interpolates between the steps' starts; None where no step is anchored.
+        """
         known = {}
         for anchor in anchors if isinstance(anchors, list) else []:
             if isinstance(anchor, list) and len(anchor) == 2 and all(type(x) is int for x in anchor):
@@ -191,7 +199,7 @@ class TorchTrace:
         return lambda t: np.rint(t * 1000 + np.interp(t, at, offset)).astype(np.int64)
 
     def lanes(self, rank: int, clocks: Clocks, to_run: Callable[[np.ndarray], np.ndarray]) -> list[dict[str, Any]]:
-        """Events of the steps as lanes of process `rank`; in microseconds since the origin. The longest, if many."""
+        """Return the steps' longest MAX_LANE_EVENTS events as lanes of process `rank`, in us since the origin."""
         first, last = self.steps[0][1], self.steps[-1][2]
         inside = [event for event in self.events if first <= event.start and event.end <= last]
         inside = sorted(inside, key=lambda event: -event.duration)[:MAX_LANE_EVENTS]
@@ -207,7 +215,7 @@ class TorchTrace:
                 named = {"ph": "M", "pid": rank, "tid": tids[event.lane], "ts": 0}
                 made.append({**named, "name": "thread_name", "args": {"name": f"torch {what} {event.lane[1]}"}})
                 made.append({**named, "name": "thread_sort_index", "args": {"sort_index": tids[event.lane]}})
-            # A category of its own: who reads kernels from our trace must not find them twice.
+            # A category of its own, so that tools that read kernels from the report's trace do not find them twice.
             place = {"ph": "X", "cat": f"torch {event.category}", "pid": rank, "tid": tids[event.lane]}
             made.append({**place, "name": event.name, "ts": begin / 1000, "dur": (until - begin) / 1000, "args": {}})
         return made
@@ -217,7 +225,7 @@ class TorchTrace:
 
 
 def read_file(path: Path) -> TorchTrace:
-    """What a trace file holds of this run; never raises."""
+    """Read what a trace file holds of this run; report failures in its `problems` instead of raising."""
     trace = TorchTrace()
     try:
         for count, raw in enumerate(_stream(path)):
@@ -234,7 +242,7 @@ def read_file(path: Path) -> TorchTrace:
     except FileNotFoundError:
         trace.problems.append("no such file")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        trace.problems.append(f"cannot be read to its end ({error or type(error).__name__}); what came before is shown")
+        trace.problems.append(f"cannot be read to its end ({error or type(error).__name__}); the part before is shown")
     marks = [(int(m[1]), event) for event in trace.annotations if (m := STEP.fullmatch(event.name))]
     trace.steps = sorted(((n, event.start, event.end) for n, event in marks), key=lambda step: step[1])
     lanes = {event.lane for _, event in marks}
@@ -243,7 +251,7 @@ def read_file(path: Path) -> TorchTrace:
 
 
 def _event(raw: Any) -> Event | None:
-    """A complete event with sound times, else None."""
+    """Return `raw` as an Event if it is a complete event with sound times, else None."""
     if not isinstance(raw, dict) or raw.get("ph") != "X":
         return None
     start, duration, args = number(raw.get("ts")), number(raw.get("dur")), raw.get("args")
@@ -256,7 +264,7 @@ def _event(raw: Any) -> Event | None:
 
 
 def _stream(path: Path) -> Iterator[Any]:
-    """The elements of `traceEvents`, one after the other, in little memory."""
+    """Yield the elements of `traceEvents` in little memory; raise ValueError if they are cut off or too large."""
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -275,15 +283,15 @@ def _stream(path: Path) -> Iterator[Any]:
                 seen += len(more)
                 buffer, place = buffer[place:] + more, 0
                 if not more:
-                    raise ValueError("the file ends in the middle") from None
+                    raise ValueError("the file is truncated") from None
                 if len(buffer) > LONGEST_EVENT or seen > MAX_CHARACTERS:
-                    raise ValueError("an event that does not end" if seen <= MAX_CHARACTERS else "too large") from None
+                    raise ValueError("an event without an end" if seen <= MAX_CHARACTERS else "too large") from None
                 continue
             yield value
 
 
 def _behind_opening(text: io.TextIOWrapper) -> tuple[str, int]:
-    """The text so far, and where in it the first event begins."""
+    """Return the text read so far and where in it the first event begins; raise ValueError without `traceEvents`."""
     buffer = ""
     while len(buffer) <= LONGEST_EVENT:
         more = text.read(BLOCK)
@@ -292,4 +300,4 @@ def _behind_opening(text: io.TextIOWrapper) -> tuple[str, int]:
             return buffer, opening.end()
         if not more:
             break
-    raise ValueError("no traceEvents in it")
+    raise ValueError("no traceEvents in the file")

@@ -1,8 +1,8 @@
-"""The lines of one event file, trusted in nothing.
+"""Read one event file without trusting any of its lines.
 
 A file is read in blocks, a block's lines are parsed by one json.loads where that works, and rows are checked as
-arrays. A row that cannot be read would shift the count of the calls behind it, by which ranks are matched: all rows of
-the steps it may be of are left out with it.
+arrays. An unreadable row would shift the count of the calls after it, by which ranks are matched, so all rows of the
+steps that it may belong to are left out as well.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ BLOCK_BYTES = 4_000_000
 LONGEST_LINE = 1_000_000
 _FAR = (1 << 60) - 1  # ns: 36 years
 _COUNTED, _UNCOUNTED = -1, 0
-"""In a row's first place: it cannot be read, and is counted as broken already, or not yet."""
+"""First number of an unreadable row: already counted as broken, or not yet."""
 _WIDTH = {CALL: 1 + len(CALL_COLUMNS), SPAN: 1 + len(SPAN_COLUMNS)}
 _AFTER_ISSUE = slice(CALL_COLUMNS.index("issued"), CALL_COLUMNS.index("cpu") + 1)
 _HEADER = '{"schema":'
 
 
 class SchemaError(ValueError):
-    """An event file of another schema than this program reads."""
+    """Error for an event file with another schema than this version reads."""
 
 
 class Attempt:
-    """What one event file holds of its last attempt, which begins at the last header."""
+    """Contents of an event file's last attempt, which begins at the last header."""
 
     def __init__(self, header: dict[str, Any], number: int = 0) -> None:
         self.header = header
@@ -43,16 +43,16 @@ class Attempt:
         self.cut = False
         self.broken = self.first_broken = 0
         self.gaps: set[int] = set()
-        """Steps whose rows are left out; known after `rows`."""
+        """Steps whose rows are left out; known once `rows` has run."""
         self._rows: dict[int, list[np.ndarray]] = {CALL: [], SPAN: []}
         self._comm: dict[str, Any] = {}
 
     def last(self, kind: str) -> Any:
-        """The newest fact of a kind, or None."""
+        """Return the newest fact of a kind, or None."""
         return self.facts[kind][-1] if self.facts[kind] else None
 
     def fact(self, value: dict[str, Any]) -> bool:
-        """Keep an object; False when it has not the shape of its kind. Unknown kinds pass."""
+        """Keep an object; return False if it does not have the shape of its kind. Unknown kinds pass."""
         if "phase" in value:
             return self._step(value)
         kind = next((kind for kind in FACTS if kind in value), None)
@@ -64,7 +64,7 @@ class Attempt:
         return False
 
     def _step(self, value: dict[str, Any]) -> bool:
-        """Steps communicate the same most of the time: then they share one object."""
+        """Keep a step's fact; return False if it does not fit. Steps with the same traffic share one `comm` object."""
         before = self._comm.get(str(value["phase"]))
         if before is not None and value.get("comm") == before:
             value["comm"] = before
@@ -75,16 +75,17 @@ class Attempt:
         return True
 
     def cannot_read(self, line: int) -> None:
+        """Count the line of number `line` as broken."""
         self.broken += 1
         self.first_broken = self.first_broken or line
 
     def add_rows(self, kind: int, rows: list[list[Any]]) -> None:
-        """Rows of right length, in the order of the file."""
+        """Add rows of the right length for `kind`, in the order of the file."""
         if rows:
             self._rows[kind].append(_integers(rows))
 
     def rows(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """(calls, spans) without their first number; `steps` is the length of the rank's step list."""
+        """Return (calls, spans) without their first column; `steps` is the length of the rank's step list."""
         channels = len(self.header["channels"])
         # kind, step, index, channel, op, payload, six times, flags; kind, step, index, three times
         low = [[CALL, 0, -1, 0, 0, 0, *[-_FAR] * 6, 0], [SPAN, 0, -1, *[-_FAR] * 3]]
@@ -105,19 +106,19 @@ class Attempt:
 
 
 def _integers(rows: list[list[Any]]) -> np.ndarray:
-    """(n, width) int64; a row with anything else in it becomes one that cannot be read."""
+    """Return `rows` as (n, width) int64; a row that holds anything else becomes an unreadable one."""
     try:
         table = np.array(rows)
         if table.dtype == np.int64 and table.ndim == 2:
             return table
     except ValueError:
-        pass  # a list inside
+        pass  # a list inside a row
     unread = [_UNCOUNTED] * len(rows[0])
     return np.array([row if all(type(x) is int and abs(x) <= _FAR for x in row) else unread for row in rows], np.int64)
 
 
 def _steps_at(step: np.ndarray, readable: np.ndarray) -> set[int]:
-    """Steps that an unreadable row may be of: those of the nearest readable rows before and behind it."""
+    """Return the steps that unreadable rows may belong to: those of the nearest readable rows before and after."""
     holes = np.flatnonzero(~readable)
     known = np.flatnonzero(readable)
     if not len(holes) or not len(known):
@@ -131,7 +132,7 @@ def _steps_at(step: np.ndarray, readable: np.ndarray) -> set[int]:
 
 
 def read_attempt(path: Path) -> Attempt:
-    """The last attempt in a file; without a header where there is none. Raises SchemaError and OSError."""
+    """Return the last attempt in a file, with an empty header if there is none. Raises SchemaError and OSError."""
     attempt, total = Attempt({}), 0
     for number, lines, cut in _blocks(path):
         total += len(lines)
@@ -141,8 +142,10 @@ def read_attempt(path: Path) -> Attempt:
 
 
 def _take(attempt: Attempt, number: int, lines: list[str], cut: bool) -> Attempt:
-    """Take in a block of lines, the first of `number`; with `cut` the last one has no end. Returns the attempt that
-    goes on."""
+    """Add a block of lines, numbered from `number`, and return the attempt that is current after it.
+
+    `cut`: the last line has no line end.
+    """
     values = parse(lines)
     if cut and values[-1] is None:
         attempt.cut = True
@@ -158,7 +161,7 @@ def _take(attempt: Attempt, number: int, lines: list[str], cut: bool) -> Attempt
             rows = {width: [] for width in rows}
         elif (type(value) is not dict or not attempt.fact(value)) and lines[i]:
             attempt.cannot_read(number + i)
-            if not lines[i].startswith("{"):  # it was a row: of the kind it seems to be, or of its neighbours'
+            if not lines[i].startswith("{"):  # a broken row, of the kind that it starts like or else of the row before
                 seems = next((w for kind, w in _WIDTH.items() if lines[i].startswith(f"[{kind},")), width)
                 rows[seems].append([_COUNTED] * seems)
     for kind, width in _WIDTH.items():
@@ -167,22 +170,22 @@ def _take(attempt: Attempt, number: int, lines: list[str], cut: bool) -> Attempt
 
 
 def _begin(before: Attempt, header: dict[str, Any]) -> Attempt:
-    """The attempt that `header` begins."""
+    """Return the attempt that `header` begins. Raises SchemaError."""
     given = header["schema"]
     if type(given) is int and given != SCHEMA:
-        advice = "a newer dist_gpt; update this one" if given > SCHEMA else "an older dist_gpt; report it with that one"
+        advice = "a newer dist_gpt; update this one" if given > SCHEMA else "an older dist_gpt; use that one instead"
         raise SchemaError(f"schema {given}, expected {SCHEMA}: written by {advice}")
     return Attempt(complete(header, HEADER) if fits(header, HEADER) else {}, before.number + 1)
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, list[str], bool]]:
-    """(number of the first line, lines, whether the last one has no end) for blocks of the file."""
+    """Yield (number of the first line, lines, whether the last line has no end) for each block of the file."""
     number, rest = 1, b""
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             whole, newline, tail = block.rpartition(b"\n")
             if not newline:
-                rest = (rest + block)[: LONGEST_LINE + 1]  # too long already: what follows is of no use
+                rest = (rest + block)[: LONGEST_LINE + 1]  # already too long to be parsed
                 continue
             lines = (rest + whole).decode("utf-8", "replace").split("\n")
             yield number, lines, False
@@ -192,7 +195,7 @@ def _blocks(path: Path) -> Iterator[tuple[int, list[str], bool]]:
 
 
 def parse(lines: list[str]) -> list[Any]:
-    """The values of JSON lines, all at once where that works; None for a line that is no JSON."""
+    """Return the values of JSON lines, parsed all at once where possible; None for a line that is not JSON."""
     try:
         values: list[Any] = json.loads(f"[{','.join(lines)}]", parse_constant=lambda _: None)
         if len(values) == len(lines):
@@ -208,5 +211,5 @@ def _parse_line(line: str) -> Any:
     try:
         return json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
-        at = line.find(_HEADER, 1)  # a run that was resumed goes on behind a line that its first attempt left cut off
+        at = line.find(_HEADER, 1)  # a resumed run appends its header to a line that was cut off
         return _parse_line(line[at:]) if at > 0 else None

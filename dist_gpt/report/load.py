@@ -1,10 +1,10 @@
-"""A run directory, read: the plan it followed and what every rank recorded.
+"""Read a run directory: the plan that it followed and the records of every rank.
 
     run = load("runs/demo")
     run.ranks[3].calls[:, CALL_COLUMNS.index("issue")]      # int64, ns since that rank's header
 
-Files are read one at a time, in blocks, and trusted in nothing: what cannot be used is left out and told in
-`Run.problems`. Only where there is nothing at all to show does `load` raise.
+Files are read one at a time, in blocks, and never trusted: unusable content is left out and reported in
+`Run.problems`. `load` raises only if there is nothing at all to show.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from dist_gpt.layout import AXES, BASE_AXES, Layout
 from dist_gpt.plan.steps import RankPlan, layout_of
 from dist_gpt.report.facts import fits
 from dist_gpt.report.lines import Attempt, SchemaError, parse, read_attempt
-from dist_gpt.report.units import size
+from dist_gpt.report.units import count_of, size
 
 _NAME = re.compile(r"events\.rank(0|[1-9][0-9]{0,8})\.jsonl")
 MOST_RANKS = 1 << 17
 ENDED_WELL = (None, 0, 75)
-"""Codes of exit.json: not over, done, asked to stop and saved."""
+"""Codes of exit.json without a failure: not ended yet, finished, saved after a request to stop."""
 
 
 class RunError(ConfigError):
-    """A run directory of which nothing can be shown."""
+    """Error for a run directory of which nothing can be shown."""
 
 
 @dataclass
 class RankLog:
-    """What one rank recorded in its last attempt. Times in ns since its header's `base_ns`, on its own clock."""
+    """Records of one rank's last attempt. Times are in ns since its header's `base_ns`, on its own clock."""
 
     rank: int
     header: dict[str, Any]
     attempts: int
     steps: list[dict[str, Any]]
     calls: np.ndarray
-    """(n, 12) int64, columns CALL_COLUMNS; done, wait and waited -1 where they are not known."""
+    """(n, 12) int64, columns CALL_COLUMNS; done, wait and waited are -1 where unknown."""
     spans: np.ndarray
     """(n, 5) int64, columns SPAN_COLUMNS."""
     clocks: list[dict[str, int]]
@@ -62,12 +62,12 @@ class RankLog:
     differences: list[dict[str, Any]]
     end: dict[str, Any] | None
     engine: dict[str, Any] | None = None
-    """What an engine that communicates by itself moved, by its own count."""
+    """Traffic of an engine that communicates by itself, by its own count; None without such an engine."""
 
 
 @dataclass
 class Run:
-    """A run directory. `problems` are sentences: what is missing, cut off, left out or still going on."""
+    """Contents of a run directory. `problems` are sentences: what is missing, cut off, left out or still running."""
 
     folder: Path
     config: Config
@@ -77,11 +77,11 @@ class Run:
     problems: list[str] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     failed: str = ""
-    """Why its last attempt failed, if it did; see launch.files.note_failure."""
+    """Why the last attempt failed; empty if it did not. See launch.files.note_failure."""
     _plans: dict[tuple[int, int], RankPlan] = field(default_factory=dict, repr=False)
 
     def plan_of(self, rank: int) -> RankPlan:
-        """The plan of the ranks at `rank`'s place in pipeline and tensor group: they share one step list."""
+        """Return the plan of the ranks at `rank`'s place in pipeline and tensor group, which share one step list."""
         at = self.layout.coords(rank)
         if (at.pp, at.tp) not in self._plans:
             self._plans[at.pp, at.tp] = RankPlan(self.config, self.layout.rank(at.pp, 0, 0, at.tp))
@@ -89,19 +89,19 @@ class Run:
 
 
 def load(folder: str | Path) -> Run:
-    """Read a run directory. Raises RunError when nothing in it can be shown."""
+    """Read a run directory. Raises RunError if nothing in it can be shown."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError([f"{folder}: no such folder; expected a run directory"])
     for name in ("config.yaml", "plan.json", "metrics.jsonl"):
         if (folder / name).exists() and not (folder / name).is_file():
-            raise RunError([f"{folder / name}: no ordinary file"])
+            raise RunError([f"{folder / name}: not a regular file"])
     config = _config(folder / "config.yaml")
     if config.world_size > MOST_RANKS:
-        raise RunError([f"{folder}: config.yaml is of {config.world_size:,} ranks; at most {MOST_RANKS:,} are shown"])
+        raise RunError([f"{folder}: config.yaml has {config.world_size:,} ranks; a report has at most {MOST_RANKS:,}"])
     run = Run(folder, config, _plan(folder / "plan.json"), layout_of(config))
     if any(run.plan["layout"].get(axis) != getattr(run.layout, axis) for axis in BASE_AXES):
-        run.problems.append(f"plan.json is of another layout than config.yaml; the latter's is taken: {run.layout}")
+        run.problems.append(f"plan.json and config.yaml have different layouts; config.yaml's is used: {run.layout}")
     end = _end(folder / "exit.json")
     run.failed = _failure(end)
     if run.failed:
@@ -114,7 +114,7 @@ def load(folder: str | Path) -> Run:
 
 
 def engine_sentences(run: Run) -> list[str]:
-    """What is not accounted for because another engine did it, with what it counted itself."""
+    """Return a sentence on the unaccounted traffic that another engine moved, by its own count; none without one."""
     log = next((log for log in run.ranks.values() if log.engine is not None), None)
     if log is None or log.engine is None:
         return []
@@ -123,42 +123,42 @@ def engine_sentences(run: Run) -> list[str]:
         for axis, op, calls, payload, _ in moved_by_engine(log.engine)
     ]
     return [
-        f"{log.engine['name']} {log.engine['version']} moved by itself, rank {log.rank} in a training step: "
-        f"{'; '.join(moved) or 'nothing'}. That traffic, counted at its own seam, is in no table "
-        "here and in no accounting, and its time counts as backward and optimizer"
+        f"{log.engine['name']} {log.engine['version']} has its own communication, on rank {log.rank} in a training "
+        f"step: {'; '.join(moved) or 'none'}. That traffic, counted where the engine issues it, is in no table here "
+        "and in no accounting, and its time counts as backward and optimizer"
     ]
 
 
 def _end(path: Path) -> dict[str, Any]:
-    """What exit.json says; empty where there is none, or none that can be read."""
+    """Return the contents of exit.json; empty if it is missing or unreadable."""
     with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     return {}
 
 
 def _failure(end: dict[str, Any]) -> str:
-    """What exit.json says of an attempt that failed; empty where none did, or it is not over."""
+    """Return why the attempt failed, by exit.json; empty if it did not fail or has not ended."""
     return _why(end, f"exit code {end['code']}") if end.get("code") not in ENDED_WELL else ""
 
 
 def _stopped(end: dict[str, Any], steps: int) -> list[str]:
-    """That the run was asked to stop before its end."""
+    """Return a sentence if the run was asked to stop before its last step, else nothing."""
     if end.get("code") != 75:
         return []
     return [f"not finished: stopped after step {end.get('step')} of {steps}: {_why(end, 'asked to stop')}; saved"]
 
 
 def _why(end: dict[str, Any], otherwise: str) -> str:
-    """What exit.json gives as the reason, on one line."""
+    """Return the reason that exit.json gives, or `otherwise`, on one line."""
     return " ".join(str(end.get("why") or otherwise).split())[:400]
 
 
 def _config(path: Path) -> Config:
-    """config.yaml, resolved. A run that was made is not asked whether this version would make it."""
+    """Return config.yaml, resolved. The run exists, so whether this version would run it is not checked."""
     try:
         tree, _ = yaml_io.read(path)
         if not isinstance(tree, dict):
-            raise RunError([f"{path}: no configuration"])
+            raise RunError([f"{path}: not a configuration"])
         return resolve(Config.model_validate(tree))
     except ValidationError as error:
         raise RunError([f"{path}: {message}" for message, _ in explain.explain(error, tree).values()]) from None
@@ -170,16 +170,16 @@ def _plan(path: Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_bytes().decode("utf-8", "replace"))
     except FileNotFoundError:
-        raise RunError([f"{path}: no such file; a run directory has one"]) from None
+        raise RunError([f"{path}: no such file; a run directory contains one"]) from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError([f"{path}: cannot be read ({error})"]) from None
     if not fits(plan, {"layout": dict}):
-        raise RunError([f"{path}: no plan; expected an object with a layout"])
+        raise RunError([f"{path}: not a plan; expected an object with a layout"])
     return dict(plan)
 
 
 def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that name their step."""
+    """Return the lines of metrics.jsonl that name their step; add the unreadable ones to `problems`."""
     try:
         lines = [line for line in path.read_bytes().decode("utf-8", "replace").split("\n") if line]
     except OSError:
@@ -195,15 +195,15 @@ def _metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _ranks(run: Run) -> None:
-    """Read every event file into `run`. Raises RunError when none can be used."""
+    """Read every event file into `run`. Raises RunError if none can be used or one has another schema."""
     problems = _Problems()
     files = {int(m[1]): path for path in run.folder.iterdir() if (m := _NAME.fullmatch(path.name))}
     for rank, path in sorted(files.items()):
         if not path.is_file():
-            problems.add(rank, "the event file is no ordinary file; it is left out")
+            problems.add(rank, "the event file is not a regular file; it is left out")
             continue
         if rank >= run.layout.world:
-            problems.add(rank, f"no rank of the plan, which has {run.layout.world}; the event file is left out")
+            problems.add(rank, f"not in the plan of {count_of(run.layout.world, 'rank')}; the event file is left out")
             continue
         try:
             attempt = read_attempt(path)
@@ -221,20 +221,20 @@ def _ranks(run: Run) -> None:
     _leave_out_earlier_attempts(run, problems)
     run.problems += problems.sentences()
     if not run.ranks:
-        nothing = ["no events.rank*.jsonl; no rank has started, or this is no run directory"]
+        nothing = ["no events.rank*.jsonl; no rank has started, or this is not a run directory"]
         raise RunError([f"{run.folder}: {problem}" for problem in (run.problems if files else nothing)])
 
 
 def _misfit(run: Run, rank: int, attempt: Attempt) -> str:
-    """Why a file cannot be taken as rank `rank`'s; empty when it can."""
+    """Return why a file cannot be used as rank `rank`'s; empty if it can."""
     if attempt.lines == 0:
         return "the event file is empty"
     if not attempt.header:
-        return "the event file has no header that can be read; it is left out"
+        return "the event file has no readable header; it is left out"
     given, at, world = attempt.header, run.layout.coords(rank), run.layout.world
     place = {axis: getattr(at, axis) for axis in BASE_AXES}
     if given["rank"] != rank or given["world"] not in (None, world) or given["coords"] not in (None, place):
-        return "the event file is of another rank or another layout and is left out"
+        return "the event file belongs to another rank or another layout and is left out"
     for channel in given["channels"]:
         pair = channel.get("ranks")
         if channel["axis"] not in (*AXES, "shard", "replica", "embed") or (
@@ -249,20 +249,21 @@ def _is_pair(ranks: list[int], rank: int, world: int) -> bool:
 
 
 def _log(run: Run, rank: int, attempt: Attempt, problems: _Problems) -> RankLog:
-    """The log, and what is wrong with it."""
+    """Return the log of `rank`, and add what is wrong with it to `problems`."""
     calls, spans = attempt.rows(len(run.plan_of(rank).steps))
     end = attempt.last("end")
     if attempt.broken:
         what = f"{attempt.broken} {'line' if attempt.broken == 1 else 'lines'}"
         what += f", the first is line {attempt.first_broken}" if attempt.first_broken else ""
-        what += f"; rows of steps {ranges(attempt.gaps)} go with them" if attempt.gaps else ""
-        problems.add(rank, "lines of the event file that cannot be read are left out", what)
+        steps = f"step{'s' if len(attempt.gaps) > 1 else ''} {ranges(attempt.gaps)}"
+        what += f"; rows of {steps} are left out too" if attempt.gaps else ""
+        problems.add(rank, "unreadable lines of the event file are left out", what)
     if attempt.cut:
         problems.add(rank, "the last line of the event file is cut off")
     if end is None:
-        problems.add(rank, "the event file has no end: the run still goes on, or it died")
+        problems.add(rank, "the event file has no end: the run is still in progress, or it died")
     elif end["dropped"]:
-        problems.add(rank, "rows were dropped, since there were too many", str(end["dropped"]))
+        problems.add(rank, "rows were dropped because there were too many", str(end["dropped"]))
     return RankLog(
         rank, attempt.header, attempt.number, attempt.steps, calls, spans, attempt.facts["clock"],
         attempt.last("memory"), attempt.facts["kernel"], attempt.last("ceiling"), attempt.facts["sample"],
@@ -271,15 +272,15 @@ def _log(run: Run, rank: int, attempt: Attempt, problems: _Problems) -> RankLog:
 
 
 def _leave_out_earlier_attempts(run: Run, problems: _Problems) -> None:
-    """Ranks that have not come to the attempt of the others have nothing to do with it."""
+    """Remove the ranks that recorded nothing of the latest attempt."""
     latest = max((log.header["attempt"] for log in run.ranks.values()), default=0)
     for rank in [rank for rank, log in run.ranks.items() if log.header["attempt"] < latest]:
-        problems.add(rank, f"nothing of attempt {latest}; what there is of earlier attempts is left out")
+        problems.add(rank, f"no records of attempt {latest}; those of earlier attempts are left out")
         del run.ranks[rank]
 
 
 class _Problems:
-    """What is wrong with which ranks; a sentence for each kind, so that 1,024 missing files are one line."""
+    """Problems by kind and rank, one sentence per kind, so that 1,024 missing files give one line."""
 
     SHOWN = 3
 
@@ -300,7 +301,7 @@ class _Problems:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """0-3, 7: what a person writes of ascending numbers; at most ten pieces."""
+    """Return numbers as text in ascending ranges, such as "0-3, 7"; at most ten pieces."""
     pieces: list[list[int]] = []
     for n in sorted(numbers):
         if pieces and n == pieces[-1][1] + 1:

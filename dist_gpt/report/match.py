@@ -1,7 +1,7 @@
-"""Which calls met each other: the k-th call of a rank on a channel in a step is the k-th of every other member.
+"""Match calls with each other: the k-th call of a rank on a channel in a step meets the k-th of every other member.
 
     clocks = align(run)
-    calls, meetings = match(run, clocks)         # repairs `clocks` where effects would come before their causes
+    calls, meetings = match(run, clocks)         # repairs `clocks` where effects precede their causes
     waited_for = meetings.culprit[calls.meeting]
 
 A call is one rank's part of a meeting. A meeting begins when its last member has issued its call (`arrival`) and ends
@@ -17,17 +17,18 @@ import numpy as np
 from dist_gpt.events import BOUND, CALL_COLUMNS, ESTIMATED, OPS
 from dist_gpt.report.clocks import Clocks, Heard, last_causes, repair
 from dist_gpt.report.load import Run
+from dist_gpt.report.units import count_of
 
 SEND, RECV, BROADCAST = (OPS.index(op) for op in ("send", "recv", "broadcast"))
 TOLD_NS = 1_000
-"""What is impossible by less is put right and not mentioned."""
+"""Least contradiction worth a report, in ns; not used at present."""
 Channel = tuple[str, tuple[int, ...], str]
-"""(axis, ranks, direction); a direction f or b for the pipeline's edges, from the first rank to the second."""
+"""(axis, ranks, direction); a pipeline's edge has direction f or b and leads from the first rank to the second."""
 
 
 @dataclass
 class Calls:
-    """One entry per call, by rank, then step, then time of issue."""
+    """Calls as columns, one entry per call, sorted by rank, then step, then time of issue."""
 
     rank: np.ndarray
     step: np.ndarray
@@ -37,16 +38,16 @@ class Calls:
     payload: np.ndarray
     issue: np.ndarray
     issued: np.ndarray
-    done: np.ndarray  # -1 where not known, as wait and waited
+    done: np.ndarray  # -1 where unknown, as are wait and waited
     wait: np.ndarray
     waited: np.ndarray
-    cpu: np.ndarray  # ns of CPU while waiting
+    cpu: np.ndarray  # CPU time used while waiting, ns
     flags: np.ndarray
     meeting: np.ndarray  # into Meetings, -1 for a rank whose clock is not usable
     channels: list[Channel] = field(default_factory=list)
     axes: list[str] = field(default_factory=list)
     order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Positions of the calls that met, by meeting."""
+    """Positions of the calls that met, sorted by meeting."""
     _bounds: dict[int, slice] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -54,22 +55,22 @@ class Calls:
 
     @property
     def axis_of(self) -> np.ndarray:
-        """gid -> position in `axes`."""
+        """Position in `axes` of each channel's axis, by gid."""
         return np.array([self.axes.index(axis) for axis, _, _ in self.channels], dtype=np.int64)
 
     @property
     def axis(self) -> np.ndarray:
-        """Of every call, its axis' position in `axes`."""
+        """Position in `axes` of each call's axis."""
         return self.axis_of[self.gid]
 
     def of(self, rank: int) -> slice:
-        """Where the calls of a rank stand."""
+        """Return the slice that holds the calls of `rank`."""
         return self._bounds.get(rank, slice(0, 0))
 
 
 @dataclass
 class Meetings:
-    """One entry per meeting, by step and channel, then in order."""
+    """Meetings as columns, one entry per meeting, sorted by step, then channel, then order on the channel."""
 
     step: np.ndarray
     gid: np.ndarray
@@ -80,19 +81,21 @@ class Meetings:
     members: np.ndarray  # ranks seen
     arrival: np.ndarray  # last issue
     culprit: np.ndarray  # the rank that issued last
-    end: np.ndarray  # never before arrival; -1 where nobody knows
+    end: np.ndarray  # never before arrival; -1 where no member knows it
     complete: np.ndarray  # bool: all members seen, all with one op
-    exact: np.ndarray  # bool: some member knows the end itself; else `end` is only a bound
+    exact: np.ndarray  # bool: a member knows the exact end; else `end` is only a bound
     first: np.ndarray
-    """Where in Calls.order each meeting's calls begin."""
+    """Position in Calls.order at which each meeting's calls begin."""
 
     def __len__(self) -> int:
         return len(self.step)
 
 
 def match(run: Run, clocks: Clocks) -> tuple[Calls, Meetings]:
-    """All calls of the window on one clock, and their meetings. Shifts `clocks` as `repair` finds; tells in
-    `run.problems` what stays impossible."""
+    """Return all calls of the window on one clock, and their meetings.
+
+    Shifts `clocks` as `repair` finds, and reports in `run.problems` what stays impossible.
+    """
     calls = _calls(run, clocks)
     first = _meet(calls, clocks)
     heard = _heard(calls, first)
@@ -100,7 +103,7 @@ def match(run: Run, clocks: Clocks) -> tuple[Calls, Meetings]:
     _clamp(calls, heard, run.problems)
     meetings = _meetings(calls, first)
     if strange := int((meetings.members == meetings.size).sum() - meetings.complete.sum()):
-        run.problems.append(f"{strange} meetings of different operations on one channel; they are not counted")
+        run.problems.append(f"{count_of(strange, 'collective')} with different operations on its ranks; not counted")
     return calls, meetings
 
 
@@ -108,7 +111,7 @@ def match(run: Run, clocks: Clocks) -> tuple[Calls, Meetings]:
 
 
 class _Channels:
-    """Numbers (gids) of the channels of all ranks."""
+    """Numbers (gids) given to the channels of all ranks."""
 
     def __init__(self, run: Run) -> None:
         self.layout = run.layout
@@ -116,14 +119,14 @@ class _Channels:
         self._of_rank: dict[tuple[str, int], int] = {}
 
     def gids(self, run: Run, rank: int) -> np.ndarray:
-        """Of the channels of a rank's header."""
+        """Return the gids of the channels in the header of `rank`."""
         found = []
         for channel in run.ranks[rank].header["channels"]:
             axis, pair = channel["axis"], channel.get("ranks")
             if pair is not None:
                 found.append(self._number((axis, tuple(pair), channel.get("direction") or "")))
                 continue
-            if (axis, rank) not in self._of_rank:  # asked once per group: a world of 1,024 names 1,024 ranks
+            if (axis, rank) not in self._of_rank:  # once per group: the group of a world of 1,024 lists 1,024 ranks
                 ranks = self.layout.group(axis, rank)
                 self._of_rank |= dict.fromkeys(((axis, member) for member in ranks), self._number((axis, ranks, "")))
             found.append(self._of_rank[axis, rank])
@@ -134,7 +137,7 @@ class _Channels:
 
 
 def _calls(run: Run, clocks: Clocks) -> Calls:
-    """Every rank's calls, in time order within a step, on the common clock; not yet met."""
+    """Return every rank's calls, in time order within a step, on the common clock; not yet matched."""
     total = sum(len(log.calls) for log in run.ranks.values())
     table = np.empty((len(CALL_COLUMNS) + 1, total), dtype=np.int64)  # one row per column, and the rank
     column = {name: table[i] for i, name in enumerate((*CALL_COLUMNS, "rank"))}
@@ -160,7 +163,7 @@ def _calls(run: Run, clocks: Clocks) -> Calls:
 
 
 def _meet(calls: Calls, clocks: Clocks) -> np.ndarray:
-    """Fill in `calls.meeting` and `calls.order`; returns where in the order each meeting begins."""
+    """Fill in `calls.meeting` and `calls.order`; return the positions in the order at which meetings begin."""
     rows = np.flatnonzero(np.isin(calls.rank, [rank for rank in clocks.ranks if clocks.usable(rank)]))
     rows = rows[np.lexsort((calls.gid[rows], calls.step[rows], calls.rank[rows]))]  # stable: by time within
     count = _positions(_changes(calls.rank[rows], calls.step[rows], calls.gid[rows]))
@@ -173,7 +176,7 @@ def _meet(calls: Calls, clocks: Clocks) -> np.ndarray:
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:
-    """bool: where any column differs from the entry before; the first one does."""
+    """Return where any column differs from the entry before it (bool); the first entry always does."""
     changed = np.ones(len(columns[0]), dtype=bool)
     if len(changed):
         changed[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
@@ -181,7 +184,7 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
 
 
 def _positions(begins: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... anew from every beginning."""
+    """Return each entry's count since the last beginning: 0, 1, 2, ..."""
     place = np.arange(len(begins))
     return place - np.maximum.accumulate(np.where(begins, place, 0))
 
@@ -190,8 +193,11 @@ def _positions(begins: np.ndarray) -> np.ndarray:
 
 
 def _heard(calls: Calls, first: np.ndarray) -> Heard:
-    """A message is received after it was sent; no other operation is complete on anyone before all have come, but a
-    broadcast, of which the root is not recorded."""
+    """Return the causes and effects that clocks must respect, as `repair` takes them.
+
+    A message is received after it was sent; any other operation is complete on no member before all have issued it.
+    Broadcasts are left out, since their root is not recorded.
+    """
     rows = calls.order
     op, done = calls.op[rows], calls.done[rows]
     exact = (done >= 0) & (calls.flags[rows] & ESTIMATED == 0)  # an estimate moves no clock
@@ -205,7 +211,7 @@ def _heard(calls: Calls, first: np.ndarray) -> Heard:
 
 
 def _repair(calls: Calls, clocks: Clocks, heard: Heard) -> None:
-    """Shift clocks, and all times of the calls with them."""
+    """Shift clocks as `repair` finds, and with them all times of their calls."""
     ranks = sorted(calls._bounds)
     shifts = repair(heard, np.array([clocks.ranks[rank].error_ns for rank in ranks], dtype=np.int64))
     for rank, shift in zip(ranks, shifts.tolist(), strict=True):
@@ -218,7 +224,7 @@ def _repair(calls: Calls, clocks: Clocks, heard: Heard) -> None:
 
 
 def _clamp(calls: Calls, heard: Heard, problems: list[str]) -> None:
-    """What no shift within the clocks' errors explains: such a call ends when the last one has come."""
+    """Move ends that precede the last arrival, beyond what the clocks' errors explain, to that arrival."""
     rows = calls.order
     issue = calls.issue[rows]
     cause = last_causes(heard, issue)[heard.meeting]
@@ -229,10 +235,10 @@ def _clamp(calls: Calls, heard: Heard, problems: list[str]) -> None:
     if stated.any():
         most = int((arrival - seen)[stated].max()) / 1000
         problems.append(
-            f"{int(stated.sum())} calls ended up to {most:.1f} us before their last member came, more than the "
-            "errors of the clocks explain; they are taken to end then"
+            f"{count_of(int(stated.sum()), 'call')} ended up to {most:.1f} us before the last member arrived, more "
+            "than the errors of the clocks explain; the arrival is taken as the end"
         )
-    calls.done[rows[early]] = arrival[early]  # not `waited`: how long a rank stood still needs no clock but its own
+    calls.done[rows[early]] = arrival[early]  # not `waited`: how long a rank was blocked needs only its own clock
 
 
 # --- meetings -------------------------------------------------------------------------------------------------------
@@ -246,7 +252,7 @@ def _meetings(calls: Calls, first: np.ndarray) -> Meetings:
     arrival = _most(issue, first)
     last = np.empty(len(first), dtype=np.int64)
     latest = np.flatnonzero(issue == arrival[meeting])[::-1]
-    last[meeting[latest]] = latest  # of several the lowest rank
+    last[meeting[latest]] = latest  # of several, the lowest rank
     kind = np.where(op == RECV, SEND, op)  # a message is one operation
     one_op = _most(kind, first) == -_most(-kind, first)
     members = np.diff(np.append(first, len(rows)))
@@ -259,12 +265,14 @@ def _meetings(calls: Calls, first: np.ndarray) -> Meetings:
 
 
 def _ends(calls: Calls, first: np.ndarray, arrival: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The last end a member knows of (of a message the sender's, since a receiver often knows only a bound), and
-    whether one does."""
+    """Return the last end that a member of each meeting knows, and whether any knows it exactly.
+
+    A message's end is the sender's, since a receiver often knows only a bound.
+    """
     rows = calls.order
     done, op = calls.done[rows], calls.op[rows]
     exact = (done >= 0) & (calls.flags[rows] & BOUND == 0)
-    known = _most(np.where(exact, done, -1), first)  # a member that came back to it late has only a bound
+    known = _most(np.where(exact, done, -1), first)  # a member that came back late knows only a bound
     end = np.where(known >= 0, known, _most(np.where(done >= 0, done, calls.waited[rows]), first))
     sent = _most(np.where((op == SEND) & exact, done, -1), first)
     end = np.where(sent >= 0, sent, end)
@@ -272,5 +280,5 @@ def _ends(calls: Calls, first: np.ndarray, arrival: np.ndarray) -> tuple[np.ndar
 
 
 def _most(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Per meeting."""
+    """Return the largest value of each meeting."""
     return np.maximum.reduceat(values, first) if len(first) else values[:0]

@@ -1,4 +1,4 @@
-"""Figures that are matrices: who makes whom wait, who sends to whom, which rank computes slowly at which step."""
+"""Draw the figures that are matrices: waiting between ranks, traffic between ranks, compute time by rank and step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dist_gpt.report.canvas import HALF, HEAT, INK, MUTED, PAGE, RULE, Canvas
 from dist_gpt.report.parts import dict_of, grid_of, labels_of, list_of, short
 
 LETTERED = 12
-"""Up to so many rows a matrix shows its numbers."""
+"""Most rows of a matrix that shows its numbers."""
 LARGEST = 128
-"""Of more ranks, blocks of neighbours are drawn."""
+"""Most rows of a matrix; more ranks are drawn as blocks of neighbours."""
 
 
 def traffic(doc: dict[str, Any]) -> Canvas | None:
-    """Bytes from each rank to each other rank."""
+    """Draw the bytes that each rank sends to each other rank."""
     part = dict_of(doc.get("traffic"))
     grid = grid_of(part.get("wire_bytes"))
     if not grid or len(grid) != len(grid[0]) or not any(any(row) for row in grid):
@@ -33,7 +33,7 @@ def traffic(doc: dict[str, Any]) -> Canvas | None:
 
 
 def culprits(doc: dict[str, Any]) -> Canvas | None:
-    """Time that each rank (row) made each other rank (column) wait."""
+    """Draw the time that each rank (row) made each other rank (column) wait."""
     part = dict_of(doc.get("stragglers"))
     grid = grid_of(part.get("matrix_s"))
     if not grid or len(grid) != len(grid[0]) or not any(any(row) for row in grid):
@@ -48,7 +48,7 @@ def culprits(doc: dict[str, Any]) -> Canvas | None:
 
 
 def _block_names(starts: list[Any], count: int) -> list[str] | None:
-    """0–15, 16–31, ... of blocks that are named by their first ranks."""
+    """Return the names 0–15, 16–31, ... of blocks given by their first ranks; None if `starts` is not that."""
     if len(starts) != count or count < 2 or not all(isinstance(start, int) for start in starts):
         return None
     width = starts[1] - starts[0]
@@ -56,7 +56,7 @@ def _block_names(starts: list[Any], count: int) -> list[str] | None:
 
 
 def _pooled(grid: list[list[float]], names: list[str]) -> tuple[list[list[float]], list[str]]:
-    """Sums over blocks of neighbours, at most LARGEST of them."""
+    """Return the sums over blocks of neighbours, at most LARGEST of them, and the blocks' names."""
     width = -(-len(grid) // LARGEST)
     starts = np.arange(0, len(grid), width)
     sums = np.add.reduceat(np.add.reduceat(np.array(grid), starts, axis=0), starts, axis=1)
@@ -72,7 +72,7 @@ def _matrix(
     unit: str,
     show: Callable[[float], str],
 ) -> Canvas:
-    """A square matrix; the darker, the more. `one` is what one `unit` is in the grid's own."""
+    """Draw a square matrix, stronger in colour for larger values; `one` is one `unit` in the grid's own unit."""
     rows, width = len(grid), len(grid[0])
     largest = max(max(row) for row in grid) or 1.0
     lettered = max(rows, width) <= LETTERED
@@ -105,7 +105,7 @@ def _matrix(
 
 
 def _ticks(axes: Axes, which: str, names: Sequence[str], most: int) -> None:
-    """Names at every n-th row or column, `most` at the outside."""
+    """Name the rows or columns: all of up to LETTERED, else every n-th, so that at most `most` names appear."""
     every = -(-len(names) // most) if len(names) > LETTERED else 1
     places = range(0, len(names), every)
     shown = [short(names[i], 9 if every > 1 else 5) for i in places]
@@ -116,7 +116,7 @@ def _ticks(axes: Axes, which: str, names: Sequence[str], most: int) -> None:
 
 
 def _raster(axes: Axes, grid: np.ndarray, low: float, high: float) -> None:
-    """The grid as an image of one colour that is the more transparent the smaller a value is: right on any page."""
+    """Draw the grid as an image of one colour, more transparent for smaller values, which suits any page."""
     strength = np.clip((grid - low) / ((high - low) or 1.0), 0.0, 1.0)
     image = np.empty((*grid.shape, 4), dtype=np.uint8)
     image[..., :3] = [int(HEAT[i : i + 2], 16) for i in (1, 3, 5)]
@@ -126,7 +126,7 @@ def _raster(axes: Axes, grid: np.ndarray, low: float, high: float) -> None:
 
 
 def scale_bar(canvas: Canvas, left: float, middle: float, width: float, low: str, high: str) -> None:
-    """What the colours mean: from `low` to `high`."""
+    """Draw the key of the colours, from `low` to `high`."""
     bar = canvas.axes(left + 7.4 * len(low) + 6, middle - 6, width, 12, grid="none")
     bar.set_axis_off()
     _raster(bar, np.linspace(0, 1, 64)[None, :], 0.0, 1.0)
@@ -135,7 +135,7 @@ def scale_bar(canvas: Canvas, left: float, middle: float, width: float, low: str
 
 
 def heat(doc: dict[str, Any]) -> Canvas | None:
-    """Compute time of every rank in every profiled step."""
+    """Draw the compute time of every rank in every profiled step."""
     part = dict_of(dict_of(doc.get("stragglers")).get("heat"))
     grid = grid_of(part.get("compute_s"))
     if not grid or not any(any(row) for row in grid):
@@ -145,7 +145,7 @@ def heat(doc: dict[str, Any]) -> Canvas | None:
     low = float(known.min())
     high = max(float(values.max()), 1.15 * float(np.median(known)))  # noise must not look like a straggler
     names = labels_of(part.get("ranks"), len(grid))
-    if len(grid) > LARGEST:  # the slowest of each block: a row thinner than a pixel might not be seen
+    if len(grid) > LARGEST:  # the slowest of each block, since a row thinner than a pixel may not show
         starts = np.arange(0, len(grid), -(-len(grid) // LARGEST))
         values, names = np.maximum.reduceat(values, starts, axis=0), [names[i] for i in starts]
     rows = len(values)

@@ -1,8 +1,8 @@
-"""Collectives as torch.profiler (Kineto) writes NCCL kernels: what analysers of its traces look for.
+"""Describe collectives the way torch.profiler (Kineto) writes NCCL kernels, as analysers of its traces expect.
 
-HTA looks for `ncclKernel...` on a stream, launched within a ProfilerStep by what has the same correlation id; PARAM for
-the prefix `ncclKernel_` up to a bracket and for numeric group names; TraceLens for a correlation id and groups that
-have one name on all ranks. All read these arguments. (NCCL itself has said ncclDevKernel since 2.19; HTA's search for
+HTA looks for `ncclKernel...` on a stream, launched within a ProfilerStep by an event of the same correlation id; PARAM
+for the prefix `ncclKernel_` up to a bracket and for numeric group names; TraceLens for a correlation id and groups with
+the same name on all ranks. All read these arguments. (NCCL itself has used ncclDevKernel since 2.19; HTA's search for
 stragglers has not followed.)
 """
 
@@ -32,35 +32,35 @@ _NAMES = {
 }
 _DTYPES = {"fp64": "Double", "fp32": "Float", "bf16": "BFloat16", "fp16": "Half"}
 _AT_ONCE_NS = 20_000
-"""A wait that begins within this of the issue: the caller did nothing in between."""
+"""A wait that begins within this time of the issue makes the call synchronous: the caller did nothing in between."""
 
 
 _RECV = OPS.index("recv")
 
 
 class Call(NamedTuple):
-    """One call with what its meeting says of it. Times in ns since the origin."""
+    """Call with the facts of its meeting. Times are in ns since the origin."""
 
     row: int  # in the table of calls
     step: int
     entry: int  # of the step list, -1 outside
     gid: int
     op: int
-    payload: int  # bytes of the whole tensor; of a receive those that were sent
+    payload: int  # bytes of the whole tensor; for a receive, those that were sent
     issue: int
     issued: int
-    end: int  # as well as this rank knows
-    wait: int  # -1: never waited for, as waited
+    end: int  # as far as this rank knows
+    wait: int  # -1 if never waited for, as is waited
     waited: int
     flags: int
-    meeting: int  # -1: with nobody
-    arrival: int  # of the last member
+    meeting: int  # -1 without one
+    arrival: int  # of the last member to come
     culprit: int
-    over: int  # the end; of a receive the sender's, since a receiver knows only when it was woken; with the local part
+    over: int  # the end with the local part; for a receive the sender's, since a receiver knows only when it woke
 
 
 def calls_at(calls: Calls, meetings: Meetings, rows: np.ndarray) -> list[Call]:
-    """The calls at `rows`, in that order."""
+    """Return the calls at `rows`, in that order."""
     meeting, issue = calls.meeting[rows], calls.issue[rows]
     met, at = meeting >= 0, np.maximum(meeting, 0)
 
@@ -83,7 +83,7 @@ def calls_at(calls: Calls, meetings: Meetings, rows: np.ndarray) -> list[Call]:
 
 
 class Nccl:
-    """Names and arguments of calls. Groups are numbered in the order of `channels`, equally on all ranks."""
+    """Names and arguments of calls. Groups are numbered in the order of `channels`, the same on all ranks."""
 
     def __init__(self, dtype: str, channels: list[Channel]) -> None:
         self.dtype, self.channels = dtype, channels
@@ -92,7 +92,7 @@ class Nccl:
         self.texts = [str(list(ranks)) for _, ranks, _ in channels]
 
     def header(self, backend: str, rank: int, world: int) -> dict[str, Any]:
-        """The trace's `distributedInfo`."""
+        """Return the trace's `distributedInfo`."""
         groups = [
             {"pg_name": str(i), "pg_desc": text, "backend_config": backend, "pg_size": len(ranks), "ranks": list(ranks)}
             for i, (text, (_, ranks, _)) in enumerate(zip(self.descriptions, self.channels, strict=True))
@@ -101,7 +101,7 @@ class Nccl:
         return {"backend": backend, "rank": rank, "world_size": world, **counts}
 
     def kernel(self, call: Call, rank: int, stream: int) -> tuple[str, dict[str, Any]]:
-        """Name and arguments of a call."""
+        """Return the kernel name and arguments of a call on `rank`."""
         axis, ranks, _ = self.channels[call.gid]
         op, n = OPS[call.op], len(ranks)
         name, word = _NAMES[op]

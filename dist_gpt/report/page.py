@@ -1,6 +1,6 @@
-"""report.html: one file that needs no network and no JavaScript to be read.
+"""Render report.html: one file that can be read without a network and without JavaScript.
 
-Everything that comes from the run is escaped by jinja2; a policy in the page forbids requests and any script but ours.
+jinja2 escapes everything that comes from the run; a policy in the page forbids requests and any script but its own.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ from dist_gpt.report.units import amount, number
 
 HERE = Path(__file__).parent
 MOST_CELLS = 128
-"""Up to so many ranks the mesh is drawn rank by rank, above it tensor-parallel group by group."""
+"""Most ranks that the mesh draws one by one; more are drawn as tensor-parallel groups."""
 
 
-def render(
-    doc: dict[str, Any], compare: dict[str, Any] | None = None, drawn: Mapping[str, str] | None = None
-) -> str:
-    """Return the page of a report's document, and of its comparison with another run if there is one.
+def render(doc: dict[str, Any], compare: dict[str, Any] | None = None, drawn: Mapping[str, str] | None = None) -> str:
+    """Return the HTML page of a report's document, and of its comparison with another run if there is one.
 
-    `drawn`: what plots.figures returns for `doc`, where the caller has it already; drawing takes most of the time.
+    `drawn` is the result of plots.figures for `doc`, if the caller has it already; drawing takes most of the time.
     """
     doc, compare = clean(doc), clean(compare) if compare else None
     drawn = figures(doc) if drawn is None else drawn
@@ -69,13 +67,13 @@ def _environment() -> Environment:
 
 
 def prose(text: Any) -> Markup:
-    """Escaped text; what stands between backticks becomes code."""
+    """Return escaped text, in which the parts between backticks become code."""
     escaped = units.glued(str(escape(text)))
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))
 
 
 def paint(key: str) -> str:
-    """CSS background of a budget category."""
+    """Return the CSS background of a budget category."""
     if not key:
         return "var(--rule)"
     fill = palette.colour(key)
@@ -84,7 +82,7 @@ def paint(key: str) -> str:
 
 def _verdict(doc: dict[str, Any]) -> dict[str, str]:
     part = dict_of(doc.get("verdict"))
-    line = str(part.get("line") or "No verdict could be reached from what this run recorded.")
+    line = str(part.get("line") or "No verdict: the records of this run are not sufficient.")
     return {
         "line": line.replace(" %", "\u00a0%"),  # a figure and its % stay on one line
         "why": str(part.get("why") or ""),
@@ -93,7 +91,7 @@ def _verdict(doc: dict[str, Any]) -> dict[str, str]:
 
 
 def _spent(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """The mean step as one bar: parts in the order of drawing, with their place by size; small ones put together."""
+    """Return the parts of the mean step in drawing order, with their place by size; small ones are put together."""
     shares = budget_shares(doc)
     kept = [part for part in shares if part[2] >= 0.01]
     rest = sum(share for *_, share in shares) - sum(share for *_, share in kept)
@@ -110,7 +108,7 @@ def _spent(doc: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _drawn(made: list[Section], drawn: Mapping[str, str]) -> list[Section]:
-    """Sections without pictures that could not be drawn."""
+    """Remove from the sections the pictures that were not drawn, and return the sections."""
     for section in made:
         section.parts[:] = [part for part in section.parts if getattr(part, "name", None) in {None, *drawn}]
     return made
@@ -120,7 +118,7 @@ def _drawn(made: list[Section], drawn: Mapping[str, str]) -> list[Section]:
 
 
 def _mesh(doc: dict[str, Any], most: int = 16) -> dict[str, Any] | None:
-    """The mesh drawn: stages down, data (and context) parallel copies across, tensor-parallel ranks within."""
+    """Return the mesh: stages down, data (and context) parallel copies across, tensor-parallel ranks within."""
     part = dict_of(doc.get("identity"))
     layout = dict_of(part.get("layout"))
     pp, dp, cp, tp = (min(max(int(amount(layout.get(axis))), 1), 1 << 16) for axis in ("pp", "dp", "cp", "tp"))
@@ -165,6 +163,6 @@ def _cell(
 
 
 def _host_colour(index: int) -> str:
-    """Hosts take turns with the colours of memory, which appear nowhere beside the mesh."""
+    """Return a host's colour: in turn those of memory, which appear nowhere beside the mesh, and three more."""
     tones = [*palette.MEMORY.values(), "#d55e00", "#6a5fc1", "#96703f"]
     return tones[index % len(tones)]

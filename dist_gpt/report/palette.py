@@ -1,7 +1,7 @@
 """Names and colours of the budget's categories and of the axes, the same in every figure and table.
 
-Built on the eight colours of Okabe and Ito, which people with any colour vision can tell apart. Time that a rank waits
-for another has the colour of the axis, striped. Colours hold on a white and on a black page.
+They build on the eight colours of Okabe and Ito, which are distinct for any colour vision. Time that a rank waits for
+another has the colour of the axis, striped. All colours work on white and on black pages.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ MEMORY = {
 
 
 def axis_colour(axis: str) -> str:
-    """Colour of a parallel axis."""
+    """Return the colour of a parallel axis."""
     return _COLOURS[axis] if axis in AXES else _OTHERS[sum(map(ord, axis)) % len(_OTHERS)]
 
 
 def colour(category: str) -> str:
-    """Colour of a budget category, `transfer.tp` and `wait.tp` included."""
+    """Return the colour of a budget category, including `transfer.tp` and `wait.tp`."""
     group, _, axis = category.partition(".")
     if group in ("transfer", "wait") and axis:
         return axis_colour(axis)
@@ -78,17 +78,17 @@ def colour(category: str) -> str:
 
 
 def is_known(category: str) -> bool:
-    """Is this a category of the budget that needs no axis to be named?"""
+    """Return whether `category` is a category of the budget whose name needs no axis."""
     return category in (*COMPUTE, "bubble", "data", "checkpoint", "descheduled", "unexplained")
 
 
 def is_striped(category: str) -> bool:
-    """Waiting is drawn in stripes, and so is what nobody can explain."""
+    """Return whether a category is drawn in stripes: waiting, and unexplained time."""
     return category.startswith("wait.") or category == "unexplained"
 
 
 def label(category: str) -> str:
-    """What a category is called: `transfer.tp` is "tp transfer"."""
+    """Return a category's name for readers, such as "tp transfer" for `transfer.tp`."""
     group, _, axis = category.partition(".")
     if group in ("transfer", "wait") and axis:
         return f"{axis} {group}"
@@ -96,7 +96,7 @@ def label(category: str) -> str:
 
 
 def group_of(category: str) -> str:
-    """The five groups of the summary: computing, moving bytes, waiting for others, pipeline bubble, other."""
+    """Return a category's summary group: computing, moving bytes, waiting for later ranks, pipeline bubble or other."""
     if category in COMPUTE:
         return "computing"
     if category.startswith("transfer."):
@@ -107,7 +107,7 @@ def group_of(category: str) -> str:
 
 
 def ordered(categories: Iterable[str]) -> list[str]:
-    """Categories in the order in which they are stacked: compute, then each axis' transfer and wait, then the rest."""
+    """Return categories in stacking order: compute, then each axis' transfer and wait, then the rest."""
     axes = [f"{kind}.{axis}" for axis in AXES for kind in ("transfer", "wait")]
     order = [*COMPUTE, *axes, "bubble", "data", "checkpoint", "descheduled"]
     place = {category: i for i, category in enumerate(order)}
@@ -116,7 +116,7 @@ def ordered(categories: Iterable[str]) -> list[str]:
 
 
 def is_light(hex_colour: str) -> bool:
-    """Is black text on this colour easier to read than white? By relative luminance (WCAG 2)."""
+    """Return whether black text on this colour reads better than white, by relative luminance (WCAG 2)."""
     channels = [int(hex_colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -124,6 +124,6 @@ def is_light(hex_colour: str) -> bool:
 
 
 def lighter(hex_colour: str, by: float = 0.5) -> str:
-    """Mixed with white."""
+    """Return the colour mixed with white, which makes up the share `by`."""
     channels = [int(hex_colour[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(c + (255 - c) * by):02x}" for c in channels)

@@ -1,4 +1,4 @@
-"""What a section of the report is made of, whether it becomes HTML or Markdown; and a document made safe to show."""
+"""Parts of the report's sections, the same for HTML and Markdown, and helpers that make a document safe to show."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from dist_gpt.report.units import NONE, number
 
-# Control characters (XML knows none of them), halves of surrogate pairs (UTF-8 neither), and the marks that reverse
-# the direction of text: in a name they would hide what it says.
+# Control characters (not allowed in XML), halves of surrogate pairs (nor in UTF-8), and the marks that change the
+# direction of text, which would disguise a name.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 LONGEST = 2000
-"""Characters of one string that are shown."""
+"""Most characters of one string that are shown."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One field of a table. `bar` (0 to 1) is drawn behind it, in the colour of the budget category `key`."""
+    """Field of a table. `bar` (0 to 1) is drawn behind it, in the colour of the budget category `key`."""
 
     text: str
     sort: float | None = None
@@ -39,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. `note` says what was cut."""
+    """Table of cells. `note` says what was cut."""
 
     caption: str
     columns: tuple[Column, ...]
@@ -51,7 +51,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of `plots`, with the sentence that says how to read it."""
+    """Figure of `plots`, with a caption that says how to read it."""
 
     name: str
     caption: str
@@ -60,7 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence. tone: plain | good | bad | warn | missing."""
+    """Sentence with a tone: plain | good | bad | warn | missing."""
 
     text: str
     tone: str = "plain"
@@ -68,7 +68,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Facts:
-    """Few figures that stand out: (label, value, what it means)."""
+    """Key figures: (label, value, meaning)."""
 
     items: list[tuple[str, str, str]]
 
@@ -78,7 +78,7 @@ Part = Table | Picture | Note | Facts
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, the sentence that matters most, and what follows."""
+    """Section of the report: heading, most important sentence (`lead`) and parts."""
 
     id: str
     title: str
@@ -88,26 +88,26 @@ class Section:
 
 
 WINDOW = "a profiling window (`--set profile.steps=[10,20]`) and the event files of all ranks"
-"""What most measurements need."""
+"""Requirement of most measurements, as part of a sentence."""
 
 
 def missing(id: str, title: str, why: str) -> Section:
-    """A section of which nothing is known, and the sentence that says why."""
+    """Return a section about which nothing is known, with the sentence that says why."""
     return Section(id, title, "", [Note(why, "missing")], missing=True)
 
 
 def text(value: Any, kind: str = "") -> Cell:
-    """A text cell; nothing becomes a dash."""
+    """Return a text cell; None and empty text become a dash."""
     return Cell(NONE if value is None or value == "" else str(value), tone=kind)
 
 
 def figure(shown: str, value: Any, **more: Any) -> Cell:
-    """A number as `shown`, sorted by `value`."""
+    """Return a cell with a number as `shown`, sorted by `value`."""
     return Cell(shown, sort=number(value), **more)
 
 
 def columns(*labels: str) -> tuple[Column, ...]:
-    """Heads from labels: `=name` is text, `#name` code, all others numbers. `name|meaning` explains itself."""
+    """Return column heads: label `=name` is text, `#name` code, all others numbers; `name|meaning` adds a title."""
     made = []
     for label in labels:
         kind = {"=": "text", "#": "code"}.get(label[0], "number")
@@ -117,7 +117,7 @@ def columns(*labels: str) -> tuple[Column, ...]:
 
 
 def clean(value: Any, depth: int = 0) -> Any:
-    """The document without what cannot be printed: control characters, very long strings, NaN and infinities."""
+    """Return the document without what cannot be printed: control characters, very long strings, NaN and infinities."""
     if isinstance(value, str):
         value = _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
         return value if len(value) <= LONGEST else value[:LONGEST] + "…"
@@ -133,39 +133,39 @@ def clean(value: Any, depth: int = 0) -> Any:
 
 
 def rows_of(value: Any) -> list[dict[str, Any]]:
-    """The dicts of a list; empty for everything else."""
+    """Return the dicts of a list or tuple; an empty list for anything else."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, (list, tuple)) else []
 
 
 def dict_of(value: Any) -> dict[str, Any]:
-    """A dict, empty for everything else."""
+    """Return `value` if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def list_of(value: Any) -> list[Any]:
-    """A list, empty for everything else."""
+    """Return a list or tuple as a list; an empty one for anything else."""
     return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def grid_of(value: Any) -> list[list[float]]:
-    """A rectangle of numbers (0 where one is not known); empty where rows differ in length."""
+    """Return a rectangle of numbers, 0 where one is unknown; empty if rows differ in length."""
     grid = [[number(x) or 0.0 for x in row] for row in list_of(value) if isinstance(row, (list, tuple))]
     return grid if grid and grid[0] and all(len(row) == len(grid[0]) for row in grid) else []
 
 
 def labels_of(value: Any, length: int) -> list[str]:
-    """Names of `length` rows or columns: as given, else their positions."""
+    """Return the names of `length` rows or columns: as given, else their positions."""
     names = list_of(value)
     return [str(name) for name in names] if len(names) == length else [str(i) for i in range(length)]
 
 
 def sentence(*parts: str) -> str:
-    """Sentences with one blank between them, empty ones left out."""
+    """Join sentences by one space, without the empty ones."""
     return " ".join(part for part in parts if part)
 
 
 def listing(words: Sequence[str], most: int = 6) -> str:
-    """a, b and c; and N more."""
+    """Return words as "a, b and c"; those beyond `most` become "N more"."""
     shown = list(words[:most])
     if len(words) > most:
         shown.append(f"{len(words) - most} more")
@@ -173,7 +173,7 @@ def listing(words: Sequence[str], most: int = 6) -> str:
 
 
 def short(value: Any, most: int) -> str:
-    """At most `most` characters, the middle of a longer text left out."""
+    """Return a value as text of at most `most` characters, without the middle of a longer one."""
     shown = " ".join(str(value).split())
     if len(shown) <= most:
         return shown
@@ -185,7 +185,7 @@ Budget = tuple[str, dict[str, float]]
 
 
 def budget_rows(doc: dict[str, Any], most: int = 40) -> list[Budget]:
-    """Bars of the budget: (label, seconds by category), the mean first; above `most` ranks blocks of neighbours."""
+    """Return the budget's bars, (label, seconds by category), the mean first; above `most` ranks, means of blocks."""
     ranks = [
         (row.get("rank", i), {k: number(v) or 0.0 for k, v in row.items() if k not in ("rank", "wall_s")})
         for i, row in enumerate(rows_of(doc.get("budget_by_rank")))

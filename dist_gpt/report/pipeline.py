@@ -1,11 +1,11 @@
-"""The pipeline as it ran, above what its schedule gives at best: the same actions, measured and simulated.
+"""Compare the pipeline as it ran with the best that its schedule allows: the same actions, measured and simulated.
 
-Bubble is the share of the pipelined part of a step (from the first action of any stage to the last) in which a stage
-does none of its actions. It is split by simulating the very list that ran with other costs:
+The bubble is the share of the pipelined part of a step (from the first action of any stage to the last) in which a
+stage runs none of its actions. It is split by simulating the very list of actions that ran, with other costs:
 
-    structural    every stage costs the same and messages are free: what the schedule itself leaves idle
-    imbalance     more, with each stage's own measured costs
-    transfer      more, as measured: messages, and everything else that held an action up
+    structural    idle time of the schedule itself, where every stage costs the same and messages are free
+    imbalance     what each stage's own measured costs add
+    transfer      what the measurement adds: messages, and everything else that held an action up
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from dist_gpt.schedule.orders import placement
 from dist_gpt.schedule.simulate import Timeline, simulate
 
 IMBALANCED, WORTH = 1.1, 0.03
-"""A stage is called slow when it takes so much of the mean stage and costs so many points of bubble."""
+"""Smallest multiple of the mean stage, and smallest bubble from imbalance, at which a stage is called slow."""
 Times = dict[Action, tuple[int, int, int]]
-"""Of every action of a stage: start, end, and ns blocked inside it by the pipeline's messages."""
+"""Start, end and ns blocked inside by the pipeline's messages, of every action of a stage."""
 
 
 def pipeline_document(run: Run, calls: Calls, spans: Spans, stood: Blocked, drawn: int) -> dict[str, Any] | None:
-    """The `pipeline` of a report: of the pipeline at dp, cp, tp 0; Gantt of step `drawn`. None without one."""
+    """Return the `pipeline` of a report, or None without one.
+
+    It is of the pipeline at dp, cp, tp 0; its Gantt chart is of step `drawn`, or the last complete one.
+    """
     if run.layout.pp == 1 or not len(spans.start):
         return None
     ranks = [run.layout.rank(stage, 0, 0, 0) for stage in range(run.layout.pp)]
@@ -76,8 +79,10 @@ def _steps(spans: Spans) -> list[int]:
 
 
 def _actions(run: Run, calls: Calls, spans: Spans, stood: Blocked, rank: int, step: int) -> Times:
-    """The F, B and W of a rank in one step. What is computed again, layer by layer between the layers of a backward,
-    is part of it, as in the schedule."""
+    """Return the F, B and W of a rank in one step.
+
+    Recomputation, which runs layer by layer between the layers of a backward, is part of it, as in the schedule.
+    """
     here = spans.of(rank)
     rows = np.flatnonzero((spans.step[here] == step) & (spans.kind[here] <= KINDS.index("recompute"))) + here.start
     of = calls.of(rank)
@@ -98,19 +103,19 @@ def _actions(run: Run, calls: Calls, spans: Spans, stood: Blocked, rank: int, st
 
 
 def _bubble(stages: Sequence[Times]) -> float:
-    """Idle share of the pipelined part, mean over stages."""
+    """Return the idle share of the pipelined part, mean over stages."""
     busy = sum(last - first - lost for times in stages for first, last, lost in times.values())
     return 1 - busy / (len(stages) * _whole(stages))
 
 
 def _whole(stages: Sequence[Times]) -> int:
-    """ns from the first action of any stage to the end of the last."""
+    """Return the ns from the first action of any stage to the end of the last."""
     spans = [span for times in stages for span in times.values()]
     return max(last for _, last, _ in spans) - min(first for first, _, _ in spans)
 
 
 def _costs(by_step: Sequence[Sequence[Times]]) -> dict[tuple[int, Op], float]:
-    """Median ns of an F, B or W of each chunk, without what a message held it up."""
+    """Return the median ns of an F, B or W of each chunk, without the time that messages held it up."""
     samples: dict[tuple[int, Op], list[int]] = defaultdict(list)
     for stages in by_step:
         for times in stages:
@@ -120,7 +125,7 @@ def _costs(by_step: Sequence[Sequence[Times]]) -> dict[tuple[int, Op], float]:
 
 
 def _levelled(costs: dict[tuple[int, Op], float]) -> dict[tuple[int, Op], float]:
-    """Every chunk costs the mean over chunks."""
+    """Return the costs with each chunk's replaced by the mean over chunks."""
     by_op: dict[Op, list[float]] = defaultdict(list)
     for (_, op), cost in costs.items():
         by_op[op].append(cost)
@@ -148,7 +153,7 @@ def _stages(
 
 
 def _gantt(stages: Sequence[Times]) -> list[list[list[Any]]]:
-    """[start_s, end_s, action] per stage; the time in which an action waits for its message is left out."""
+    """Return [start_s, end_s, action] per stage, without the time in which an action waits for its message."""
     zero = min(first for times in stages for first, _, _ in times.values())
     rows = []
     for times in stages:
@@ -165,8 +170,10 @@ def _ideal(timeline: Timeline) -> list[list[list[Any]]]:
 
 
 def _advice(stages: list[dict[str, Any]], measured: float, simulated: float, structural: float) -> dict[str, Any]:
-    """What to try, and the stage that holds the others up, if one does: that is mended first. Else by the largest part
-    of the bubble."""
+    """Return what to try, and the stage that holds the others up, if one does.
+
+    Such a stage comes first; otherwise the advice follows the largest part of the bubble.
+    """
     loads = [s["forward_s"] + s["backward_s"] + s["weight_s"] for s in stages]
     slowest = max(range(len(loads)), key=loads.__getitem__)
     ratio = loads[slowest] * len(loads) / sum(loads)
@@ -174,14 +181,14 @@ def _advice(stages: list[dict[str, Any]], measured: float, simulated: float, str
     largest = max(parts, key=lambda name: parts[name])
     if ratio >= IMBALANCED and parts["imbalance"] >= WORTH:
         advice = (
-            f"stage {slowest} takes {ratio:.2f} x the mean stage: move a layer away from it (parallel.layers), or look "
-            "at its device"
+            f"stage {slowest} takes {ratio:.2f} x the time of the mean stage: move a layer to another stage "
+            "(parallel.layers), or check its device"
         )
         return {"advice": advice, "slow_stage": slowest}
-    advice = "actions start later than their schedule allows: messages, waits inside stages, or a busy machine"
+    advice = "actions start later than the schedule allows, due to messages, waits inside stages or a busy machine"
     if largest == "structural":
         advice = (
-            "the schedule itself leaves most of it: more micro-batches (a smaller train.micro_batch or a larger "
-            "global_batch), or schedule interleaved with virtual_stages 2"
+            "the schedule itself causes most of the bubble: try more micro-batches (a smaller train.micro_batch or a "
+            "larger global_batch), or schedule interleaved with virtual_stages 2"
         )
     return {"advice": advice, "slow_stage": None}

@@ -1,6 +1,6 @@
-"""The report's figures as SVG. Every function takes the document and returns nothing where it holds no data.
+"""Draw the report's figures as SVG. Every figure's function takes the document and returns None if it has no data.
 
-Bars are here; points and lines in points.py, matrices in matrices.py, schedules and time lines in gantt.py.
+Bars are here; points and lines are in points.py, matrices in matrices.py, schedules and timelines in gantt.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Keys = list[tuple[str, str, bool]]
 
 
 def keys_of(categories: Collection[str]) -> Keys:
-    """Legend entries of budget categories."""
+    """Return the legend entries of budget categories."""
     return [(palette.label(c), palette.colour(c), palette.is_striped(c)) for c in palette.ordered(categories)]
 
 
 def budget(doc: dict[str, Any]) -> Canvas | None:
-    """Stacked bars: what each rank spent a step on."""
+    """Draw how each rank spent a step, as bars stacked by category."""
     bars = budget_rows(doc)
     used = {key for _, parts in bars for key, value in parts.items() if value > 0}
     if not used:
@@ -55,12 +55,12 @@ def budget(doc: dict[str, Any]) -> Canvas | None:
 
 
 def _legend_height(keys: Keys, width: float) -> float:
-    """Height of `Canvas.legend` in this width."""
+    """Return the height of `Canvas.legend` at this width."""
     return Canvas(WIDE, 10).legend(keys, 0, 0, width)
 
 
 def waterfall(doc: dict[str, Any]) -> Canvas | None:
-    """From the ideal step to the measured one, one loss after the other."""
+    """Draw the losses between the ideal step and the measured one, one after the other."""
     rows = [(str(row.get("what", "")), number(row.get("s"))) for row in rows_of(doc.get("waterfall"))]
     known = [(what, value) for what, value in rows if value is not None]
     if len(known) < 2:
@@ -90,7 +90,7 @@ def waterfall(doc: dict[str, Any]) -> Canvas | None:
 
 
 def _step_colour(what: str, place: int, count: int) -> tuple[str, bool]:
-    """Colour of a row of the waterfall: its category's where it names one."""
+    """Return the colour of a row of the waterfall, its category's if it names one, and whether it is striped."""
     if place in (0, count - 1):
         return (palette.colour("optimizer"), False) if place == 0 else (MUTED, False)
     words = what.lower().replace(",", " ").split()
@@ -104,7 +104,7 @@ def _step_colour(what: str, place: int, count: int) -> tuple[str, bool]:
 
 
 def overlap(doc: dict[str, Any]) -> Canvas | None:
-    """Per axis and per bucket: communication under compute, and communication that compute waited for."""
+    """Draw, per axis and per bucket, communication under compute and communication that compute waited for."""
     part = dict_of(doc.get("overlap"))
     bars: list[tuple[str, str, float, float]] = []
     for row in rows_of(part.get("axes"))[:12]:
@@ -120,13 +120,13 @@ def overlap(doc: dict[str, Any]) -> Canvas | None:
     count = len(bars)
     canvas = Canvas(WIDE, row_height * count + gap + 74)
     canvas.legend(
-        [("exposed: nothing was computed meanwhile", MUTED, False),
+        [("exposed: nothing is computed", MUTED, False),
          ("faint, under compute: costs no time", FAINT, False)],
         left, 4, WIDE,
     )  # fmt: skip
     axes = canvas.axes(left, 28, WIDE - left - right, row_height * count + gap)
     longest = max(max(busy, exposed) for _, _, busy, exposed in bars)
-    factor = time_axis(axes, longest, "time of communication in one step")
+    factor = time_axis(axes, longest, "communication time in one step")
     step = gap / row_height
     places = [i + (step if i >= count - len(buckets) else 0) for i in range(count)]
     axes.set_ylim(count - 0.5 + step, -0.5)
@@ -143,7 +143,7 @@ def overlap(doc: dict[str, Any]) -> Canvas | None:
 
 
 def free(doc: dict[str, Any]) -> Canvas | None:
-    """What the step would take if the communication of one axis took no time."""
+    """Draw how long the step would take if the communication of one axis took no time."""
     rows = [row for row in rows_of(doc.get("free")) if number(row.get("step_s"))]
     if not rows:
         return None
@@ -165,12 +165,12 @@ def free(doc: dict[str, Any]) -> Canvas | None:
     if measured:
         axes.axvline(measured * factor, color=INK, linewidth=1.2, clip_on=False)
         where = left + (WIDE - left - right) * measured / longest
-        canvas.text(where, 10, f"as it was: {units.seconds(measured)}", ha="right" if where > WIDE / 2 else "left")
+        canvas.text(where, 10, f"unchanged: {units.seconds(measured)}", ha="right" if where > WIDE / 2 else "left")
     return canvas
 
 
 def memory(doc: dict[str, Any]) -> Canvas | None:
-    """Predicted parts of each rank's peak above the measured ones."""
+    """Draw the predicted parts of each rank's peak above the measured ones."""
     rows = memory_rows(doc)
     bars = [
         (entry, kind, parts := dict_of(entry.get(kind)), _top(parts) or _allocated(entry, kind))
@@ -197,7 +197,7 @@ def memory(doc: dict[str, Any]) -> Canvas | None:
                 pale = 0.4 if kind == "predicted" else 1.0
                 canvas.paint(axes, (at / power, y, value / power, 0.34), fill, tip=tip, alpha=pale)
             at += value
-        if top > at:  # a measured peak whose parts are not known
+        if top > at:  # a measured peak whose parts are unknown
             canvas.paint(axes, (at / power, y, (top - at) / power, 0.34), MUTED, tip="not in any part", alpha=0.6)
         if top:
             canvas.value(axes, max(top, at) / power, y + 0.17, units.size(top), 12)
@@ -205,17 +205,17 @@ def memory(doc: dict[str, Any]) -> Canvas | None:
 
 
 def _allocated(row: dict[str, Any], kind: str) -> float:
-    """The allocator's peak stands in for measured parts that are not known."""
+    """Return the allocator's peak, in place of measured parts that are unknown; 0 for predicted ones."""
     return amount(row.get("allocated_peak")) if kind == "measured" else 0.0
 
 
 def _top(parts: dict[str, Any]) -> float:
-    """The peak, or the sum of the parts where none is named."""
+    """Return the peak, or the sum of the parts if no peak is given."""
     return amount(parts.get("peak")) or sum(amount(parts.get(name)) for name in palette.MEMORY)
 
 
 def memory_rows(doc: dict[str, Any], most: int = 16) -> list[dict[str, Any]]:
-    """All ranks, or the `most` with the highest peaks."""
+    """Return the rows of all ranks, or of the `most` ranks with the highest peaks."""
     rows = rows_of(doc.get("memory_bytes"))
     if len(rows) <= most:
         return rows
@@ -224,7 +224,7 @@ def memory_rows(doc: dict[str, Any], most: int = 16) -> list[dict[str, Any]]:
 
 
 def critical(doc: dict[str, Any]) -> Canvas | None:
-    """What stands on the critical path: one bar per rank, stacked by what the rank did."""
+    """Draw the critical path: one bar per rank, stacked by what the rank did."""
     by_rank: dict[str, dict[str, float]] = {}
     for row in rows_of(dict_of(doc.get("critical_path")).get("parts")):
         parts = by_rank.setdefault(f"rank {short(row.get('rank'), 8)}", {})
@@ -274,7 +274,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Canvas | None]] = {
 
 
 def figures(doc: dict[str, Any]) -> dict[str, str]:
-    """Every figure that the document has data for: name -> SVG text (see `canvas.themed` for a page)."""
+    """Draw every figure that the document has data for; return name -> SVG text (see `canvas.themed` for a page)."""
     doc = clean(doc)
     drawn = {}
     with style():

@@ -1,4 +1,4 @@
-"""Figures of points and lines: bus bandwidth, roofline, message sizes, clocks, device samples."""
+"""Draw the figures of points and lines: bus bandwidth, roofline, message sizes, clocks, device samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARKERS = {"all_reduce": "o", "all_gather": "^", "reduce_scatter": "v", "all_to_
 
 
 def log_axis(axes: Axes, which: str, values: Sequence[float], show: Callable[[float], str], most: int = 8) -> None:
-    """A logarithmic axis around `values` with few ticks that say what they are: 1 MB, 10 MB."""
+    """Make an axis logarithmic around `values`, with at most `most` ticks that show their unit: 1 MB, 10 MB."""
     low, high = max(min(values) / 2, 1e-300), min(max(values) * 2, 1e300)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
@@ -41,11 +41,11 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], show: Callable[[fl
 PLACES = ((9, 0, "left"), (-9, 0, "right"), (0, 13, "center"), (0, -13, "center"), (9, 13, "left"), (9, -13, "left"),
           (-9, 13, "right"), (-9, -13, "right"), (14, 28, "left"),
           (14, -28, "left"), (-14, 28, "right"), (-14, -28, "right"))  # fmt: skip
-"""Where a name may stand beside its point: pixels to the right and up, and the end that is next to the point."""
+"""Places of a name beside its point: pixels to the right and up, and the end that is next to the point."""
 
 
 def name_points(canvas: Canvas, axes: Axes, named: Sequence[tuple[float, float, str]], taken: Sequence[Any]) -> None:
-    """Writes names beside points where they cover neither each other nor the points `taken`; else not at all."""
+    """Write names beside points where they cover neither each other nor the points `taken`; leave out the others."""
     area = axes.get_window_extent()
     occupied = [_around(axes, x, y) for x, y in taken]
     for x, y, name in named:
@@ -73,7 +73,7 @@ def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def busbw(doc: dict[str, Any]) -> Canvas | None:
-    """Bus bandwidth of every axis and operation over the size of a call."""
+    """Draw the bus bandwidth of every axis and operation over the size of a call."""
     series: dict[tuple[str, str], list[tuple[float, float, bool]]] = {}
     for row in rows_of(doc.get("collectives")):
         payload, speed = amount(row.get("payload_bytes")), amount(row.get("busbw_bytes_per_s"))
@@ -104,7 +104,7 @@ def busbw(doc: dict[str, Any]) -> Canvas | None:
 
 
 def roofline(doc: dict[str, Any]) -> Canvas | None:
-    """Speed of each kernel over its FLOPs per byte, below the measured ceiling."""
+    """Draw the speed of each kernel over its FLOPs per byte, below the measured ceiling."""
     part = dict_of(doc.get("roofline"))
     ceiling = dict_of(part.get("ceiling"))
     points = []
@@ -135,7 +135,7 @@ def roofline(doc: dict[str, Any]) -> Canvas | None:
 
 
 def sizes(doc: dict[str, Any]) -> Canvas | None:
-    """How many messages of which size, by axis."""
+    """Draw the number of messages of each size, by axis."""
     counts: dict[str, dict[float, float]] = {}
     for row in rows_of(doc.get("sizes")):
         bins = {amount(b.get("low")): amount(b.get("calls")) for b in rows_of(row.get("bins"))}
@@ -165,13 +165,13 @@ def sizes(doc: dict[str, Any]) -> Canvas | None:
     every = -(-len(lows) // 6)
     axes.set(xlim=(-0.6, len(lows) - 0.4), ylim=(0, max(totals) * 1.04), ylabel="calls of a rank in one step")
     axes.set_xticks(range(0, len(lows), every), [units.binary(low) for low in lows[::every]])
-    axes.set_xlabel("payload of one call (bytes, from)")
+    axes.set_xlabel("payload of one call (bytes, lower bound)")
     axes.yaxis.set_major_formatter(lambda y, _: units.plain(float(f"{y:.6g}")))
     return canvas
 
 
 def clocks(doc: dict[str, Any]) -> Canvas | None:
-    """Each rank's clock against rank 0's, with its error; the errors by themselves beside it."""
+    """Draw each rank's clock against rank 0's, with its error, and beside it the errors alone."""
     rows = [r for r in rows_of(dict_of(doc.get("identity")).get("clocks")) if number(r.get("offset_s")) is not None]
     if len(rows) < 2:
         return None
@@ -207,7 +207,7 @@ def clocks(doc: dict[str, Any]) -> Canvas | None:
 
 
 def samples(doc: dict[str, Any]) -> Canvas | None:
-    """Clock, power and temperature of the devices over time; at most eight ranks."""
+    """Draw clock, power and temperature of the devices over time, of at most eight ranks."""
     rows = [row for row in list_of(doc.get("device_samples")) if isinstance(row, dict)]
     by_rank: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What the plan said, beside what was measured: bytes, memory, bubble; and products beside the device's ceiling."""
+"""Compare the plan with measurements (bytes, memory, bubble), and kernels with the device's ceiling."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from dist_gpt.plan.steps import RankPlan
 from dist_gpt.report.load import Run
 
 EXACT_RANKS = 64
-"""Up to so many ranks each one's memory is planned by itself; beyond, ranks alike share a plan (padding apart)."""
+"""Most ranks whose memory is planned one by one; of more, those alike but for padding share a plan."""
 
 SHOWN_RANKS = 16
-"""Beyond, memory is laid beside the plan for one rank of each stage."""
+"""Most ranks whose memory is compared with the plan; of more, one rank of each stage is."""
 
 
 def predicted(run: Run, memory: list[dict[str, Any]], pipeline: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The `predicted` of a report: rows with `predicted`, `measured`, `error` (relative) and `unit`. Times follow when
-    the plan predicts them."""
+    """Return the `predicted` of a report: rows with `predicted`, `measured`, `error` (relative) and `unit`.
+
+    Times are not among them, since the plan predicts none.
+    """
     rows = _bytes(run)
     shown = set(run.ranks)
     if len(shown) > SHOWN_RANKS:
@@ -48,7 +50,7 @@ def _row(what: str, want: Any, got: Any, unit: str, exact: bool) -> dict[str, An
 
 
 def _bytes(run: Run) -> list[dict[str, Any]]:
-    """Payload per step of all ranks that were seen, by axis and operation. The ranks' own counts, always on."""
+    """Compare payload and calls per step of all ranks read, by axis and operation, from the always-on counters."""
     planned, issued = Counts(), Counts()
     steps: dict[int, int] = defaultdict(int)
     for rank, log in run.ranks.items():
@@ -65,7 +67,7 @@ def _bytes(run: Run) -> list[dict[str, Any]]:
     most = max(steps.values(), default=0) or 1
     rows = []
     for axis, op in sorted(set(planned.tallies) | set(issued.tallies)):
-        if op == "recv":  # the sender's
+        if op == "recv":  # counted at the sender
             continue
         want, got = planned.tallies[axis, op], issued.tallies[axis, op]
         pairs = (
@@ -78,12 +80,12 @@ def _bytes(run: Run) -> list[dict[str, Any]]:
 
 
 def _each(total: int, steps: int) -> float:
-    """Per step, whole where it is."""
+    """Return `total` per step, as an int if it divides evenly."""
     return total // steps if total % steps == 0 else total / steps
 
 
 def memory(run: Run) -> list[dict[str, Any]]:
-    """The `memory_bytes` of a report, a row per rank."""
+    """Return the `memory_bytes` of a report, a row per rank."""
     rows = []
     for rank, log in run.ranks.items():
         plan = RankPlan(run.config, rank) if run.layout.world <= EXACT_RANKS else run.plan_of(rank)
@@ -102,7 +104,7 @@ def memory(run: Run) -> list[dict[str, Any]]:
 
 
 def roofline(run: Run) -> dict[str, Any]:
-    """The `roofline` of a report: rank 0's products, measured alone, under what its device did at best."""
+    """Return the `roofline` of a report: one rank's kernels, measured alone, under the best that its device did."""
     log = next((log for log in run.ranks.values() if log.ceiling), None)
     if log is None or log.ceiling is None:
         return {"ceiling": None, "kernels": []}

@@ -1,17 +1,17 @@
-"""One step as a dependency graph: replayed with some messages free, and walked back along what held it up.
+"""Build one step's dependency graph, replay it with some messages free, and follow its critical path backwards.
 
 A rank is a chain: it computes, posts its part of a collective or message (an *issue*), or waits for one. A collective
 is over for a rank some time (its *transfer*) after the last member's issue; the wait for it ends then, or at once if
-that is past. What the operating system then takes until the rank goes on (*woken late*) is kept like computing; the
-issuing call, and the local part of an operation that the backend emulates, belong to the transfer. All durations are
-the measured ones, so a replay with nothing changed gives the measured step; how far it is off says how much the other
-answers are worth.
+that is past. The time that the operating system then takes until the rank continues (*woken late*) is kept like
+computing; the issuing call, and the local part of an operation that the backend emulates, belong to the transfer. All
+durations are the measured ones, so a replay with nothing changed should give the measured step; its error says how far
+the other results can be trusted.
 
     graph = build(run, clocks, calls, meetings, step)
-    graph.replay(frozenset({"tp"})).step_s      the step if tp's messages took no time and who waits for whom stayed
-    critical_path(graph)                        what the step's duration consists of, from its end backwards
+    graph.replay(frozenset({"tp"})).step_s      the step if tp's messages took no time, with the same dependencies
+    critical_path(graph)                        parts of the step's duration, from its end backwards
 
-Times are ns on the common time line; results are seconds.
+Times are ns on the common timeline; results are seconds.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 DATA, REST, LATE, BEFORE = "data", "unexplained", "woken late", "previous step"
 _SHARED = dict.fromkeys((REDUCE, UPDATE, GATHER, FREE), "optimizer")
-_KIND = {**_SHARED, SEND: REST, RECV: REST}  # as the budget has it
+_KIND = {**_SHARED, SEND: REST, RECV: REST}  # as in the budget
 
 
 class ReplayError(ValueError):
-    """A step that cannot be replayed: nothing was recorded, or its records contradict each other."""
+    """Error for a step that cannot be replayed: nothing was recorded, or its records contradict each other."""
 
 
 class Piece(NamedTuple):
-    """Time in which `label` was innermost."""
+    """Interval in which `label` is the innermost span."""
 
     start: int
     end: int
@@ -52,8 +52,10 @@ class Piece(NamedTuple):
 
 
 def flatten(spans: Iterable[tuple[int, int, Any]]) -> list[Piece]:
-    """Nested spans (start, end, label) as disjoint pieces in order: each moment belongs to the span that began last.
-    Empty pieces are left out."""
+    """Return nested spans (start, end, label) as disjoint pieces in order, without empty ones.
+
+    Each moment belongs to the span that began last.
+    """
     ordered = sorted(spans, key=lambda span: (span[0], -span[1]))
     pieces: list[Piece] = []
     stack: list[tuple[int, Any]] = []  # (end, label), the innermost last
@@ -79,7 +81,7 @@ def flatten(spans: Iterable[tuple[int, int, Any]]) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Replay:
-    """A replayed step: when each rank ended after the first began, and the whole, in seconds."""
+    """Replayed step: when each rank ended after the first one began, and the whole, in seconds."""
 
     end_s: dict[int, float]
     step_s: float
@@ -87,7 +89,7 @@ class Replay:
 
 @dataclass
 class _Course:
-    """What happened in a replay. Per rank and operation: the time after it, and when its meeting was over for it."""
+    """Course of a replay. Per rank and operation: the time after it, and when its meeting was over for the rank."""
 
     after: list[list[int]]
     over: list[list[int]]
@@ -97,34 +99,34 @@ class _Course:
 
 @dataclass
 class Graph:
-    """One step. Lists by position of a rank; meetings are numbered from 0."""
+    """Dependency graph of one step. Lists are by position of a rank, or by meeting, numbered from 0."""
 
     step: int
     ranks: list[int]
     start: list[int]
     chains: list[list[Link]]
-    tail: list[tuple[int, int]]  # (begin, ns) of the computing behind the last operation
-    need: list[int]  # issues of a meeting that lie inside the step
-    posted: list[int]  # its last issue from before the step, or something earlier than any
-    axis: list[str]
-    op: list[int]  # index into OPS
+    tail: list[tuple[int, int]]  # (begin, ns) of the computing after the last operation
+    need: list[int]  # by meeting: its issues inside the step
+    posted: list[int]  # by meeting: its last issue before the step, or a time before all others
+    axis: list[str]  # by meeting
+    op: list[int]  # by meeting: index into OPS
     kinds: Callable[[int, int, int], dict[str, int]]  # (rank, from, to) -> ns by budget category
     measured_s: float
 
     @property
     def begin(self) -> int:
-        """When the first rank began."""
+        """Time at which the first rank began."""
         return min(self.start)
 
     def replay(self, free: frozenset[str] = frozenset()) -> Replay:
-        """The step if messages of the axes in `free` took no time. Raises ReplayError where a rank waits for ever."""
+        """Replay the step as if messages of the axes in `free` took no time. Raises ReplayError on a deadlock."""
         end = self._run(free).end
         seconds = {rank: (t - self.begin) / 1e9 for rank, t in zip(self.ranks, end, strict=True)}
         return Replay(seconds, max(seconds.values()))
 
     @property
     def replay_error(self) -> float:
-        """How far the unchanged replay is off, relative to the measured step."""
+        """Error of the unchanged replay, relative to the measured step."""
         return abs(self.replay().step_s - self.measured_s) / self.measured_s if self.measured_s > 0 else 0.0
 
     def _run(self, free: frozenset[str] = frozenset()) -> _Course:
@@ -155,7 +157,7 @@ class Graph:
         awake: deque[int],
         waiting: dict[int, list[int]],
     ) -> int | None:
-        """Carry out a rank's chain as far as it goes; returns the meeting that it waits for."""
+        """Carry out a rank's chain as far as possible; return the meeting that it waits for, None at its end."""
         chain, after, over, last = self.chains[position], course.after[position], course.over[position], course.last
         now = after[-1] if after else self.start[position]
         for place in range(len(after), len(chain)):
@@ -187,11 +189,11 @@ class Graph:
         late = [
             self.ranks[p] for p, chain in enumerate(self.chains) if self._issues_later(chain, course.after[p], meeting)
         ]
-        others = f", which ranks {late} issue only behind waits of their own" if late else ""
+        others = f", which ranks {late} issue only after waits of their own" if late else ""
         what = f"{self.axis[meeting]} {OPS[self.op[meeting]]}"
         return ReplayError(
             f"step {self.step}: the records contradict each other: rank {rank} waits for its {what}{others}; "
-            f"{len(stuck)} of {len(self.ranks)} ranks never end"
+            f"{len(stuck)} of {len(self.ranks)} ranks never finish"
         )
 
     @staticmethod
@@ -200,7 +202,7 @@ class Graph:
 
 
 def free_axes(graph: Graph) -> list[dict[str, Any]]:
-    """What the step would take if the messages of one axis took no time; `saving` is relative to the replayed step."""
+    """Replay the step once per axis, as if its messages took no time; `saving` is relative to the unchanged replay."""
     whole = graph.replay().step_s
     rows = []
     for axis in sorted(set(graph.axis)):
@@ -210,9 +212,9 @@ def free_axes(graph: Graph) -> list[dict[str, Any]]:
 
 
 def critical_path(graph: Graph) -> list[dict[str, Any]]:
-    """What the step's duration consists of: from the rank that ended last back along what each moment waited for.
+    """Return the parts of the step's duration, from the rank that ended last back along what each moment waited for.
 
-    Seconds by (rank, what), the largest first; together they are the step. `what` is a kind of computing,
+    Seconds by (rank, what), the largest first; they add up to the step. `what` is a kind of computing,
     `transfer.{axis}` (charged to the rank that waited), `woken late`, or `previous step`: the rank began later.
     """
     course = graph._run()
@@ -233,7 +235,7 @@ def critical_path(graph: Graph) -> list[dict[str, Any]]:
         spent[rank, axis] += op.local
         spent[rank, LATE] += op.late
         ready = (course.after[position][place - 1] if place else graph.start[position]) + op.before
-        if op.transfer != ISSUES and over > ready:  # it did wait: go on where the meeting's last member issued
+        if op.transfer != ISSUES and over > ready:  # the rank waited: continue where the last member issued
             at = course.last[op.meeting][1:] if op.own == ANYBODY else (position, op.own)
             seen = at[0] >= 0
             arrival = course.over[at[0]][at[1]] if seen else max(course.last[op.meeting][0], graph.begin)
@@ -255,7 +257,7 @@ def critical_path(graph: Graph) -> list[dict[str, Any]]:
 
 
 def build(run: Run, clocks: Clocks, calls: Calls, meetings: Meetings, step: int) -> Graph:
-    """The graph of one profiled step, over the ranks that recorded it. Raises ReplayError if none did."""
+    """Return the graph of one profiled step, over the ranks that recorded it. Raises ReplayError if none did."""
     windows = {rank: window for rank, log in run.ranks.items() if (window := _window(log, clocks, step)) is not None}
     if not windows:
         raise ReplayError(f"no rank recorded step {step} in its profiling window")
@@ -282,7 +284,7 @@ def build(run: Run, clocks: Clocks, calls: Calls, meetings: Meetings, step: int)
 
 
 def _window(log: RankLog, clocks: Clocks, step: int) -> tuple[int, int] | None:
-    """Start and end of `step` on a rank; None without spans of it, or with a clock that is not known."""
+    """Return start and end of `step` on a rank; None without spans of it, or if the rank's clock is not usable."""
     if not clocks.usable(log.rank) or not (log.spans[:, 0] == step).any():
         return None
     for fact in log.steps:
@@ -294,7 +296,7 @@ def _window(log: RankLog, clocks: Clocks, step: int) -> tuple[int, int] | None:
 
 
 def kind_of(run: Run, rank: int, index: int) -> str:
-    """The budget's name for entry `index` of a rank's step list; -1 is reading data."""
+    """Return the budget's name for entry `index` of a rank's step list; -1 is reading data."""
     steps = run.plan_of(rank).steps
     if not 0 <= index < len(steps):
         return DATA
@@ -303,7 +305,7 @@ def kind_of(run: Run, rank: int, index: int) -> str:
 
 
 def _kinds(run: Run, clocks: Clocks, step: int) -> Callable[[int, int, int], dict[str, int]]:
-    """What a rank computed between two moments of `step`: ns by kind."""
+    """Return a function (rank, from, to) of what the rank computed in `step` between two moments: ns by kind."""
     made: dict[int, list[Piece]] = {}
 
     def pieces_of(rank: int) -> list[Piece]:

@@ -1,7 +1,7 @@
-"""What the report says, section by section, for the page and for report.md alike.
+"""Write the report section by section, for the page and for report.md alike.
 
-Here: what leads the report, and the sections about the run as a whole. Communication is in sections_comm.py, cost
-beside prediction in sections_cost.py.
+This module holds the opening of the report and the sections about the run as a whole. Communication is in
+sections_comm.py, cost against prediction in sections_cost.py.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from dist_gpt.report.sections_cost import (
 from dist_gpt.report.units import amount, number
 
 MOST_ROWS = 64
-"""Rows of a table over ranks; the rest is in report.json."""
+"""Most rows of a table over ranks; all are in report.json."""
 
 
-# --- what leads the report ---------------------------------------------------------------------------
+# --- the opening -------------------------------------------------------------------------------------
 
 
 def budget_shares(doc: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """(category, seconds, share) of the mean step in the order of drawing; empty where it is not known."""
+    """Return (category, seconds, share) of the mean step in drawing order; empty if unknown."""
     budget = {key: max(amount(value), 0.0) for key, value in dict_of(doc.get("budget_s")).items()}
     total = sum(budget.values())
     return [(key, budget[key], budget[key] / total) for key in palette.ordered(budget) if budget[key] > 0]
 
 
 def summary(doc: dict[str, Any]) -> str:
-    """One sentence that says what the mean step was spent on; empty where it is not known."""
+    """Return one sentence on how the mean step was spent; empty if unknown."""
     shares = budget_shares(doc)
     if not shares:
         return ""
@@ -72,36 +72,36 @@ def summary(doc: dict[str, Any]) -> str:
 
 
 def profiling_cost(doc: dict[str, Any]) -> str:
-    """What the measurement itself cost."""
+    """Return sentences on the cost of the measurement itself."""
     cost = dict_of(dict_of(doc.get("verdict")).get("profiling"))
     records, one, share = (number(cost.get(key)) for key in ("records_per_step", "record_s", "share"))
     inside, outside, ratio = (number(cost.get(key)) for key in ("step_s_inside", "step_s_outside", "ratio"))
     isolated = ""
     if records is not None and one is not None:
-        isolated = f"{units.plain(round(records, 1))} records a step at {units.seconds(one)} each"
+        isolated = f"{units.plain(round(records, 1))} records per step at {units.seconds(one)} each"
         isolated += f": {units.percent(share)} of the step." if share is not None else "."
     elif share is not None:
         isolated = f"{units.percent(share)} of the step."
     compared = ""
     if inside is not None and outside is not None:
-        compared = f"Steps inside the window took {units.seconds(inside)}, outside {units.seconds(outside)}"
-        compared += f" ({units.percent(ratio - 1)} more)." if ratio is not None and ratio > 1 else "."
-    return sentence(isolated, compared) or "Not known: it takes a profiling window and steps outside of it."
+        compared = f"Steps take {units.seconds(inside)} inside the window, {units.seconds(outside)} outside"
+        compared += f" ({units.percent(ratio - 1)} longer inside)." if ratio is not None and ratio > 1 else "."
+    return sentence(isolated, compared) or "Not known: this needs a profiling window and steps outside it."
 
 
 def tiles(doc: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures beside the verdict: (label, value, note)."""
+    """Return the figures beside the verdict: (label, value, note)."""
     head = dict_of(doc.get("headline"))
     p95 = number(head.get("step_s_p95"))
     found = [
         ("step time, p50", units.seconds(head.get("step_s_p50")), f"p95 {units.seconds(p95)}" if p95 else ""),
         ("tokens per second", units.plain(_rounded(head.get("tokens_per_s"))), "whole job"),
-        ("MFU", units.percent(head.get("mfu")), "model FLOPs of the peak"),
-        ("goodput", units.percent(head.get("goodput")), "training in wall time"),
+        ("MFU", units.percent(head.get("mfu")), "model FLOPs / peak"),
+        ("goodput", units.percent(head.get("goodput")), "training time / wall time"),
     ]
     exposed = sum(share for key, _, share in budget_shares(doc) if key.startswith(("transfer.", "wait.")))
     if budget_shares(doc):
-        found.insert(2, ("exposed", units.percent(exposed), "waits for communication"))
+        found.insert(2, ("exposed", units.percent(exposed), "blocked on communication"))
     return [tile for tile in found if tile[1] != units.NONE]
 
 
@@ -111,7 +111,7 @@ def _rounded(value: Any) -> float | None:
 
 
 def compared(compare: dict[str, Any]) -> Section:
-    """This run beside another one."""
+    """Return the section that compares this run with another one."""
     other = dict_of(compare.get("other"))
     name = short(other.get("name") or "another run", 80)
     where = short(other.get("run_dir") or name, 120)
@@ -124,7 +124,7 @@ def compared(compare: dict[str, Any]) -> Section:
     ]
     parts: list[Part] = []
     if told:
-        parts.append(Table(f"This run beside {where}", COMPARED, [_compared_row(row) for row in told]))
+        parts.append(Table(f"This run vs. {where}", COMPARED, [_compared_row(row) for row in told]))
     if alike:
         parts.append(Table("No difference beyond the noise", COMPARED, [_compared_row(r) for r in alike], folded=True))
     parts.append(
@@ -135,8 +135,8 @@ def compared(compare: dict[str, Any]) -> Section:
     return Section("compare", f"Compared with {name}", str(compare.get("verdict") or ""), parts)
 
 
-COMPARED = columns("=what", "this run", "other run", "change|this run against the other",
-                   "noise|what two runs of one configuration may differ by", "=verdict")  # fmt: skip
+COMPARED = columns("=what", "this run", "other run", "change|this run relative to the other",
+                   "noise|expected difference between two runs of one configuration", "=verdict")  # fmt: skip
 
 
 def _compared_row(row: dict[str, Any]) -> list[Cell]:
@@ -162,10 +162,10 @@ def _signed(change: Any) -> str:
 
 
 def identity(doc: dict[str, Any]) -> Section:
-    """What ran where."""
+    """Return the section on what ran where: configuration, versions, ranks and clocks."""
     part = dict_of(doc.get("identity"))
     if not part:
-        return missing("identity", "Identity", "Not known: plan.json and the headers of the event files say what ran.")
+        return missing("identity", "Identity", "Not known: this needs plan.json and the headers of the event files.")
     parts: list[Part] = []
     changed = [
         [text(row.get("key")), text(row.get("value")), text(row.get("default"), "muted")]
@@ -173,7 +173,7 @@ def identity(doc: dict[str, Any]) -> Section:
     ]
     if changed:
         heads = columns("#setting", "#value", "#default")
-        parts.append(Table("Configuration, where it is not the default", heads, changed, half=True))
+        parts.append(Table("Settings that differ from their defaults", heads, changed, half=True))
     else:
         parts.append(Note("No setting differs from its default."))
     entries = [
@@ -184,11 +184,11 @@ def identity(doc: dict[str, Any]) -> Section:
     if entries:
         parts.append(Table("Versions and environment", columns("#name", "#value"), entries[:100], half=True))
     ranks = rows_of(part.get("ranks"))
-    parts += [_rank_table(ranks)] if ranks else [Note("Where the ranks ran is not known: no event file was readable.")]
+    parts += [_rank_table(ranks)] if ranks else [Note("Hosts and devices are not known: no event file was readable.")]
     if clock := _clock_parts(rows_of(part.get("clocks"))):
         parts += clock
     else:
-        parts.append(Note("Clocks were not compared, so times of different ranks are not laid side by side."))
+        parts.append(Note("Clocks were not compared, so times of different ranks are not comparable."))
     return Section("identity", "Identity", _identity_lead(doc, part, ranks), parts)
 
 
@@ -200,15 +200,15 @@ def _identity_lead(doc: dict[str, Any], part: dict[str, Any], ranks: list[dict[s
     world = units.count_of(int(amount(part.get("world"))), "rank")
     ran = f"Run {short(doc.get('name') or 'without a name', 80)}: {world}{f' ({mesh})' if mesh else ''}{where}"
     ran += f", backend {short(part['backend'], 20)}" if part.get("backend") else ""
-    ran += ", single copy within nodes." if part.get("single_copy") else "."
-    window, steps = list_of(part.get("window")), units.plain(part.get("steps_total"))
+    ran += ", single-copy transfers within nodes." if part.get("single_copy") else "."
+    window, total = list_of(part.get("window")), int(amount(part.get("steps_total")))
     profiled = (
-        f"Steps {window[0]} to {window[-1]} of {steps} were profiled."
+        f"Steps {window[0]} to {window[-1]} of {units.plain(total)} were profiled."
         if window
-        else f"No step was profiled; the always-on counters cover {steps} steps."
+        else f"No step was profiled; the always-on counters cover {units.count_of(total, 'step')}."
     )
     attempts = int(amount(part.get("attempts")))
-    again = f"The run was started {attempts} times; the last start is shown." if attempts > 1 else ""
+    again = f"The run was started {attempts} times; the report covers the last attempt." if attempts > 1 else ""
     return sentence(ran, profiled, again)
 
 
@@ -219,7 +219,7 @@ def _rank_table(ranks: list[dict[str, Any]]) -> Table:
     note = f"The first {MOST_ROWS} of {units.plain(len(ranks))} ranks; all are in report.json." * (
         len(ranks) > MOST_ROWS
     )
-    return Table("Every rank", heads, rows, note, folded=True)
+    return Table("All ranks", heads, rows, note, folded=True)
 
 
 def _value(value: Any) -> Cell:
@@ -242,19 +242,19 @@ def _clock_parts(clocks: list[dict[str, Any]]) -> list[Part]:
             ]
         )
     heads = columns("rank", "offset|rank 0's clock minus this rank's", "error|half the best round trip", "drift",
-                    "repair|largest shift so that nothing arrives before it was sent")  # fmt: skip
+                    "repair|shift after which no message arrives before it is sent")  # fmt: skip
     note = f"The first {MOST_ROWS} of {units.plain(len(clocks))} ranks." if len(clocks) > MOST_ROWS else ""
     table = Table("Clocks against rank 0", heads, rows, note, folded=True)
     known = sum(number(row.get("offset_s")) is not None for row in clocks)
     caption = (
-        "Left: how far each rank's clock is from rank 0's, with error bars; right: the errors alone. Times of two "
-        "ranks can be compared to within the sum of their errors."
+        "Left: the offset of each rank's clock from rank 0's, with error bars; right: the errors alone. Times of two "
+        "ranks are comparable to within the sum of their errors."
     )
     return [Picture("clocks", caption), table] if known > 1 else [table]
 
 
 def headline(doc: dict[str, Any]) -> Section:
-    """How fast it was."""
+    """Return the section on the run's speed and on the wall time of the job."""
     head = dict_of(doc.get("headline"))
     if not head:
         return missing("headline", "Headline", "Not known: no rank has recorded a finished training step.")
@@ -266,10 +266,10 @@ def headline(doc: dict[str, Any]) -> Section:
         ("tokens per second", units.plain(_rounded(head.get("tokens_per_s"))), "whole job"),
         ("tokens per second and rank", units.plain(_rounded(head.get("tokens_per_s_per_gpu"))), ""),
         ("model FLOPs per rank", units.flops(flops * 1e12 if flops is not None else None), "without recomputation"),
-        ("MFU", units.percent(head.get("mfu")), "model FLOPs against the peak"),
-        ("MFU, causal", units.percent(head.get("mfu_causal")), "half of the attention scores"),
-        ("HFU", units.percent(head.get("hfu")), "executed FLOPs against the peak"),
-        ("goodput", units.percent(head.get("goodput")), "training steps in wall time"),
+        ("MFU", units.percent(head.get("mfu")), "model FLOPs / peak"),
+        ("MFU, causal", units.percent(head.get("mfu_causal")), "with half of the attention scores"),
+        ("HFU", units.percent(head.get("hfu")), "executed FLOPs / peak"),
+        ("goodput", units.percent(head.get("goodput")), "time in training steps / wall time"),
         ("loss", f"{units.plain(head.get('loss_first'))} → {units.plain(head.get('loss_last'))}", "first to last step"),
     ]
     known = [item for item in items if units.NONE not in item[1]]
@@ -277,9 +277,9 @@ def headline(doc: dict[str, Any]) -> Section:
     if head.get("formula"):
         parts.append(Note(str(head["formula"])))
     if number(peak.get("flops_per_s")) is not None:
-        parts.append(Note(f"Peak: {units.flops(peak['flops_per_s'])} ({peak.get('source') or 'source not named'})."))
+        parts.append(Note(f"Peak: {units.flops(peak['flops_per_s'])} ({peak.get('source') or 'source unknown'})."))
     elif number(head.get("mfu")) is None:
-        parts.append(Note("MFU and HFU need a peak: it is measured on the devices inside a profiling window."))
+        parts.append(Note("MFU and HFU need the peak FLOP/s, which a profiling window measures on the devices."))
     wall = {key: amount(value) for key, value in dict_of(head.get("wall_s")).items() if amount(value) > 0}
     if wall:
         total = sum(wall.values())
@@ -288,12 +288,12 @@ def headline(doc: dict[str, Any]) -> Section:
             [text(names.get(key, key)), figure(units.seconds(s), s), figure(units.percent(s / total), s, bar=s / total)]
             for key, s in sorted(wall.items(), key=lambda item: -item[1])
         ]
-        parts.append(Table("Where the wall time of the job went", columns("=part", "time", "share"), rows))
-    return Section("headline", "Headline", "", parts or [Note("No figure of it could be computed.", "missing")])
+        parts.append(Table("Wall time of the job", columns("=part", "time", "share"), rows))
+    return Section("headline", "Headline", "", parts or [Note("No headline figure could be computed.", "missing")])
 
 
 def budget(doc: dict[str, Any]) -> Section:
-    """What a step was spent on."""
+    """Return the section on how a step's time was spent."""
     shares = budget_shares(doc)
     by_rank = rows_of(doc.get("budget_by_rank"))
     if not shares and not by_rank:
@@ -302,21 +302,21 @@ def budget(doc: dict[str, Any]) -> Section:
     blocks = len(by_rank) > 40
     if shares or by_rank:
         who = "one bar per block of neighbouring ranks (their mean)" if blocks else "one bar per rank"
-        caption = f"{who[0].upper()}{who[1:]}, the mean above: the parts of a bar add up to the wall time of a step."
+        caption = f"{who[0].upper()}{who[1:]}, the mean on top. The parts of a bar add up to the wall time of a step."
         parts.append(Picture("budget", caption))
     if shares:
         parts.append(_budget_table(shares, by_rank))
     if len([row for row in rows_of(doc.get("waterfall")) if number(row.get("s")) is not None]) > 1:
         caption = (
-            "From the top, the step if every rank computed at the ceiling without pause; each row below adds what was "
-            "lost, down to the measured step."
+            "The top row is the step if every rank computed at the ceiling without a pause. Each row below adds one "
+            "loss, down to the measured step."
         )
         parts.append(Picture("waterfall", caption))
     return Section("budget", "Step-time budget", _budget_lead(by_rank) or summary(doc), parts)
 
 
 def _budget_lead(by_rank: list[dict[str, Any]]) -> str:
-    """In which category ranks differ most."""
+    """Return a sentence on the category in which ranks differ most; empty for fewer than two ranks."""
     keys = {key for row in by_rank for key in row} - {"rank", "wall_s"}
     if len(by_rank) < 2 or not keys:
         return ""
@@ -325,7 +325,7 @@ def _budget_lead(by_rank: list[dict[str, Any]]) -> str:
     spread = {key: amount(most[key].get(key)) - mean[key] for key in sorted(keys)}
     key = max(spread, key=lambda key: spread[key])
     if spread[key] < 0.03 * sum(mean.values()):
-        return "All ranks spend a step alike: no category differs by more than 3 % of it."
+        return "All ranks spend the step alike: no category differs by more than 3 % of the step."
     return (
         f"Ranks differ most in {palette.label(key)}: {units.seconds(most[key].get(key))} on rank "
         f"{short(most[key].get('rank'), 8)}, {units.seconds(mean[key])} on average."
@@ -350,11 +350,11 @@ def _budget_table(shares: list[tuple[str, float, float]], by_rank: list[dict[str
     return Table("The mean step, largest part first", heads, rows)
 
 
-# --- the end -----------------------------------------------------------------------------------------
+# --- the appendix ------------------------------------------------------------------------------------
 
 
 def appendix(doc: dict[str, Any]) -> Section:
-    """Definitions, method, files."""
+    """Return the section of definitions, method and files."""
     pairs = [row for row in list_of(doc.get("definitions")) if isinstance(row, (list, tuple)) and len(row) >= 2]
     parts: list[Part] = []
     if pairs:
@@ -364,19 +364,19 @@ def appendix(doc: dict[str, Any]) -> Section:
     files = [[text(name)] for name in list_of(doc.get("files"))]
     if files:
         note = f"The first 100 of {units.plain(len(files))} files." if len(files) > 100 else ""
-        parts.append(Table("Files this report was made from", columns("#file"), files[:100], note, len(files) > 24))
+        parts.append(Table("Source files of this report", columns("#file"), files[:100], note, len(files) > 24))
     else:
-        parts.append(Note("The files this report was made from are not listed."))
+        parts.append(Note("The source files of this report are not listed."))
     return Section("appendix", "Appendix: definitions, method, files", "", parts)
 
 
 METHOD = (
-    "Method: counts, bytes and host time stamps of every collective are recorded in every step; completion times only "
+    "Method: counts, bytes and host timestamps of every collective are recorded in every step, completion times only "
     "inside the profiling window, without a device synchronisation per operation. The duration of a collective is from "
-    "its last arrival to its last end; the time before that is waiting and is charged to the rank that came last. "
-    "Clocks are aligned by the fastest ping at start and end, then shifted no further than causality asks. Categories "
-    "of the budget are disjoint by construction; what is left is called unexplained and is never negative. 1 kB is "
-    "1000 bytes."
+    "its last arrival to its last end; the time before that is waiting and is charged to the rank that arrives last. "
+    "Clocks are aligned by the fastest ping at the start and at the end, then shifted no further than causality "
+    "requires. The categories of the budget are disjoint by construction; the remainder is called unexplained and is "
+    "never negative. 1 kB is 1000 bytes."
 )
 
 SECTIONS: tuple[Callable[[dict[str, Any]], Section | None], ...] = (
@@ -386,6 +386,6 @@ SECTIONS: tuple[Callable[[dict[str, Any]], Section | None], ...] = (
 
 
 def sections(doc: dict[str, Any], compare: dict[str, Any] | None = None) -> list[Section]:
-    """Every section in order; `doc` and `compare` have gone through `parts.clean`."""
+    """Return every section in order; `doc` and `compare` must have passed through `parts.clean`."""
     first = [compared(compare)] if compare else []
     return first + [made for make in SECTIONS if (made := make(doc)) is not None]

@@ -1,4 +1,4 @@
-"""The sections about communication: collectives, overlap, stragglers, pipeline."""
+"""Write the sections about communication: collectives, overlap, stragglers, pipeline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dist_gpt.report.units import amount, number
 
 
 def collectives(doc: dict[str, Any]) -> Section:
-    """Which collective cost what."""
+    """Return the section on the cost of each kind of collective."""
     rows = rows_of(doc.get("collectives"))
     parts: list[Part] = []
     if rows:
@@ -37,23 +37,23 @@ def collectives(doc: dict[str, Any]) -> Section:
         parts.append(_collective_table(rows, step))
         if any(amount(row.get("payload_bytes")) > 0 and amount(row.get("busbw_bytes_per_s")) > 0 for row in rows):
             caption = (
-                "Each mark is one kind of call: to the right larger ones, above faster ones, hollow ones emulated by "
-                "the backend. Bus bandwidth is comparable between operations and group sizes."
+                "Each mark is one kind of call: larger calls are further right, faster ones higher, hollow ones are "
+                "emulated by the backend. Bus bandwidth is comparable between operations and group sizes."
             )
             parts.append(Picture("busbw", caption))
     traffic = dict_of(doc.get("traffic"))
     if any(any(row) for row in grid_of(traffic.get("wire_bytes"))):
         who = "blocks of neighbouring ranks" if traffic.get("grouped") else "ranks"
         caption = (
-            f"Bytes on the wire in one step, between {who}: a row sends, a column receives; a stronger colour is more."
+            f"Bytes on the wire in one step, between {who}: rows send, columns receive, a stronger colour is more."
         )
         parts.append(Picture("traffic", caption, half=True))
     if any(amount(b.get("calls")) > 0 for row in rows_of(doc.get("sizes")) for b in rows_of(row.get("bins"))):
-        caption = "How many calls of which size a rank makes in one step: many small ones cost latency."
+        caption = "Number of calls of a rank in one step, by size: many small calls cost latency."
         parts.append(Picture("sizes", caption, half=True))
     if not parts:
         alone = "No collective was recorded: either the run has a single rank, or no rank finished a step."
-        why = f"Collectives one by one need {WINDOW}." if _counted(doc) else alone
+        why = f"Times of individual collectives need {WINDOW}." if _counted(doc) else alone
         return missing("collectives", "Collectives", why)
     if not rows:
         parts.insert(0, Note(f"Times per collective need {WINDOW}.", "missing"))
@@ -61,7 +61,7 @@ def collectives(doc: dict[str, Any]) -> Section:
 
 
 def _counted(doc: dict[str, Any]) -> bool:
-    """Whether any rank counted a call, which needs no window."""
+    """Return whether any rank counted a call, which needs no window."""
     rows = rows_of(doc.get("predicted"))
     return any(", calls of all ranks" in str(row.get("what")) and amount(row.get("measured")) > 0 for row in rows)
 
@@ -76,14 +76,15 @@ def _collective_lead(rows: list[dict[str, Any]]) -> str:
         return ""
     wait = amount(worst.get("wait_s"))
     waiting = f", {units.seconds(wait)} of it waiting for the last rank" if wait > 0 else ""
+    calls = f"{units.plain(worst.get('calls'))} call{'' if number(worst.get('calls')) == 1 else 's'}"
     return (
-        f"Most exposed: {_name(worst)} of {units.size(worst.get('payload_bytes'))}, {units.plain(worst.get('calls'))} "
-        f"calls a step, for which ranks stand still {units.seconds(exposed_s(worst))}{waiting}."
+        f"Most exposed: {_name(worst)} of {units.size(worst.get('payload_bytes'))}, {calls} per step, which "
+        f"{'block' if calls.endswith('s') else 'blocks'} ranks for {units.seconds(exposed_s(worst))}{waiting}."
     )
 
 
 def exposed_s(row: dict[str, Any]) -> float:
-    """Seconds of a step in which a rank stands still for these calls: transfer and waiting."""
+    """Return the seconds of a step for which these calls block a rank: transfer and waiting."""
     return amount(row.get("exposed_s")) + amount(row.get("wait_s"))
 
 
@@ -113,28 +114,28 @@ def _collective_table(rows: list[dict[str, Any]], step: float, most: int = 80) -
             ]
         )
     heads = columns(
-        "=axis, operation", "payload|of one call: the full tensor", "ranks|in one group", "calls|a step",
-        "bytes|payload a step", "p50|last arrival to last end", "p95", "algbw|payload over time",
-        "busbw|as nccl-tests defines it", "transfer|exposed: a rank stands still from the last arrival to its own end",
-        "waiting|exposed: a rank stands still until the last one has come",
-        "exposed|transfer and waiting" + (", share of the step" if step else ", a step"),
+        "=axis, operation", "payload|of one call: the full tensor", "ranks|in one group", "calls|per step",
+        "bytes|payload per step", "p50|last arrival to last end", "p95", "algbw|payload over time",
+        "busbw|as nccl-tests defines it", "transfer|exposed: a rank is blocked from the last arrival to its own end",
+        "waiting|exposed: a rank is blocked until the last rank arrives",
+        "exposed|transfer and waiting" + (", share of the step" if step else ", per step"),
     )  # fmt: skip
     notes = [f"The {most} most exposed of {len(rows)} kinds."] if len(rows) > most else []
     if any(row.get("emulated") for row in rows):
-        notes.append("* The backend has no such operation and another one does its work.")
+        notes.append("* The backend does not have this operation; it is emulated with another one.")
     caption = "Collectives by axis, operation and size, most exposed first; per step, mean over the ranks of the axis"
     return Table(caption, heads, cells, " ".join(notes))
 
 
 def overlap(doc: dict[str, Any]) -> Section:
-    """What hides under compute."""
+    """Return the section on communication that runs under compute."""
     part = dict_of(doc.get("overlap"))
     axes, buckets = rows_of(part.get("axes")), rows_of(part.get("buckets"))
     parts: list[Part] = []
     if any(max(amount(row.get("busy_s")), amount(row.get("exposed_s"))) > 0 for row in axes + buckets):
         caption = (
             "Each bar is the time in which an axis (below: a bucket of gradients or parameters) communicates in one "
-            "step; only the full colour costs time, the faint part happens while the rank computes."
+            "step. Only the full colour costs time; the faint part happens while the rank computes."
         )
         parts.append(Picture("overlap", caption))
     if buckets:
@@ -148,33 +149,33 @@ def overlap(doc: dict[str, Any]) -> Section:
             ]
             for row in buckets[:64]
         ]
-        heads = columns("=bucket", "bytes", "communicating", "exposed", "=under|what is computed meanwhile")
+        heads = columns("=bucket", "bytes", "communicating", "exposed", "=under|computing at the same time")
         parts.append(
-            Table("Buckets: gradients reduced, sharded parameters gathered", heads, rows, folded=len(rows) > 8)
+            Table("Buckets: reductions of gradients, gathers of sharded parameters", heads, rows, folded=len(rows) > 8)
         )
     timeline = dict_of(doc.get("timeline"))
     if any(list_of(lane.get("spans")) for r in rows_of(timeline.get("ranks")) for lane in rows_of(r.get("lanes"))):
         shown = len(rows_of(timeline.get("ranks")))
         which = f" The first 8 of {shown} ranks." if shown > 8 else ""
         caption = (
-            f"Step {short(timeline.get('step'), 12)}: the thick lane of a rank shows what it does, computing or "
-            "standing still for an axis (stripes: until a later rank has come); below it one lane per axis, where "
-            f"faint parts happen under compute.{which}"
+            f"Step {short(timeline.get('step'), 12)}: the thick lane of a rank shows computing, or the axis that "
+            "blocks the rank (stripes: until a later rank arrives). Below it is one lane per axis; faint parts happen "
+            f"under compute.{which}"
         )
         parts.append(Picture("timeline", caption))
     free = rows_of(doc.get("free"))
     if any(number(row.get("step_s")) for row in free):
         error = number(doc.get("replay_error"))
-        trust = f" The replay of the step as it was is {units.percent(error)} off." if error is not None else ""
-        caption = f"The step replayed with one axis' communication taking no time: what a remedy could gain.{trust}"
+        trust = f" The unchanged replay is {units.percent(error)} off." if error is not None else ""
+        caption = f"The step replayed with one axis' communication taking no time: the possible gain.{trust}"
         parts.append(Picture("free", caption))
     if not parts:
-        return missing("overlap", "Overlap", f"Not known: what runs under what is only recorded with {WINDOW}.")
+        return missing("overlap", "Overlap", f"Not known: overlap is recorded only with {WINDOW}.")
     return Section("overlap", "Overlap", _overlap_lead(axes, free), parts)
 
 
 def bucket_name(row: dict[str, Any]) -> str:
-    """`reduce bucket 1`, with its stage, and how often in a step where that is not once."""
+    """Return a name such as `reduce bucket 1`, with the stage, and the calls in a step if not one."""
     stage = f"stage {short(row.get('stage'), 6)}, " if row.get("stage") is not None else ""
     often = f" x {short(row.get('calls'), 6)}" if row.get("calls") not in (None, 1) else ""
     return f"{stage}{short(row.get('op') or 'reduce', 8)} bucket {short(row.get('bucket'), 6)}{often}"
@@ -186,7 +187,7 @@ def _overlap_lead(axes: list[dict[str, Any]], free: list[dict[str, Any]]) -> str
         for row in axes
         if number(row.get("overlapped")) is not None
     ]
-    first = f"Communication that runs under compute: {listing(hidden)}." if hidden else ""
+    first = f"Communication that overlaps with compute: {listing(hidden)}." if hidden else ""
     best = max(free, key=lambda row: amount(row.get("saving")), default={})
     gain = amount(best.get("saving"))
     second = (
@@ -198,7 +199,7 @@ def _overlap_lead(axes: list[dict[str, Any]], free: list[dict[str, Any]]) -> str
 
 
 def stragglers(doc: dict[str, Any]) -> Section:
-    """Who waited for whom."""
+    """Return the section on which ranks waited for which."""
     part = dict_of(doc.get("stragglers"))
     culprits, slow = rows_of(part.get("culprits")), rows_of(part.get("slow_compute"))
     parts: list[Part] = []
@@ -207,23 +208,23 @@ def stragglers(doc: dict[str, Any]) -> Section:
     heat = grid_of(dict_of(part.get("heat")).get("compute_s"))
     if slow:
         names = [f"rank {short(r.get('rank'), 8)} ({units.plain(r.get('ratio'))} times the median)" for r in slow]
-        parts.append(Note(f"Slow at computing itself: {listing(names)}.", "warn"))
+        parts.append(Note(f"Slow at computing: {listing(names)}.", "warn"))
     elif any(any(row) for row in heat):
-        parts.append(Note("No rank computes clearly slower than the others."))
+        parts.append(Note("No rank is clearly slower at computing than the others."))
     if any(any(row) for row in grid_of(part.get("matrix_s"))):
         caption = (
-            "Waiting time of one step: the rank of a row came last, the rank of a column waited for it; a full row is "
+            "Waiting time in one step: the rank of a row came last, the rank of a column waited for it. A full row is "
             "a straggler."
         )
         parts.append(Picture("culprits", caption, half=True))
     if any(any(row) for row in heat):
         caption = (
-            "Time each rank computed in each profiled step, a stronger colour is slower: a bright row is a slow rank, "
-            "a bright column a slow step."
+            "Computing time of each rank in each profiled step; a stronger colour is slower. A bright row is a slow "
+            "rank, a bright column a slow step."
         )
         parts.append(Picture("heat", caption, half=True))
     if not parts:
-        why = "No rank waited for another" if part else f"Not known: who came last is only recorded with {WINDOW}"
+        why = "No rank waited for another" if part else f"Not known: arrivals are recorded only with {WINDOW}"
         return missing("stragglers", "Stragglers", f"{why}.")
     return Section("stragglers", "Stragglers", _straggler_lead(culprits), parts)
 
@@ -233,10 +234,10 @@ def _straggler_lead(culprits: list[dict[str, Any]]) -> str:
     if amount(worst.get("caused_s")) <= 0:
         return "No rank stands out as the one that others wait for."
     share = number(worst.get("last_share"))
-    often = f"; it came last for {units.percent(share)} of all waiting" if share is not None and share >= 0.01 else ""
+    often = f"; it comes last for {units.percent(share)} of all waiting" if share is not None and share >= 0.01 else ""
     kind = f" ({worst['kind']})" if worst.get("kind") else ""
     who, caused = short(worst.get("rank"), 8), units.seconds(worst.get("caused_s"))
-    return f"Rank {who} makes others wait {caused} a step, all of them together{often}{kind}."
+    return f"Rank {who} makes other ranks wait {caused} per step in total{often}{kind}."
 
 
 def _culprit_table(culprits: list[dict[str, Any]]) -> Table:
@@ -254,13 +255,13 @@ def _culprit_table(culprits: list[dict[str, Any]]) -> Table:
                 text(", ".join(f"{short(axis, 12)} {units.seconds(value)}" for axis, value in axes)),
             ]
         )
-    heads = columns("=came last", "made others wait|a step, all victims together", "came last for|share of all waiting",
+    heads = columns("=came last", "made others wait|per step, all ranks together", "came last for|share of all waiting",
                     "=kind|persistent: the same rank step after step", "=by axis")  # fmt: skip
     return Table("Ranks that others wait for", heads, rows)
 
 
 def pipeline(doc: dict[str, Any]) -> Section | None:
-    """The bubble and what it is made of; no section where the layout has no pipeline."""
+    """Return the section on the bubble and its parts; without a pipeline it holds only a note."""
     part = dict_of(doc.get("pipeline"))
     if not part:
         stages = number(dict_of(dict_of(doc.get("identity")).get("layout")).get("pp"))
@@ -271,14 +272,14 @@ def pipeline(doc: dict[str, Any]) -> Section | None:
     parts: list[Part] = []
     if any(list_of(stage) for key in ("measured", "ideal") for stage in list_of(part.get(key))):
         caption = (
-            "One row per stage; boxes carry the number of their micro-batch where there is room. Above as measured, "
-            "below the same actions at best, in the same colours on the same axis; gaps are bubble."
+            "One row per stage; boxes show the number of their micro-batch where there is room. Top: as measured; "
+            "bottom: the same actions in the ideal case, in the same colours and on the same axis. Gaps are bubble."
         )
         parts.append(Picture("pipeline", caption))
     if number(bubble.get("measured")) is not None:
         caption = (
-            "The measured bubble split: structural comes from the schedule, imbalance from unequal stages, transfer "
-            "from messages on the way; below it what was simulated from these costs and planned before the run."
+            "The measured bubble by cause: structural comes from the schedule, imbalance from unequal stages, transfer "
+            "from messages in flight. Below it: the bubble simulated from these costs and the planned one."
         )
         parts.append(Picture("bubble", caption))
     if table := rows_of(part.get("stages")):
@@ -291,16 +292,17 @@ def pipeline(doc: dict[str, Any]) -> Section | None:
 
 
 def _pipeline_lead(part: dict[str, Any], bubble: dict[str, Any]) -> str:
-    schedule = f"Schedule {short(part.get('schedule'), 20)}, {units.plain(part.get('micro_batches'))} micro-batches"
+    schedule = f"Schedule {short(part.get('schedule'), 20)}, {units.plain(part.get('micro_batches'))} micro-batch"
+    schedule += "" if number(part.get("micro_batches")) == 1 else "es"
     if number(bubble.get("measured")) is None:
         return f"{schedule}."
-    causes = (("structural", "from the schedule"), ("imbalance", "from imbalance"), ("transfer", "transfer"))
+    causes = (("structural", "from the schedule"), ("imbalance", "from imbalance"), ("transfer", "from transfer"))
     pieces = [f"{units.percent(bubble.get(key))} {word}" for key, word in causes if number(bubble.get(key)) is not None]
     split = f": {listing(pieces)}" if pieces else ""
     simulated = number(bubble.get("simulated"))
-    beside = f" The simulator says {units.percent(simulated)}." if simulated is not None else ""
+    beside = f" The simulated bubble is {units.percent(simulated)}." if simulated is not None else ""
     idle = units.percent(bubble["measured"])
-    return f"{schedule}; a stage is idle {idle} of the pipelined part of a step{split}.{beside}"
+    return f"{schedule}; a stage is idle for {idle} of the pipelined part of a step{split}.{beside}"
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""The sections that lay cost beside prediction: memory, predictions, roofline, critical path, kernels, accounting."""
+"""Write the sections on cost and prediction: memory, predictions, roofline, critical path, kernels, accounting."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ MOST_ROWS = 64
 
 
 def memory(doc: dict[str, Any]) -> Section:
-    """Predicted parts beside the measured peak."""
+    """Return the section on memory: predicted parts beside the measured peak."""
     ranks = rows_of(doc.get("memory_bytes"))
     if not ranks:
-        why = "Not known: the peak is measured in the first profiled step, or in the first of all where none is."
+        why = "Not known: the peak is measured in the first profiled step, or in the first step if none is profiled."
         return missing("memory", "Memory", why)
     parts: list[Part] = []
     if any(dict_of(row.get(kind)) for row in ranks for kind in ("predicted", "measured")):
-        which = "of the 16 ranks with the highest peaks" if len(ranks) > 16 else "of every rank"
-        caption = f"Two bars {which}: the faint upper one as predicted, the lower one as measured, by part."
+        which = "for each of the 16 ranks with the highest peaks" if len(ranks) > 16 else "per rank"
+        caption = f"Two bars {which}, split by part: the faint upper one is predicted, the lower one measured."
         parts.append(Picture("memory", caption))
     rows = []
     for row in sorted(ranks, key=lambda row: -_peak(row, "measured") or -_peak(row, "predicted"))[:MOST_ROWS]:
@@ -72,12 +72,12 @@ def _memory_lead(ranks: list[dict[str, Any]]) -> str:
     predicted, measured = _peak(worst, "predicted"), _peak(worst, "measured")
     if measured <= 0:
         most = units.size(max(_peak(r, "predicted") for r in ranks))
-        return f"Not measured, which needs {WINDOW}; the plan expects at most {most} a rank."
-    beside = f"; {units.size(predicted)} were predicted" if predicted > 0 else ""
+        return f"Not measured: this needs {WINDOW}. The plan predicts at most {most} per rank."
+    beside = f"; the prediction was {units.size(predicted)}" if predicted > 0 else ""
     where = f"on rank {short(worst.get('rank'), 8)}"
-    lead = f"The highest peak of what is counted is {units.size(measured)} {where}{beside}."
+    lead = f"The highest peak of the counted memory is {units.size(measured)} {where}{beside}."
     if (whole := amount(worst.get("allocated_peak"))) > measured:
-        lead += f" The allocator's own peak there is {units.size(whole)}: temporaries inside a block come on top."
+        lead += f" The allocator's own peak there is {units.size(whole)}: it includes temporaries inside a block."
     return lead
 
 
@@ -86,11 +86,11 @@ def _signed(error: float | None) -> str:
 
 
 def predicted(doc: dict[str, Any]) -> Section:
-    """What the plan said beside what was measured."""
+    """Return the section that compares the plan with what was measured."""
     rows = rows_of(doc.get("predicted"))
     if not rows:
-        why = "Nothing to lay side by side: no measured value has a prediction in plan.json."
-        return missing("predicted", "Predicted beside measured", why)
+        why = "Nothing to compare: no measured value has a prediction in plan.json."
+        return missing("predicted", "Predicted vs. measured", why)
     exact = [row for row in rows if row.get("must_be_equal")]
     known = [
         row for row in exact if number(row.get("predicted")) is not None and number(row.get("measured")) is not None
@@ -98,23 +98,23 @@ def predicted(doc: dict[str, Any]) -> Section:
     wrong = sum(row["predicted"] != row["measured"] for row in known)
     lead = ""
     if wrong:
-        lead = f"{units.count_of(wrong, 'value')} that must be equal {'is' if wrong == 1 else 'are'} not."
+        lead = f"{units.count_of(wrong, 'value')} that must be equal {'differs' if wrong == 1 else 'differ'}."
     elif known:
-        lead = f"All {len(known)} values that must be equal are equal."
+        lead = f"All values that must be equal are equal ({len(known)})."
     parts: list[Part] = []
     estimates = sorted((row for row in rows if row not in exact), key=lambda row: -abs(amount(row.get("error"))))
     parts += _tables(estimates[:12], "Estimates, largest error first", folded=False)
     parts += _tables(estimates[12:], "Other estimates", folded=True)
     parts += _tables(exact, "Must be equal", folded=len(exact) > 12 and not wrong)
-    return Section("predicted", "Predicted beside measured", lead, parts)
+    return Section("predicted", "Predicted vs. measured", lead, parts)
 
 
 def _tables(rows: list[dict[str, Any]], caption: str, folded: bool, most: int = 200) -> list[Table]:
-    """One table, those that differ first; none without rows."""
+    """Return one table, or none without rows; if it is folded or of exact values, rows that differ come first."""
     heads = columns("=what", "predicted", "measured", "error", "=check")
     if folded or caption.startswith("Must"):
         rows = sorted(rows, key=lambda row: row.get("predicted") == row.get("measured"))
-    note = f"{most} of {units.plain(len(rows))}." if len(rows) > most else ""
+    note = f"{most} of {units.plain(len(rows))} rows." if len(rows) > most else ""
     return [Table(caption, heads, [_beside(row) for row in rows[:most]], note, folded)] if rows else []
 
 
@@ -138,7 +138,7 @@ def _beside(row: dict[str, Any]) -> list[Cell]:
 
 
 def _precise(value: Any, row: dict[str, Any]) -> str:
-    """Rounded, but in full where two different values would read alike and must be equal."""
+    """Return a value rounded, but in full where two different values would read alike and must be equal."""
     pair = [row.get("predicted"), row.get("measured")]
     shown = [units.with_unit(x, row.get("unit")) for x in pair]
     if row.get("must_be_equal") and pair[0] != pair[1] and shown[0] == shown[1] and isinstance(value, int):
@@ -147,11 +147,11 @@ def _precise(value: Any, row: dict[str, Any]) -> str:
 
 
 def roofline(doc: dict[str, Any]) -> Section:
-    """Matmuls and attention against the ceiling measured on the device."""
+    """Return the section on matmuls and attention against the ceiling measured on the device."""
     part = dict_of(doc.get("roofline"))
     kernels, ceiling = rows_of(part.get("kernels")), dict_of(part.get("ceiling"))
     if not kernels:
-        why = "Not known: matmuls and attention are measured alone, in this run's shapes, in a profiling window."
+        why = "Not known: matmuls and attention are measured alone, in the shapes of this run, with a profiling window."
         return missing("roofline", "Roofline", why)
     rows = []
     for row in sorted(kernels, key=lambda row: -amount(row.get("seconds")))[:MOST_ROWS]:
@@ -169,8 +169,8 @@ def roofline(doc: dict[str, Any]) -> Section:
     parts: list[Part] = []
     if any(min(amount(row.get(key)) for key in ("flops", "bytes", "flops_per_s")) > 0 for row in kernels):
         caption = (
-            "Each mark is one shape, measured alone: the nearer to the line, the closer to what this device can do; "
-            "left of the knee memory limits, right of it arithmetic."
+            "Each mark is one shape, measured alone: the nearer to the line, the closer to the limit of this device. "
+            "The limit is memory left of the knee, and arithmetic right of it."
         )
         parts.append(Picture("roofline", caption))
     heads = columns("=kernel", "=m × k × n", "batch", "time", "speed", "of the ceiling")
@@ -186,12 +186,12 @@ def roofline(doc: dict[str, Any]) -> Section:
 
 
 def critical_path(doc: dict[str, Any]) -> Section:
-    """What the step's end depended on."""
+    """Return the section on the critical path: the work and messages that decided when the step ended."""
     part = dict_of(doc.get("critical_path"))
     steps = sorted(rows_of(part.get("parts")), key=lambda row: -amount(row.get("s")))
     steps = [row for row in steps if amount(row.get("s")) > 0]
     if not steps:
-        why = "Not known: it is followed backwards through a profiled step of all ranks, with aligned clocks."
+        why = "Not known: tracing it backwards needs a profiled step of all ranks and aligned clocks."
         return missing("critical-path", "Critical path", why)
     total = amount(part.get("step_s")) or sum(amount(row.get("s")) for row in steps)
     rows = []
@@ -208,20 +208,20 @@ def critical_path(doc: dict[str, Any]) -> Section:
         )
     note = f"The 16 longest of {len(steps)}." if len(steps) > 16 else ""
     caption = (
-        "The chain of work and messages that decided when the step ended, by the rank it ran through: only what stands "
-        "here can make the step shorter."
+        "The chain of work and messages that decides when the step ends, by the rank it runs through. Only these parts "
+        "can make the step shorter."
     )
     first = steps[0]
     lead = (
-        f"The step's end hung longest on rank {short(first.get('rank'), 8)}: {palette.label(str(first.get('what')))}, "
-        f"{units.seconds(first.get('s'))} of {units.seconds(total)}."
+        f"Rank {short(first.get('rank'), 8)} dominates the critical path: {palette.label(str(first.get('what')))} "
+        f"takes {units.seconds(first.get('s'))} of {units.seconds(total)}."
     )
     table = Table("Longest parts of the critical path", columns("=rank", "=what", "time", "share"), rows, note)
     return Section("critical-path", "Critical path", lead, [Picture("critical", caption), table])
 
 
 def torch_kernels(doc: dict[str, Any]) -> Section:
-    """Top operators of torch.profiler."""
+    """Return the section on the top operators of torch.profiler."""
     kernels = rows_of(doc.get("torch_kernels"))
     if not kernels:
         why = "Not recorded: `--set profile.torch=true` runs torch.profiler on chosen ranks in the profiling window."
@@ -238,12 +238,12 @@ def torch_kernels(doc: dict[str, Any]) -> Section:
     ]
     heads = columns("=rank", "=action", "#kernel", "time", "calls")
     note = f"The {MOST_ROWS} longest of {len(kernels)}." if len(kernels) > MOST_ROWS else ""
-    caption = "Top kernels by action, as torch.profiler saw them"
+    caption = "Top kernels by action, from torch.profiler"
     return Section("torch-kernels", "Torch kernels", "", [Table(caption, heads, rows, note)])
 
 
 def device_samples(doc: dict[str, Any]) -> Section:
-    """Clocks and power of the devices."""
+    """Return the section on clocks, power and temperature of the devices."""
     samples = rows_of(doc.get("device_samples"))
     if not samples:
         why = "None: clocks, power and temperature are sampled on GPUs only."
@@ -264,7 +264,7 @@ def device_samples(doc: dict[str, Any]) -> Section:
     parts: list[Part] = []
     measured = any(number(row.get(key)) is not None for row in samples for key, _, _ in kinds)
     if measured and any(sample_time(row) is not None for row in samples):
-        caption = "Each line is one device over the run: a falling clock at steady power means that it was throttled."
+        caption = "Each line is one device over the run: a falling clock at steady power means throttling."
         parts.append(Picture("samples", caption))
     note = f"The first {MOST_ROWS} of {units.plain(len(by_rank))} ranks." if len(by_rank) > MOST_ROWS else ""
     heads = columns("=rank", "samples", *(name for _, name, _ in kinds))
@@ -273,16 +273,16 @@ def device_samples(doc: dict[str, Any]) -> Section:
 
 
 def sample_time(row: dict[str, Any]) -> float | None:
-    """Seconds since the run began on that rank."""
+    """Return the seconds since the run began on the sample's rank, or None."""
     ns = number(row.get("at_ns"))
     return number(row.get("at_s")) if ns is None else ns / 1e9
 
 
 def accounting(doc: dict[str, Any]) -> Section:
-    """Was what was issued what the plan declares?"""
+    """Return the section on whether the issued calls match the plan."""
     part = dict_of(doc.get("accounting"))
     if not part:
-        why = "Not known: the event files end without the ledger's verdict, so the run may still be going on."
+        why = "Not known: the event files end without the ledger's verdict, so the run may still be in progress."
         return missing("accounting", "Accounting", why)
     differences = rows_of(part.get("differences"))
     parts: list[Part] = []
@@ -301,17 +301,17 @@ def accounting(doc: dict[str, Any]) -> Section:
         ]
         heads = columns("=rank", "step", "=inside", "=axis", "=operation", "payload", "calls|issued minus declared")
         note = f"The first {MOST_ROWS} of {len(differences)}." if len(differences) > MOST_ROWS else ""
-        caption = "Calls that were issued and not declared (+), or declared and not issued (-)"
+        caption = "Calls issued but not declared (+), or declared but not issued (-)"
         parts.append(Table(caption, heads, rows, note))
     lines = [str(line) for line in list_of(part.get("lines"))]
     parts += [Note(line, "bad" if part.get("exact") is not True else "plain") for line in lines[:MOST_ROWS]]
     if part.get("exact") is True:
-        exact = "Every call and every byte that was issued is declared in the plan, and the other way round."
+        exact = "Every issued call and byte is declared in the plan, and vice versa."
         parts.insert(0, Note(exact, "good"))
         return Section("accounting", "Accounting", "", parts)
     if not parts:
-        unknown = "Not known: the run has not ended on all ranks, or not all ranks' files were read."
-        known = "Where it differs was not recorded."
+        unknown = "Not known: the run has not ended on all ranks, or the files of some ranks were not read."
+        known = "The differences were not recorded."
         parts.append(Note(known if part.get("exact") is False else unknown, "missing"))
-    lead = sentence("What was issued differs from what the plan declares." if part.get("exact") is False else "")
+    lead = sentence("The issued calls differ from those that the plan declares." if part.get("exact") is False else "")
     return Section("accounting", "Accounting", lead, parts)

@@ -1,13 +1,13 @@
-"""Who made whom wait, and who was the cause.
+"""Find which rank kept which waiting, and which rank was the cause.
 
 The rank that issues last keeps the others waiting, but it may itself have been kept waiting before. Every rank carries
-the delays it has suffered in a step, by cause. When a rank waits for another, the wait is charged first to the delays
-that the other one has suffered and it has not (in proportion), and only what is left to the other one itself.
+the delays that it suffered in a step, by cause. When a rank waits for another, the wait is charged first to the delays
+that the other one suffered and it did not (in proportion), and only the rest to the other one itself.
 
     rank 2 sleeps 40 ms;  its tp partner 3 waits 40 ms for it;  in the next reduction rank 0 waits 40 ms for rank 3:
     both waits are rank 2's.
 
-Waits in a pipeline's receive pass delays on, but are bubble and no charge; see `pipeline`.
+Waits in a pipeline's receive pass delays on, but are bubble and are not charged; see pipeline.py.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dist_gpt.report.budget import Blocked, Budget
 from dist_gpt.report.match import Calls, Meetings
 
 LEAST_SHARE = 1e-4
-"""Waits shorter than this share of a step are charged to the rank that came last: who delayed it does not matter."""
+"""Waits of up to this share of a step are charged to the rank that came last, without looking for what delayed it."""
 PERSISTENT = 0.7
-"""A rank that is the worst cause in this share of the steps is no accident."""
+"""Smallest share of the steps at which a rank that is their worst cause is called persistent."""
 SLOW = 1.05
 MOST_RANKS = 64
-"""Rows of the matrix; more ranks are summed in blocks of neighbours."""
+"""Most rows of the matrix; more ranks are summed in blocks of neighbours."""
 _RECV = OPS.index("recv")
 Causes = dict[int, float]
 
 
 @dataclass
 class Charges:
-    """ns by (cause, victim), by (cause, step) and by (cause, axis); and who came last how often."""
+    """Waiting in ns by (cause, victim), by (cause, step), by (cause, axis), and by the rank that came last."""
 
     pairs: dict[tuple[int, int], float] = field(default_factory=lambda: defaultdict(float))
     steps: dict[tuple[int, int], float] = field(default_factory=lambda: defaultdict(float))
@@ -43,12 +43,13 @@ class Charges:
     last: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, cause: int, victim: int, step: int, axis: str, ns: float) -> None:
+        """Charge `ns` that `victim` waited to `cause`."""
         self.pairs[cause, victim] += ns
         self.steps[cause, step] += ns
         self.axes[cause, axis] += ns
 
     def caused(self) -> dict[int, float]:
-        """ns by cause."""
+        """Return the ns of waiting by cause."""
         total: dict[int, float] = defaultdict(float)
         for (cause, _), ns in self.pairs.items():
             total[cause] += ns
@@ -56,7 +57,7 @@ class Charges:
 
 
 def charge(calls: Calls, meetings: Meetings, stood: Blocked, budget: Budget) -> Charges:
-    """Charge every wait of the window, in the order in which the last member came."""
+    """Charge every wait of the window, in the order in which the last members came."""
     charges = Charges()
     lost = np.where(calls.op == _RECV, stood.bubble, stood.wait)
     least = LEAST_SHARE * float(budget.wall[budget.wall > 0].mean()) if (budget.wall > 0).any() else 0.0
@@ -97,9 +98,9 @@ def _charge_short(charges: Charges, calls: Calls, meetings: Meetings, rows: np.n
 
 
 def _causes(theirs: Causes, mine: Causes, culprit: int, ns: float, victim: int) -> Causes:
-    """`ns` that `victim` waited for `culprit`, by cause.
+    """Return the `ns` that `victim` waited for `culprit`, by cause.
 
-    Not by what the victim itself did to the culprit: it has lost that time first, so it makes it wait for nobody.
+    Delays of the culprit that the victim caused do not count: the victim lost that time first, so they cost it no wait.
     """
     inherited = {c: d - mine.get(c, 0.0) for c, d in theirs.items() if c != victim and d > mine.get(c, 0.0)}
     total = sum(inherited.values())
@@ -110,7 +111,7 @@ def _causes(theirs: Causes, mine: Causes, culprit: int, ns: float, victim: int) 
 
 
 def document(charges: Charges, budget: Budget, computing: np.ndarray) -> dict[str, Any]:
-    """The `stragglers` of a report. `computing`: ns by (rank, step) in which a rank computed, descheduled or not."""
+    """Return the `stragglers` of a report. `computing`: ns by (rank, step) of computing, descheduled or not."""
     steps = max(1, len(budget.steps))
     ranks = budget.ranks
     block = -(-len(ranks) // MOST_RANKS)
@@ -149,7 +150,7 @@ def document(charges: Charges, budget: Budget, computing: np.ndarray) -> dict[st
 
 
 def _worst_share(charges: Charges, budget: Budget, rank: int) -> float:
-    """Share of the steps in which `rank` caused more waiting than any other."""
+    """Return the share of the steps in which `rank` caused more waiting than any other."""
     worst: dict[int, tuple[float, int]] = {}
     for (cause, step), ns in charges.steps.items():
         worst[step] = max(worst.get(step, (0.0, -1)), (ns, cause))

@@ -1,4 +1,4 @@
-"""report.md, and the lines that `dist-gpt report` and the end of a run print."""
+"""Write report.md, and the lines that `dist-gpt report` and the end of a run print."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WIDTH, MOST_LINES = 108, 40
 
 
 def markdown(doc: dict[str, Any], compare: dict[str, Any] | None = None) -> str:
-    """The report as Markdown; pictures are links to figures/*.svg beside it."""
+    """Return the report as Markdown; pictures are links to figures/*.svg beside it."""
     doc, compare = clean(doc), clean(compare) if compare else None
     verdict = dict_of(doc.get("verdict"))
     blocks = [f"# {_inline(doc.get('name') or 'run')}: where the time went"]
@@ -46,13 +46,13 @@ def markdown(doc: dict[str, Any], compare: dict[str, Any] | None = None) -> str:
     blocks.append(f"Cost of profiling: {_inline(profiling_cost(doc))}")
     if problems := list_of(doc.get("problems")):
         lines = [f"- {_inline(problem)}" for problem in problems[:50]]
-        blocks.append("Missing or wrong in what this report was made from:\n\n" + "\n".join(lines))
+        blocks.append("Problems in the data of this report:\n\n" + "\n".join(lines))
     for section in sections(doc, compare):
         blocks += _section(section)
     return "\n\n".join(blocks) + "\n"
 
 
-NO_VERDICT = "No verdict could be reached from what this run recorded."
+NO_VERDICT = "No verdict: the records of this run are not sufficient."
 
 
 def _section(section: Section) -> list[str]:
@@ -91,9 +91,9 @@ def _rows(rows: list[list[str]]) -> str:
 
 
 def _inline(value: Any) -> str:
-    """Text that means nothing to Markdown; backticks keep their meaning, but HTML cannot get in."""
+    """Return text escaped for Markdown; backticks keep their meaning, but HTML cannot get in."""
     flat = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
-    parts = re.split(r"(`[^`]+`)", flat)  # every second one is code, in which a table's bar alone means something
+    parts = re.split(r"(`[^`]+`)", flat)  # every second part is code, in which only a table's bar is special
     parts[::2] = [re.sub(r"([\\*\[\]|$])", r"\\\1", part) for part in parts[::2]]
     parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]
     return "".join(parts)
@@ -103,7 +103,7 @@ def _inline(value: Any) -> str:
 
 
 def terminal(doc: dict[str, Any]) -> str:
-    """20 to 40 lines, at most 110 columns: the verdict, the mean step as bars, and what each section found."""
+    """Return 20 to 40 lines of at most 110 columns: the verdict, the mean step as bars, each section's finding."""
     doc = clean(doc)
     verdict = dict_of(doc.get("verdict"))
     lines = _wrapped("", _opening(doc), 2) + [""]
@@ -117,7 +117,7 @@ def terminal(doc: dict[str, Any]) -> str:
     problems = [str(problem) for problem in list_of(doc.get("problems"))]
     for problem in problems[:3]:
         lines += _wrapped("Problem  ", problem, 2)
-    lines += [f"         and {len(problems) - 3} more problems"] if len(problems) > 3 else []
+    lines += [f"         and {units.count_of(len(problems) - 3, 'more problem')}"] if len(problems) > 3 else []
     lines += _findings(doc, MOST_LINES - len(lines) - 2)
     cost = _wrapped("Cost of profiling  ", profiling_cost(doc), 2)
     return "\n".join(line.rstrip() for line in (lines + cost)[:MOST_LINES]) + "\n"
@@ -129,7 +129,7 @@ def _opening(doc: dict[str, Any]) -> str:
 
 
 def _bars(doc: dict[str, Any], most: int = 8) -> list[str]:
-    """The largest parts of the mean step, as bars."""
+    """Return the largest parts of the mean step as lines with bars."""
     shares = sorted(budget_shares(doc), key=lambda part: -part[2])
     if not shares:
         return _wrapped("Budget  ", "not known: splitting a step needs a profiling window and all event files.", 2) + [
@@ -160,7 +160,7 @@ def _top_collectives(doc: dict[str, Any]) -> list[str]:
 
 
 def _findings(doc: dict[str, Any], room: int) -> list[str]:
-    """What leads each section, or what it says instead, as far as there is room."""
+    """Return the lead of each section, or else its first note, as far as there is room."""
     wanted = ("stragglers", "pipeline", "memory", "predicted", "accounting", "overlap", "critical-path")
     found = {section.id: section for section in sections(doc)}
     lines: list[str] = []
@@ -174,7 +174,7 @@ def _findings(doc: dict[str, Any], room: int) -> list[str]:
 
 
 def _wrapped(head: str, text: str, most: int) -> list[str]:
-    """`text` behind `head`, in at most `most` lines."""
+    """Return `text` after `head`, wrapped to at most `most` lines."""
     flat = units.glued(" ".join(text.split()))
     wrapper = textwrap.TextWrapper(
         WIDTH, initial_indent=head, subsequent_indent=" " * len(head), max_lines=most, placeholder=" …"

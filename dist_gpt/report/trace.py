@@ -1,17 +1,17 @@
-"""trace.json.gz: the profiled steps for Perfetto, chrome://tracing and analysers of torch.profiler traces.
+"""Write trace.json.gz: the profiled steps for Perfetto, chrome://tracing and analysers of torch.profiler traces.
 
-One process per rank, and in it lanes in which nothing overlaps (in `steps` it nests):
+Each rank is a process, with lanes in which nothing overlaps (in `steps` events nest):
 
-    steps      ProfilerStep#12, in it the entries of the step list, in them the calls that issue something
-    compute    what the rank computed, by entry; where it was blocked there is a gap
-    blocked    that gap: waiting for the last member, transfer, woken late, named like the budget's categories
-    tp, pp ..  every collective and message of an axis, from issue to end (`tp 2` for those under way at the same time)
+    steps      ProfilerStep#12, in it the entries of the step list, in these the calls that issue something
+    compute    what the rank computed, by entry; with gaps where it was blocked
+    blocked    those gaps: waiting for the last member, transfer, woken late, named like the budget's categories
+    tp, pp ..  every collective and message of an axis, from issue to end (`tp 2` for concurrent ones)
 
-and the bytes under way as a counter. Arrows go from SEND to RECV. Collectives carry what torch.profiler (Kineto)
+and with the bytes in flight as a counter. Arrows go from SEND to RECV. Collectives carry what torch.profiler (Kineto)
 writes for NCCL kernels, names included, whatever the backend was: HTA, PARAM and TraceLens look for exactly that. They
 read one file per rank, which `write_trace(..., ranks=[r])` makes.
 
-Written as a stream in a fixed order with no date inside: the same run gives the same bytes.
+The file is written as a stream in a fixed order and holds no date: the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 from dist_gpt.events import OPS
 from dist_gpt.report.nccl import Call, Nccl, calls_at
 from dist_gpt.report.replay import LATE, flatten
+from dist_gpt.report.units import count_of
 
 if TYPE_CHECKING:
     from dist_gpt.report.clocks import Clocks
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
     from dist_gpt.report.match import Calls, Meetings
 
 MAX_RANKS, MAX_ROWS = 64, 60_000
-"""More of either is left out, and `otherData` says so: viewers give up on files of gigabytes."""
+"""Most ranks and rows in a trace, since viewers fail on gigabytes; `otherData` says what is left out."""
 STEPS, COMPUTE, BLOCKED, FIRST_AXIS = 0, 1, 2, 10
-"""Lanes (tids); axes follow in their order, `LANES` apart."""
+"""Lanes (tids); those of the axes follow in order, `LANES` apart."""
 LANES = 16
-"""Most lanes of one axis; what would need another one is left out and counted."""
+"""Most lanes of one axis; calls that would need another one are left out and counted."""
 ARROWS = frozenset({"pp"})
 BUFFER_BYTES = 1 << 20
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
@@ -62,11 +63,11 @@ def write_trace(
     steps: Sequence[int] | None = None,
     arrows: frozenset[str] = ARROWS,
 ) -> dict[str, int]:
-    """Write the trace; returns {events, bytes}, the latter as compressed.
+    """Write the trace; return {events, bytes}, the latter compressed.
 
-    `extra` are finished events (`kineto.lanes`), in microseconds since the clocks' origin. `ranks` and `steps` default
-    to whole replicas of the model and to all profiled steps, as many as the caps allow. `arrows`: axes whose meetings
-    are joined by arrows.
+    `extra` are finished events (`kineto.read(...).lanes`), in microseconds since the clocks' origin. `ranks` and
+    `steps` default to whole replicas of the model and to all profiled steps, as many as the limits allow. `arrows`:
+    axes whose meetings are joined by arrows.
     """
     chosen = list(ranks) if ranks is not None else _choose_ranks(run)
     wanted = list(steps) if steps is not None else _choose_steps(run, chosen)
@@ -88,13 +89,13 @@ def write_trace(
 
 
 def _choose_ranks(run: Run) -> list[int]:
-    """At most MAX_RANKS that recorded something: replica after replica, so that messages have both of their ends."""
+    """Return at most MAX_RANKS that recorded something, replica by replica, so that messages have both their ends."""
     at = {rank: run.layout.coords(rank) for rank in run.ranks}
     return sorted(sorted(at, key=lambda rank: (at[rank].dp, at[rank].cp, rank))[:MAX_RANKS])
 
 
 def _choose_steps(run: Run, ranks: list[int]) -> list[int]:
-    """The first profiled steps, at most MAX_ROWS rows of the chosen ranks."""
+    """Return the first profiled steps, at least one and at most MAX_ROWS rows of the chosen ranks."""
     rows: dict[int, int] = {}
     for rank in ranks:
         log = run.ranks[rank]
@@ -113,7 +114,7 @@ def _choose_steps(run: Run, ranks: list[int]) -> list[int]:
 
 
 def _shown(calls: Calls, meetings: Meetings, rank: int, steps: list[int]) -> list[Call]:
-    """A rank's calls in the chosen steps, by time of issue."""
+    """Return a rank's calls in the chosen steps, by time of issue."""
     where = calls.of(rank)
     rows = np.arange(where.start, where.stop)[np.isin(calls.step[where], steps)]
     return calls_at(calls, meetings, rows[np.argsort(calls.issue[rows], kind="stable")])
@@ -125,14 +126,14 @@ def _encode(event: dict[str, Any]) -> bytes:
 
 @dataclass
 class _Lane:
-    """A lane of an axis that is in use until `end`."""
+    """Lane of an axis, in use until `end`."""
 
     tid: int
     end: int = -(1 << 62)
 
 
 class _Part(NamedTuple):
-    """Whose time it is: an entry's, by position, or that of a call, issuing or waiting."""
+    """Owner of a piece of time: an entry, by position, or a call that issues or waits."""
 
     entry: int = -1
     call: Call | None = None
@@ -140,8 +141,10 @@ class _Part(NamedTuple):
 
 
 class _Writer:
-    """Makes the events of the chosen ranks and steps. Times in ns since the trace's zero: the clocks' origin, or the
-    first event where one lies before it."""
+    """Maker of the events of the chosen ranks and steps.
+
+    Times are ns since the trace's zero: the clocks' origin, or the first event if that lies before it.
+    """
 
     def __init__(
         self,
@@ -164,18 +167,18 @@ class _Writer:
         self.tid = {rank: self._place(rank) for rank in ranks}  # rank -> row -> tid
 
     def moved(self, events: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-        """Events in microseconds since the clocks' origin; what lies before the trace's zero is left out."""
+        """Yield events in microseconds since the clocks' origin, shifted to the trace's zero, without earlier ones."""
         for event in events:
             moment = round(event.get("ts", 0.0) - self.zero / 1000, 3)
             if moment >= 0:
                 yield _encode({**event, "ts": moment})
 
     def _starts(self) -> list[int]:
-        """Of every rank, the start of its first chosen step."""
+        """Return the start of every rank's first chosen step."""
         return [start for rank in self.ranks for _, start, _ in self._step_facts(rank)[:1]]
 
     def _place(self, rank: int) -> dict[int, int]:
-        """Which lane each call is in, such that no two of a lane overlap; an axis' lanes are used from the first on."""
+        """Return each call's lane (row -> tid), such that no two in a lane overlap; lanes fill from the first on."""
         names = {STEPS: "steps", COMPUTE: "compute", BLOCKED: "blocked"}
         lanes: dict[str, list[_Lane]] = {axis: [] for axis in self.axes}
         placed = {}
@@ -196,7 +199,7 @@ class _Writer:
     # --- header and names ------------------------------------------------------------------------------------------
 
     def header(self) -> bytes:
-        """Everything but the events, with the blanks that HTA's search for the rank expects."""
+        """Return everything but the events, with the spaces that HTA's search for the rank expects."""
         first = self.run.ranks[self.ranks[0]].header if self.ranks else {}
         backend, rank = first.get("backend") or "", self.ranks[0] if self.ranks else 0
         head = {
@@ -210,14 +213,14 @@ class _Writer:
         return (json.dumps(head)[:-1] + ', "traceEvents": [').encode("ascii")
 
     def _base_ns(self) -> int:
-        """Unix time of the trace's zero, as Kineto has it; 0 where rank 0 did not tell."""
+        """Return the Unix time of the trace's zero in ns, as Kineto has it; 0 if rank 0 did not record it."""
         log = self.run.ranks.get(0)
         if log is None or log.header.get("unix_s") is None:
             return 0
         return round(log.header["unix_s"] * 1e9) + self.zero + self.clocks.origin - log.header["base_ns"]
 
     def _other(self) -> dict[str, str]:
-        """What is in the file, and what is not."""
+        """Return a summary of what is in the file and what is left out."""
         profiled = {int(step) for log in self.run.ranks.values() for step in np.unique(log.spans[:, 0])}
         lost = sum(map(len, self.calls.values())) - sum(map(len, self.tid.values()))
         left_out = []
@@ -226,7 +229,7 @@ class _Writer:
         if missing := sorted(profiled - set(self.steps)):
             left_out.append(f"steps {', '.join(map(str, missing))}")
         if lost:
-            left_out.append(f"{lost} calls beyond {LANES} at the same time on one axis")
+            left_out.append(f"{count_of(lost, 'call')} beyond {LANES} at the same time on one axis")
         return {
             "producer": "dist_gpt",
             "run": self.run.config.name,
@@ -236,7 +239,7 @@ class _Writer:
         }
 
     def names(self) -> Iterator[bytes]:
-        """Metadata: what processes and lanes are called, and their order."""
+        """Yield the metadata: names and order of processes and lanes."""
         for rank in self.ranks:
             host = self.run.ranks[rank].header.get("host")
             title = f"rank {rank} ({self.run.layout.coords(rank)})" + (f" on {host}" if host else "")
@@ -257,7 +260,7 @@ class _Writer:
         return _encode({"ph": "X", "cat": cat, "name": name, "pid": rank, "tid": tid, **times, "args": args})
 
     def rank_events(self, rank: int) -> Iterator[bytes]:
-        """Steps and entries, computing, blocked times, collectives, bytes under way, samples of the device."""
+        """Yield a rank's steps, entries, computing, blocked times, collectives, bytes in flight and device samples."""
         for step, start, end in self._step_facts(rank):
             yield self._event(f"ProfilerStep#{step}", "user_annotation", rank, STEPS, start, end, {"step": step})
         yield from self._own_time(rank)
@@ -272,7 +275,7 @@ class _Writer:
         yield from self._samples(rank)
 
     def _step_facts(self, rank: int) -> list[tuple[int, int, int]]:
-        """(step, start, end) of the chosen training steps; none overlaps the next."""
+        """Return (step, start, end) of the chosen training steps; none overlaps the next."""
         facts = []
         for fact in self.run.ranks[rank].steps:
             if fact["phase"] == "train" and fact["step"] in self.steps and fact.get("start_ns") is not None:
@@ -286,7 +289,7 @@ class _Writer:
         ]
 
     def _own_time(self, rank: int) -> Iterator[bytes]:
-        """The entries of the step list; what the rank computed in them, and where it was blocked."""
+        """Yield the entries of the step list, what the rank computed in them, and where it was blocked."""
         log: RankLog = self.run.ranks[rank]
         spans = log.spans[np.isin(log.spans[:, 0], self.steps)]
         steps = self.run.plan_of(rank).steps
@@ -316,7 +319,7 @@ class _Writer:
             yield self._event(name, cat, rank, COMPUTE, piece.start, piece.end, {**args, **device})
 
     def _blocked(self, rank: int, call: Call, issuing: bool, start: int, end: int) -> Iterator[bytes]:
-        """A blocked time, cut where the last member came and where the meeting was over for this rank."""
+        """Yield a blocked time, cut where the last member came and where the meeting was over for this rank."""
         axis = self.channels[call.gid][0]
         args = {"op": OPS[call.op], "axis": axis, "payload bytes": call.payload, "came last": call.culprit}
         transfer = f"transfer.{axis}"
@@ -331,7 +334,7 @@ class _Writer:
                 yield self._event(name, "blocked", rank, BLOCKED, begin, until, args)
 
     def _under_way(self, rank: int) -> Iterator[bytes]:
-        """A counter: bytes of collectives and messages between issue and end."""
+        """Yield a counter of the bytes of collectives and messages between issue and end."""
         changes: dict[int, int] = {}
         for call in self.calls[rank]:
             for moment, change in ((call.issue, call.payload), (call.end, -call.payload)):
@@ -343,7 +346,7 @@ class _Writer:
                 yield self._counter("bytes under way", rank, moment, {"bytes": level})
 
     def _samples(self, rank: int) -> Iterator[bytes]:
-        """Counters: clock, power and temperature of a GPU."""
+        """Yield counters of a GPU's clock, power and temperature."""
         names = {"sm_clock_hz": "SM clock (Hz)", "power_w": "power (W)", "temperature_c": "temperature (C)"}
         samples = self.run.ranks[rank].samples
         moments = self.clocks.to_origin(rank, np.array([s["at_ns"] for s in samples], dtype=np.int64)).tolist()
@@ -360,7 +363,7 @@ class _Writer:
     # --- arrows ------------------------------------------------------------------------------------------------------
 
     def arrow_events(self) -> Iterator[bytes]:
-        """From the member that came last, of a message from the sender, to the end of every other one."""
+        """Yield arrows from the member that came last (of a message, the sender) to the end of every other one."""
         met: dict[int, list[tuple[int, Call]]] = {}
         for rank, found in self.calls.items():
             for call in found:
@@ -373,7 +376,7 @@ class _Writer:
                 continue
             name = f"{self.channels[source[1].gid][0]} {OPS[source[1].op]}"
             for k, (rank, call) in enumerate(m for m in members if m is not source):
-                # Inside of the slice that it points at: viewers bind an arrow to the slice around its end.
+                # Just inside the slice that it points at: viewers bind an arrow to the slice around its end.
                 end = max(call.issue, call.end - 1, source[1].issue)
                 identity = f"{meeting}.{k}"
                 yield self._arrow("s", name, identity, source[0], self.tid[source[0]][source[1].row], source[1].issue)

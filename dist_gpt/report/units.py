@@ -1,4 +1,4 @@
-"""Numbers for people: 12.3 ms, 4.5 MB, 31 %. Three digits, SI prefixes (1 kB = 1000 B), a dash for None."""
+"""Format numbers for reading: 12.3 ms, 4.5 MB, 31 %. Three digits, SI prefixes (1 kB = 1000 B), a dash for None."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMGTP]?B|[mµn]?s|points|[kMGTP]?FLOP/s)(?
 
 
 def glued(text: str) -> str:
-    """Numbers tied to their units by a space at which no line ends."""
+    """Return text with a no-break space between each number and its unit."""
     return _UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float, or None for everything else (a flag is no number)."""
+    """Return `value` as a finite float, or None for anything else (a bool is no number)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -27,12 +27,12 @@ def number(value: Any) -> float | None:
 
 
 def amount(value: Any) -> float:
-    """`value` as a finite float, 0 for everything else."""
+    """Return `value` as a finite float, or 0 for anything else."""
     return number(value) or 0.0
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """Plain decimal notation with at most `significant` digits; thousands grouped: 1,234."""
+    """Return decimal notation rounded to `significant` digits or to a whole number, thousands grouped: 1,234."""
     if value == 0:
         return "0"
     places = significant - 1 - math.floor(math.log10(abs(value)))
@@ -45,7 +45,7 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def plain(value: Any) -> str:
-    """A count or a ratio: 12, 3.5, 12,345; whole numbers in full up to 9,999,999."""
+    """Return a count or a ratio as text: 12, 3.5, 12,345; whole numbers in full up to 9,999,999."""
     x = number(value)
     if x is None:
         return NONE
@@ -58,7 +58,7 @@ def plain(value: Any) -> str:
 
 
 def scaled(value: Any, unit: str) -> str:
-    """With an SI prefix from k to E: 4.5 MB, 120 GB/s, 41.3 TFLOP/s."""
+    """Return a value with an SI prefix from k to E: 4.5 MB, 120 GB/s, 41.3 TFLOP/s."""
     x = number(value)
     if x is None:
         return NONE
@@ -70,22 +70,22 @@ def scaled(value: Any, unit: str) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes."""
+    """Return a number of bytes as text: 4.5 MB."""
     return scaled(value, "B")
 
 
 def rate(value: Any) -> str:
-    """Bytes per second."""
+    """Return a number of bytes per second as text: 120 GB/s."""
     return scaled(value, "B/s")
 
 
 def flops(value: Any) -> str:
-    """FLOPs per second."""
+    """Return a number of FLOPs per second as text: 41.3 TFLOP/s."""
     return scaled(value, "FLOP/s")
 
 
 def time_unit(largest: float) -> tuple[float, str]:
-    """Factor and name of the unit in which times up to `largest` seconds read well."""
+    """Return factor and name of the unit in which times up to `largest` seconds read well."""
     for limit, factor, name in ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (1e-6, 1e6, "µs")):
         if largest >= limit:
             return factor, name
@@ -93,7 +93,7 @@ def time_unit(largest: float) -> tuple[float, str]:
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """Bytes in the unit in which sizes up to `largest` read well, and its name."""
+    """Return size in bytes and name of the unit in which sizes up to `largest` bytes read well."""
     for power, name in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
         if largest >= 10**power:
             return 10.0**power, name
@@ -101,7 +101,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 
 def seconds(value: Any) -> str:
-    """12.3 ms; from two minutes on 2 min 20 s, from an hour on 1 h 12 min."""
+    """Return a duration as text: 12.3 ms; from two minutes on 2 min 20 s, from an hour on 1 h 12 min."""
     x = number(value)
     if x is None:
         return NONE
@@ -120,7 +120,7 @@ def seconds(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """A share: 31 %, 4.2 %, 0.03 %."""
+    """Return a share as text: 31 %, 4.2 %, 0.03 %."""
     x = number(value)
     if x is None:
         return NONE
@@ -134,13 +134,13 @@ def percent(value: Any) -> str:
 
 
 def points(value: Any) -> str:
-    """A difference of shares, in points of a hundred."""
+    """Return a difference of shares in percentage points: 12 points."""
     x = number(value)
     return NONE if x is None else f"{digits(100 * x, 2) if abs(x) < 0.1 else round(100 * x)} points"
 
 
 def binary(value: Any) -> str:
-    """Bytes that are a power of two, as one says it: 64 KiB; else as `size`."""
+    """Return bytes that are a power of two in binary units, 64 KiB, and others as `size` does."""
     x = number(value)
     if x is None:
         return NONE
@@ -151,7 +151,7 @@ def binary(value: Any) -> str:
 
 
 def with_unit(value: Any, unit: Any) -> str:
-    """A value whose unit is only known at run time: s, B, B/s, FLOP/s, share, or any other word."""
+    """Return a value whose unit is known only at run time: s, B, B/s, FLOP/s, share, or any other word."""
     known = {
         "s": seconds, "B": size, "bytes": size, "B/s": rate, "FLOP/s": flops, "flops/s": flops, "flops_per_s": flops,
         "share": percent, "%": percent, "fraction": percent, "": plain, "1": plain, "ratio": plain, "calls": plain,
@@ -168,5 +168,5 @@ def with_unit(value: Any, unit: Any) -> str:
 
 
 def count_of(n: int, one: str, many: str | None = None) -> str:
-    """1 rank, 8 ranks."""
+    """Return a count with its noun: 1 rank, 8 ranks."""
     return f"{plain(n)} {one if n == 1 else many or one + 's'}"

@@ -1,4 +1,4 @@
-"""One line that says what a run spent its time on, why, and what to try next."""
+"""State in one line what a run is bound by, with the reason and what to try next."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from typing import Any
 from dist_gpt.events import TRAIN
 from dist_gpt.report.headline import step_times
 from dist_gpt.report.load import Run
-from dist_gpt.report.units import percent
+from dist_gpt.report.units import count_of, percent
 from dist_gpt.skips import Skipped
 
 BOUND = 0.10
-"""A loss smaller than this share of the step is not what a run is bound by."""
+"""Smallest share of the step at which a loss counts as what a run is bound by."""
 NEARLY_ALL = 0.9
 BLAMED = 0.5
-"""A rank is named as the cause when so much of an axis' waiting is its."""
+"""Smallest share of an axis' waiting at which the rank that caused it is named."""
 AXES = {
     "tp": "tensor-parallel", "data": "data-parallel", "dp": "data-parallel", "pp": "pipeline", "cp": "context-parallel",
     "shard": "state-sharding", "replica": "state-replica", "embed": "tied-embedding", "world": "loss and norm",
 }  # fmt: skip
 DATA = "data loading"
-"""The loss; `data` is the axis."""
+"""Name of this loss, since `data` is the axis."""
 NEXT = {
     "tp": "try a smaller parallel.tp (more dp or pp), keep a tp group inside one node, or a larger micro-batch",
-    "data": "try smaller buckets (optim.bucket_mb), so that reductions hide under the backward, or larger batches",
-    "shard": "try larger micro-batches, or a stage that moves less (optim.sharding, optim.reshard: step)",
-    "replica": "try larger batches: what nodes exchange once a step does not grow with them",
+    "data": "try smaller buckets (optim.bucket_mb), so that reductions overlap with the backward, or larger batches",
+    "shard": "try larger micro-batches, or a sharding that moves fewer bytes (optim.sharding, optim.reshard: step)",
+    "replica": "try larger batches: the traffic between nodes, once a step, does not grow with them",
     "pp": "try larger micro-batches, fewer pipeline stages, or stages on one node",
     "cp": "try a smaller parallel.cp or longer sequences",
-    "embed": "untie the embeddings, or look at the stages at both ends of the pipeline",
-    "world": "look at the rank that comes last: this collective carries 24 bytes",
-    "descheduled": "use as many ranks x threads as there are cores (OMP_NUM_THREADS), and look who else computes here",
+    "embed": "untie the embeddings, or look at the first and the last pipeline stage",
+    "world": "look at the rank that comes last: this collective carries only 24 bytes",
+    "descheduled": "use as many ranks x threads as there are cores (OMP_NUM_THREADS), and check for other jobs on this "
+    "machine",
     DATA: "read from a faster disk, or prepare the tokens beforehand",
     "unexplained": "the host is slow between entries of the step list: look at a torch.profiler window (profile.torch)",
 }
 
 
 def losses(budget_s: dict[str, float]) -> dict[str, float]:
-    """Seconds of a step that are not computing, by what would fix them: an axis with its waiting and its transfers."""
+    """Return the seconds of a step not spent computing, by what would fix them; an axis has its waits and transfers."""
     found: dict[str, float] = {}
     for name, seconds in budget_s.items():
         if "." in name:
@@ -51,7 +52,7 @@ def losses(budget_s: dict[str, float]) -> dict[str, float]:
 
 @dataclass
 class Verdict:
-    """`share` and `wait_share` are of the step; `culprit` is the rank that causes most of the loss, where one does."""
+    """Verdict on a run. Shares are of the step; `culprit` is the rank that causes most of the loss, if one does."""
 
     line: str
     why: str
@@ -69,7 +70,7 @@ def verdict(
     collectives: list[dict[str, Any]],
     pipeline: dict[str, Any] | None,
 ) -> Verdict:
-    """Return the largest loss of the step, with the reason and what to try."""
+    """Return the verdict: the largest loss of the step, with the reason and what to try."""
     wall = sum(budget_s.values())
     lost = losses(budget_s)
     worst = max(lost, key=lambda name: lost[name], default=None)
@@ -80,7 +81,7 @@ def verdict(
     share = lost[worst] / wall
     if share < BOUND:
         compute = 1 - sum(lost.values()) / wall
-        why = f"the largest loss is {_named(worst)} with {percent(share)}"
+        why = f"the largest loss is {_named(worst)}, {percent(share)} of the step"
         advice = "make matmuls larger or faster (see the roofline)"
         return Verdict(f"bound by computing: {percent(compute)} of the step", why, advice, "compute", compute)
     if worst in AXES:
@@ -88,28 +89,28 @@ def verdict(
     why, advice, culprit = _reason(run, worst, pipeline)
     line = f"bound by {_named(worst)}: {percent(share)} of the step"
     if culprit is not None:
-        line += f", most of it for rank {culprit}"
+        line += f", most of it waiting for rank {culprit}"
     return Verdict(line, why, advice, "data" if worst == DATA else worst, share, None, culprit)
 
 
 def with_skipped_steps(run: Run, said: Verdict) -> Verdict:
-    """Return the verdict on a run's time with what its skipped steps, which take time like any other, add to it.
+    """Return the verdict on a run's time with its skipped steps, which take time like any other, added to it.
 
     They come first if they made the run fail, and last if they are ordinary.
     """
     skipped = Skipped.of(run.metrics)
     if skipped.failed:
         trained = f"{skipped.steps - skipped.count} of {skipped.steps} steps changed the weights"
-        why = f"{trained}. Time is spent in skipped steps too: {said.line}; {said.why}"
+        why = f"{trained}. Skipped steps take time too: {said.line}; {said.why}"
         line = f"{skipped.text()}: the run failed" if run.failed else skipped.text()
         return replace(said, line=line, why=why, next=skipped.change)
     return replace(said, why=f"{said.why}. {skipped.text()}") if skipped.count else said
 
 
 def _without_window(run: Run) -> Verdict:
-    """From the counters that are always on: how long each axis blocked a rank, mean over ranks and steps."""
-    why = "outside a profiling window only counts, bytes and blocked times are kept"
-    advice = "run with --set profile.steps=[10,20] to see who waits for whom and what is exposed"
+    """Return the verdict from the always-on counters: how long each axis blocked a rank, mean over ranks and steps."""
+    why = "outside a profiling window only counts, bytes and blocked times are recorded"
+    advice = "run with --set profile.steps=[10,20] to see which ranks wait for which and what is exposed"
     steps = [fact for log in run.ranks.values() for fact in log.steps if fact["phase"] == TRAIN and fact["step"] > 1]
     wall = sum(fact["step_s"] for fact in steps)
     blocked: dict[str, float] = {}
@@ -121,11 +122,11 @@ def _without_window(run: Run) -> Verdict:
     worst = max(blocked, key=lambda axis: blocked[axis], default=None)
     share = blocked[worst] / wall if worst is not None else 0.0
     if len(run.ranks) == 1 and share == 0.0:
-        return Verdict("one rank, so nothing is communicated", why, advice, None, 0.0)
+        return Verdict("one rank, so there is no communication", why, advice, None, 0.0)
     if worst is None or share < BOUND:
         total = sum(blocked.values()) / wall
-        return Verdict(f"communication blocks ranks {percent(total)} of the step", why, advice, None, total)
-    what = f"{AXES.get(worst, worst)} communication blocks ranks {percent(share)} of the step"
+        return Verdict(f"communication blocks ranks for {percent(total)} of the step", why, advice, None, total)
+    what = f"{AXES.get(worst, worst)} communication blocks ranks for {percent(share)} of the step"
     return Verdict(what, why, advice, None, share)
 
 
@@ -145,27 +146,29 @@ def _axis_verdict(
         points = 100 * culprit["axes"][axis] / len(run.ranks) / wall
         line += f", {points:.0f} points of it waiting for rank {culprit['rank']}"
     elif wait / wall >= 0.01:
-        line += f", {100 * wait / wall:.0f} points of it waiting for whoever comes last"
+        line += f", {100 * wait / wall:.0f} points of it waiting for the slowest rank"
     if culprit is not None and wait > transfer:
         why = f"rank {culprit['rank']} delays the others {_how_often(culprit)}"
-        advice = f"look at rank {culprit['rank']}: its host, its device, what else runs there (see stragglers)"
+        advice = f"check rank {culprit['rank']}: its host, its device, other jobs there (see stragglers)"
     elif wait > transfer:
         why = "ranks reach their collectives at different times; no single rank is the cause"
-        advice = "look at the stragglers and at what shares the machine; an uneven split of layers would show there too"
+        advice = (
+            "see the stragglers (an uneven split of layers shows there too), and check for other jobs on the machine"
+        )
     else:
-        why = f"{percent(transfer / wall)} of the step is transfer: messages under way, and nothing computed meanwhile"
+        why = f"{percent(transfer / wall)} of the step is transfer: messages are in flight and nothing is computed"
         advice = NEXT.get(axis, "see the collectives")
     if len(run.ranks) < run.layout.world:
-        why += ". Not all ranks were read: waiting for those that are missing is shown as transfer"
+        why += ". Not all ranks were read: waiting for the missing ones is shown as transfer"
     if (crowded := crowd(run)) is not None:
-        why, advice = f"{why}. {crowded}, so transfers and waits are of processors too", NEXT["descheduled"]
+        why, advice = f"{why}. {crowded}, so these times include waiting for a CPU", NEXT["descheduled"]
     bound_by = f"{'wait' if wait > transfer else 'transfer'}.{axis}"
     rank = culprit["rank"] if culprit is not None else None
     return Verdict(line, why, advice, bound_by, (wait + transfer) / wall, wait / wall, rank)
 
 
 def _operation(axis: str, exposed: float, collectives: list[dict[str, Any]]) -> tuple[str, str]:
-    """The axis' operation where one makes nearly all of what is exposed; else the axis, and which makes most of it."""
+    """Return the axis' operation if one makes nearly all exposed time; else the axis, and the one that makes most."""
     by_op: dict[str, float] = {}
     for row in collectives:
         if row["axis"] == axis:
@@ -180,8 +183,10 @@ def _operation(axis: str, exposed: float, collectives: list[dict[str, Any]]) -> 
 
 
 def _straggler(run: Run, lost: dict[str, float], stragglers: dict[str, Any] | None) -> str | None:
-    """The axis on which the worst straggler does most harm, where all that it causes, on whatever axes, is more than
-    any loss without it."""
+    """Return the axis on which the worst straggler does most harm, or None if it is not the largest loss.
+
+    A straggler is the largest loss if all that it causes, on whatever axes, is more than any loss without it.
+    """
     rows = (stragglers or {}).get("culprits", [])
     total = sum((stragglers or {}).get("caused_s", []))
     if not rows or rows[0]["caused_s"] < BLAMED * total:
@@ -192,7 +197,7 @@ def _straggler(run: Run, lost: dict[str, float], stragglers: dict[str, Any] | No
 
 
 def _culprit(axis: str, stragglers: dict[str, Any] | None, waited_s: float) -> dict[str, Any] | None:
-    """The straggler that caused most of what all ranks together waited on the axis, if one did."""
+    """Return the straggler that caused most of `waited_s`, the waiting of all ranks on the axis; None if none did."""
     rows = (stragglers or {}).get("culprits", [])
     worst = max(rows, key=lambda row: row["axes"].get(axis, 0.0), default=None)
     return worst if worst is not None and waited_s and worst["axes"].get(axis, 0.0) >= BLAMED * waited_s else None
@@ -200,47 +205,48 @@ def _culprit(axis: str, stragglers: dict[str, Any] | None, waited_s: float) -> d
 
 def _how_often(row: dict[str, Any]) -> str:
     often = "in nearly every step" if row["kind"] == "persistent" else "in some steps"
-    return f"{often}, by {1e3 * row['caused_s']:.1f} ms a step summed over who waits"
+    return f"{often}, by {1e3 * row['caused_s']:.1f} ms per step summed over the waiting ranks"
 
 
 def _named(loss: str) -> str:
     names = {
-        "bubble": "the pipeline's bubble", "descheduled": "too few processors", "checkpoint": "checkpoints",
-        "unexplained": "what the profile does not explain",
+        "bubble": "the pipeline bubble", "descheduled": "too few CPUs", "checkpoint": "checkpoints",
+        "unexplained": "time that the profile does not explain",
     }  # fmt: skip
     return names.get(loss, f"{AXES.get(loss, loss)} communication")
 
 
 def _reason(run: Run, loss: str, pipeline: dict[str, Any] | None) -> tuple[str, str, int | None]:
-    """Why, what to try, and the rank that causes it where one does."""
+    """Return why, what to try, and the rank that causes the loss, if one does."""
     if loss == "bubble" and pipeline is not None:
         b = pipeline["bubble"]
         why = (
-            f"stages idle {percent(b['measured'])} of the pipelined part: {percent(b['structural'])} by the schedule, "
-            f"{percent(b['imbalance'])} by uneven stages, {percent(b['transfer'])} by messages and waiting"
+            f"stages are idle for {percent(b['measured'])} of the pipelined part: {percent(b['structural'])} from the "
+            f"schedule, {percent(b['imbalance'])} from uneven stages, {percent(b['transfer'])} from messages and waits"
         )
         slow = pipeline["slow_stage"]
         return why, pipeline["advice"], None if slow is None else run.layout.rank(slow, 0, 0, 0)
     if loss == "bubble":
-        return "stages wait for messages of others", NEXT["pp"], None
+        return "stages wait for messages from other stages", NEXT["pp"], None
     if loss == "descheduled":
-        why = crowd(run) or "Something else computes here, or a rank's own other threads hold the interpreter"
-        return f"ranks waited for a processor, not for each other. {why}", NEXT[loss], None
+        why = crowd(run) or "Other jobs use this machine, or other threads of a rank hold the interpreter"
+        return f"ranks waited for a CPU, not for each other. {why}", NEXT[loss], None
     return "see the budget", NEXT.get(loss, "see the budget by rank"), None
 
 
 def crowd(run: Run) -> str | None:
-    """`8 ranks x 1 thread share 2 cores of HOST` where there are too few; None on a GPU, and where there are enough."""
+    """Return `8 ranks x 1 thread share 2 cores of HOST` if cores are too few; None if not, and on a GPU."""
     header = next(iter(run.ranks.values())).header
     here = sum(log.header.get("host") == header.get("host") for log in run.ranks.values())
     threads, cores = header.get("threads") or 1, header.get("cores")
     if header.get("device") != "cpu" or not isinstance(cores, int) or here * threads <= cores:
         return None
-    return f"{here} ranks x {threads} thread{'s' if threads > 1 else ''} share {cores} cores of {header.get('host')}"
+    ranks, each, shared = count_of(here, "rank"), count_of(threads, "thread"), count_of(cores, "core")
+    return f"{ranks} x {each} share{'s' if here == 1 else ''} {shared} of {header.get('host')}"
 
 
 def profiling_cost(run: Run, window: list[int]) -> dict[str, Any]:
-    """What recording cost: steps inside the window against those outside, and the always-on ledger by itself."""
+    """Return the cost of recording: steps inside the window against those outside, and the always-on ledger alone."""
     times = step_times(run)
     watched = {log.memory["step"] for log in run.ranks.values() if log.memory and log.memory.get("step")}
     inside = sorted(s for step, s in times.items() if step in window)

@@ -1,7 +1,7 @@
-"""`dist-gpt report`: reads a run directory and writes its report into it.
+"""Write the report of a run directory into it (`dist-gpt report`).
 
 report.html   everything, one file, no network        report.json   the document behind it
-report.md     the same for a terminal or a mail        figures/*.svg
+report.md     the same for a terminal or an email     figures/*.svg
 trace.json.gz   for Perfetto and chrome://tracing
 """
 
@@ -23,9 +23,9 @@ Say = Callable[[str], None]
 
 
 def report(run_dir: str | Path, other: str | Path | None = None, say: Say = lambda text: None) -> dict[str, Any]:
-    """Write the report of `run_dir`, compared with the run at `other` where given; returns the document.
+    """Write the report of `run_dir`, compared with the run at `other` if given; return the document.
 
-    Raises ConfigError (bad input) when nothing of a run can be shown or its directory cannot be written.
+    Raises ConfigError (bad input) if nothing of a run can be shown or its directory cannot be written.
     """
     from dist_gpt.report.compare import compare
 
@@ -40,7 +40,7 @@ def report(run_dir: str | Path, other: str | Path | None = None, say: Say = lamb
 
 
 def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
-    """All files of a report into the run's folder. Raises ConfigError where that cannot be written."""
+    """Write all files of a report into the run's folder. Raises ConfigError if it cannot be written."""
     from dist_gpt.report.page import render
     from dist_gpt.report.plots import figures
     from dist_gpt.report.text import markdown
@@ -65,22 +65,22 @@ def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
 
 
 def report_text(document: dict[str, Any]) -> str:
-    """The document for a terminal, and where the rest is."""
+    """Return the document as text for a terminal, and where its files are."""
     from dist_gpt.report.text import terminal
 
     compared = document.get("compare")
-    told = f"\n\nBeside {compared['other']['run_dir']}: {compared['verdict']}" if compared else ""
+    told = f"\n\nCompared with {compared['other']['run_dir']}: {compared['verdict']}" if compared else ""
     files = "report.html, report.md, report.json, trace.json.gz, figures/"
     return f"{terminal(document).rstrip()}{told}\n\nwritten to {document['run_dir']}: {files}"
 
 
 def read_document(run_dir: str | Path) -> dict[str, Any]:
-    """Only the analysis, nothing written: the verdict at the end of a run."""
+    """Return the document without writing anything, for the verdict at the end of a run."""
     return analyze(load(run_dir))
 
 
 def _torch_lanes(found: Profile, document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Operators of torch.profiler's windows into the document; their events, on our time line, for the trace."""
+    """Add the operators of torch.profiler to the document; return their events, on the common clock, for the trace."""
     from dist_gpt.report import kineto
 
     if not any(log.torch_traces for log in found.run.ranks.values()):
@@ -99,20 +99,20 @@ def _trace(path: Path, found: Profile, lanes: list[dict[str, Any]]) -> None:
 
 
 def _put(path: Path, text: str) -> None:
-    """Written aside and put in place: a reader never sees half a report."""
+    """Write `text` to a file aside and move it into place, so that a reader never sees half a file."""
     with _in_place(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _in_place(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, under a name that nobody can have prepared; it takes the place of `path` at the end."""
+    """Yield a new file beside `path`, under an unpredictable name; it replaces `path` at the end."""
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(number)
     aside = Path(name)
     try:
         yield aside
-        aside.chmod(0o644)  # as files usually are
+        aside.chmod(0o644)  # mkstemp gives 0o600
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -91,8 +91,8 @@ class Action:
             if (match["chunk"] is not None, match["micro_batch"] is not None) == _HAS.get(op, (True, True)):
                 return cls(int(match["chunk"] or 0), op, int(match["micro_batch"] or 0))
         raise ScheduleError(
-            f"{text!r} is no action; write CHUNK OP MICRO_BATCH without spaces, like 2F0 (REDUCE has no micro-batch, "
-            f"STEP has neither), with OP one of {', '.join(Op.__members__)}"
+            f"{text!r} is not an action; write CHUNK OP MICRO_BATCH without spaces, like 2F0 (REDUCE has no "
+            f"micro-batch, STEP has neither), with OP one of {', '.join(Op.__members__)}"
         )
 
     @property

@@ -77,15 +77,17 @@ def _check_complete(orders: Sequence[Order], placement: Sequence[int], micro_bat
             count[action] += 1
             if action not in expected:
                 what = f"{micro_batches} micro-batches" if training else f"{micro_batches} micro-batches, forward only"
-                message = f"rank {rank} holds {action}, not one of its own (ranks of chunks {tuple(placement)}, {what})"
+                message = (
+                    f"rank {rank} holds {action}, not an action of its own (ranks of chunks {tuple(placement)}, {what})"
+                )
                 raise _fail(orders, {rank: (position, "<-- ERROR HERE: not expected")}, message)
             if count[action] > 1:
                 message = f"rank {rank} holds {action} more than once"
-                raise _fail(orders, {rank: (position, "<-- ERROR HERE: a second time")}, message)
+                raise _fail(orders, {rank: (position, "<-- ERROR HERE: duplicate")}, message)
         missing = sorted(expected - set(order))
         if missing:
             names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            message = f"rank {rank} never does {names}"
+            message = f"rank {rank} lacks {names}"
             raise _fail(orders, {rank: (len(order), f"<-- ERROR HERE: {missing[0]} is missing")}, message)
 
 
@@ -175,7 +177,7 @@ def _check_progress(orders: Sequence[Order], placement: Sequence[int], channels:
             waiting = f"<-- ERROR HERE: {action} waits for {receive.partner} of rank {placement[receive.partner.chunk]}"
             heads = [str(queue[0]) for (owner, _), queue in queues.items() if owner == rank and queue]
             marks[rank] = (position[rank], f"{waiting}; heads of its queues: {', '.join(heads) or 'none'}")
-        raise _fail(orders, marks, f"deadlock with channels {channels!r}: ranks {stuck} wait for ever")
+        raise _fail(orders, marks, f"deadlock with channels {channels!r}: ranks {stuck} wait forever")
 
 
 def _transfer(

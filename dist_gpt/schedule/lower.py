@@ -58,7 +58,7 @@ def add_communication(orders: Sequence[Order], placement: Sequence[int], recv_ah
     share a queue, `check` decides. Each action ahead holds one more receive buffer.
     """
     if recv_ahead < 0:
-        raise ScheduleError(f"recv_ahead = {recv_ahead}; it is a number of actions, at least 0")
+        raise ScheduleError(f"recv_ahead = {recv_ahead}; expected a number of actions, at least 0")
     return [_communicate(order, placement, recv_ahead) for order in orders]
 
 

@@ -108,7 +108,7 @@ def simulate(
 
     for rank, order in enumerate(orders):
         if len(spans[rank]) < len(order):
-            raise ScheduleError(f"rank {rank} waits for ever before {order[len(spans[rank])]}; check() says why")
+            raise ScheduleError(f"rank {rank} waits forever before {order[len(spans[rank])]}; check() shows why")
     return Timeline(
         spans=tuple(tuple(channels.finish(span) for span in rank) for rank in spans),
         busy=tuple(sum(s.end - s.start for s in rank if s.action.op not in MESSAGES) for rank in spans),
@@ -149,7 +149,7 @@ class _Channels:
         if span.action.op not in MESSAGES:
             return span
         if span.action not in self.end:
-            raise ScheduleError(f"{span.action} has no other end; check() says where it is missing")
+            raise ScheduleError(f"{span.action} has no other end; check() shows where it is missing")
         return span._replace(end=self.end[span.action])
 
 

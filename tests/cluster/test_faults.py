@@ -84,7 +84,7 @@ def test_a_link_that_is_down_is_named_as_a_link(jobs: Jobs) -> None:
     job = training(jobs, "slurm")
     jobs.cluster.link(2, False)
     try:
-        took = until_said(jobs, "link down: node1 and node2 do not reach each other")
+        took = until_said(jobs, "link down: node1 and node2 cannot reach each other")
         print(f"link: named after {took:.1f} s")
         said = jobs.said("run")
         assert "died" not in said and "is stopped" not in said, said

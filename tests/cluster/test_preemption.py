@@ -109,7 +109,7 @@ def test_warned_job_saves_and_comes_back(via: str, jobs: Jobs, expected: list[tu
     assert (ended["ExitCode"], ended["Restarts"]) == ("0:0", "1"), ended
     said = jobs.said("run")
     assert re.findall(r"restarts before: (\d)", said) == ["0", "1"], said
-    assert "USR1 received (Slurm's warning: the job's time is nearly over): 8 ranks are asked to save" in said, said
+    assert "USR1 received (Slurm's warning: the job's time is nearly over): asking 8 ranks to save" in said, said
     assert f"job {job} is back in the queue" in said, said
     check_went_on(jobs, step, expected)
 

@@ -114,7 +114,7 @@ class TestBroken:
         data = bytearray(path.read_bytes())
         data[-5] ^= 1
         path.write_bytes(data)
-        return "rank00000.safetensors does not hold what was written (sha256 differs)"
+        return "rank00000.safetensors is not what was written (sha256 differs)"
 
     def cut(self, folder: Path) -> str:
         path = folder / "rank00000.safetensors"
@@ -132,7 +132,7 @@ class TestBroken:
 
     def spoil_manifest(self, folder: Path) -> str:
         (folder / "manifest.json").write_text("{")
-        return "manifest.json: no manifest of a checkpoint"
+        return "manifest.json: not a checkpoint manifest"
 
     def lead_away(self, folder: Path) -> str:
         tree = json.loads((folder / "manifest.json").read_text())
@@ -145,12 +145,12 @@ class TestBroken:
         save(config, tmp_path, 1, 2)
         folder = tmp_path / "checkpoints" / "step_00000002"
         why = getattr(self, damage)(folder)
-        with pytest.raises(ConfigError, match="it is broken") as refused:
+        with pytest.raises(ConfigError, match="the checkpoint is broken") as refused:
             load(config, tmp_path, str(folder))
         assert why in str(refused.value)
         loaded = load(config, tmp_path)
         assert loaded is not None and loaded.step == 1 and bits(loaded.tensors) == bits(tensors(1))
-        assert loaded.notes[0].startswith(f"checkpoint {folder} is broken and left out: {folder}/{why}")
+        assert loaded.notes[0].startswith(f"checkpoint {folder} is broken and skipped: {folder}/{why}")
         assert "moved to aside-step_00000002-" in loaded.notes[1] and len(loaded.notes) == 2
         save(config, tmp_path, 2)
         again = load(config, tmp_path)
@@ -176,7 +176,7 @@ class TestBroken:
     def test_when_none_is_whole_nothing_starts_from_the_beginning(self, config: Config, tmp_path: Path) -> None:
         save(config, tmp_path, 1)
         self.flip(tmp_path / "checkpoints" / "step_00000001")
-        with pytest.raises(ConfigError, match=r"--resume auto: no checkpoint is whole\. .*sha256 differs"):
+        with pytest.raises(ConfigError, match=r"--resume auto: no checkpoint is intact\. .*sha256 differs"):
             load(config, tmp_path)
 
 
@@ -217,7 +217,7 @@ class TestPaths:
         branch(tmp_path, own)
         data = (own / "rank00000.safetensors").read_bytes()
         (own / "rank00000.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        with pytest.raises(ConfigError, match="it is broken"):
+        with pytest.raises(ConfigError, match="the checkpoint is broken"):
             load(config, tmp_path)
         save(config, tmp_path, 3)
         loaded = load(config, tmp_path)
@@ -256,7 +256,7 @@ class TestPaths:
         assert loaded is not None and load(mine, tmp_path).notes == []
         assert loaded.notes == ([] if decay == "none" else [
             "train.steps: the checkpoint's run had 6, this one has 8; optim.decay cosine ends at the last step, so "
-            "from step 2 on the learning rate is another one"
+            "from step 2 on the learning rate is different"
         ])  # fmt: skip
 
     def test_other_tokens(self, config: Config, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_the_plan_is_of_what_is_ours(config_file: Path) -> None:
         plan = plan_document(load(str(config_file), ["parallel.tp=2", f"optim.sharding={sharding}"]), 0)
         assert sorted(plan["comm"]) == ["tp", "world"]
         assert plan["memory_bytes"]["parameters"] > 0
-        assert any("without DeepSpeed's own" in note for note in plan["notes"])
+        assert any("excludes DeepSpeed's own" in note for note in plan["notes"])
 
 
 @pytest.mark.parametrize(("world", "name"), NAMES)
@@ -257,7 +257,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
 def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ConfigError, match=r"installed and cannot be imported \(ModuleNotFoundError.*engine=native"):
+    with pytest.raises(ConfigError, match=r"installed but cannot be imported \(ModuleNotFoundError.*engine=native"):
         deepspeed._imported()
 
 
@@ -295,4 +295,4 @@ def test_who_asks_it_to_stop_learns_that_nothing_was_saved(place: Place) -> None
     sets = {**SETS, "train.steps": 1_000_000, "train.eval_batches": 0, "train.eval_every": 0}
     run = place.ask_to_stop(place.argv("launch", "stopped_deepspeed", sets=sets), "stopped_deepspeed", steps=2)
     assert run.code == 1
-    assert "saves no checkpoints: what was trained is lost" in run.out + run.err
+    assert "saves no checkpoints: the training so far is lost" in run.out + run.err

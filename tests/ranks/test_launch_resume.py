@@ -79,7 +79,7 @@ def test_a_branch_that_is_started_again_before_it_has_saved(place: Place, saved:
     finally:
         process.kill()
     assert process.returncode == 75, error
-    assert f"starting again, 1 of 1, from {origin}" in error
+    assert f"restart 1 of 1, from {origin}" in error
     assert f"resumed at step 3 from {origin}" in out and (run_dir / "resume_from").read_text() == f"{origin}\n"
     steps = json.loads((run_dir / "exit.json").read_text())["step"]
     whole = place.run(place.argv("launch", "whole", sets={**sets, "train.steps": steps}), "whole")
@@ -105,7 +105,7 @@ def test_an_unrelated_folder_is_not_written_into(
     (place.folder / "precious").mkdir(exist_ok=True)
     with pytest.raises(SystemExit) as left:
         cli.main(place.argv(verb, "precious", "--resume", str(step(saved, 1)), sets=ONE))
-    assert left.value.code == 2 and "precious exists already and is never written over" in capsys.readouterr().err
+    assert left.value.code == 2 and "precious already exists and is never overwritten" in capsys.readouterr().err
     assert os.listdir(place.folder / "precious") == []
 
 
@@ -121,7 +121,7 @@ def test_two_launchers_do_not_share_a_run_directory(place: Place) -> None:
         for verb, *way in (["launch"], ["launch", "--via", "slurm"], ["train"]):
             sets = {**LONG, "log.every": 7}
             second = place.run(place.argv(verb, "shared", *way, "--resume", "auto", sets=sets), "shared")
-            assert second.code == 2 and f"in use by another training, process {process.pid} on " in second.err
+            assert second.code == 2 and f"in use by another training run, process {process.pid} on " in second.err
         dry = place.run(place.argv("launch", "shared", "--resume", "auto", "--dry-run", sets=LONG), "shared")
         assert dry.code == 0, dry.err
         assert (run_dir / "config.yaml").read_text() == before and process.poll() is None
@@ -130,7 +130,7 @@ def test_two_launchers_do_not_share_a_run_directory(place: Place) -> None:
         process.kill()
     finish(process)
     other = place.run(place.argv("launch", "shared", "--resume", "auto", sets=ONE), "shared")
-    assert other.code == 2 and "no checkpoint to go on from, and what it has trained is of another" in other.err
+    assert other.code == 2 and "no checkpoint to resume from, and its steps are of another" in other.err
     assert (run_dir / "config.yaml").read_text() == before
     (run_dir / "metrics.jsonl").unlink()
     again = place.run(place.argv("launch", "shared", "--resume", "auto", sets=ONE), "shared")

@@ -62,7 +62,7 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(place: Place) -> None
     asked = place.ask_to_stop(place.argv("launch", "asked", sets={**flat, "train.steps": 1_000_000}), "asked", steps=1)
     ended = json.loads((place.folder / "asked" / "exit.json").read_text())
     assert asked.code == ended["code"] == 75, asked.err
-    assert "asked to save and leave" in asked.err and "preempted: 2 ranks saved and exited" in asked.err
+    assert "2 ranks to save and exit" in asked.err and "preempted: 2 ranks saved and exited" in asked.err
     whole = {**flat, "train.steps": ended["step"] + 3}
     again = place.run(place.argv("launch", "asked", "--resume", "auto", sets=whole), "asked")
     assert again.code == 0, again.err
@@ -83,7 +83,7 @@ def test_torchruns_ranks_are_ended_at_once(numbers: tuple[signal.Signals, ...], 
         said = ""
         for number in numbers[:-1]:
             process.send_signal(number)
-            while "asked to save and leave" not in said:
+            while "2 ranks to save and exit" not in said:
                 assert process.stderr is not None
                 line = process.stderr.readline()
                 assert line, said
@@ -114,7 +114,7 @@ def test_started_again_from_the_newest_checkpoint(via: str, place: Place) -> Non
     finally:
         process.kill()
     assert process.returncode == 75, error
-    assert "starting again, 1 of 1, from step_" in error
+    assert "restart 1 of 1, from step_" in error
     assert via != "local" or "died: killed by SIGKILL" in error
     assert attempts(run_dir / "events.rank0.jsonl") == [0, 1] and not (run_dir / "launcher.lock").exists()
     steps = json.loads((run_dir / "exit.json").read_text())["step"]

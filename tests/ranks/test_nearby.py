@@ -169,7 +169,7 @@ def test_where_one_may_not_read_gloo_carries_everything(who: int, monkeypatch: p
     found = on_groups(3, total)
     assert [(reads, value) for reads, _, value in found] == [(False, 6.0)] * 3
     assert sum("Operation not permitted" in why for _, why, _ in found) == 2
-    assert found[who][1] == "another rank may not"
+    assert found[who][1] == "reading failed on another rank"
 
 
 def test_a_process_that_is_another_one_here_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,10 @@ def test_what_is_named_would_fit() -> None:
 def test_without_a_limit_what_needs_less_is_named() -> None:
     text = str(explain(of(), 0, MemoryError(), None))
     assert "would need less:" in text and "--set train.recompute=full" in text
-    assert "held when it happened: not even the whole model" in text
+    assert "held at the time of the error: less than the whole model" in text
     held = {"parameters": 5_000_000, "activations": 0, "peak": 5_000_000}
     text = str(explain(of(), 0, MemoryError(), None, held))
-    assert "held when it happened: parameters 5.00 MB; activations and temporaries on top" in text
+    assert "held at the time of the error: parameters 5.00 MB, plus activations and temporaries" in text
 
 
 def test_nothing_that_would_not_fit_is_named() -> None:

@@ -142,7 +142,7 @@ def test_a_group_that_is_slow_is_told_with_its_nodes() -> None:
     pairs[2]["busbw"] = 299e6
     (line,) = probing.slow_groups([*pairs, *across], hosts)
     assert line == (
-        "probe: slow: tp group of ranks 4, 5 on n2: 299.0 MB/s, others 900.0; look at these nodes' links and load"
+        "probe: slow: tp group of ranks 4, 5 on n2: 299.0 MB/s, others 900.0; check the links and load of these nodes"
     )
     assert probing.slow_groups(pairs[1:3], hosts) == [], "of two nobody knows which is the usual one"
 
@@ -189,4 +189,4 @@ def test_a_layout_that_was_not_started(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.config.write_text(place.config.read_text() + "parallel: {dp: 2}\n")
     run = place.run([str(place.config)], "none", module="dist_gpt.comm.probe")
-    assert run.code == 2 and "1 ranks were started, but the layout pp 1 x dp 2 x cp 1 x tp 1 has 2" in run.err
+    assert run.code == 2 and "the world size is 1, but the layout pp 1 x dp 2 x cp 1 x tp 1 needs 2" in run.err

@@ -98,5 +98,5 @@ def test_one_that_was_cut_off_is_told(tmp_path: Path, traced: tuple[Path, list[l
     text = gzip.decompress(traced[0].read_bytes())
     (tmp_path / "cut.json").write_bytes(text[: len(text) // 2])
     trace = read_file(tmp_path / "cut.json")
-    assert "the file ends in the middle" in trace.problems[0]
+    assert "the file is truncated" in trace.problems[0]
     assert trace.events

@@ -149,10 +149,10 @@ class TestJoining:
         if stale:
             store.set(rendezvous.NONCE, "0ld")
             store.set("0ld/joined", json.dumps({"tokens": {"1": "x"}, "problem": "of then"}))
-        told = r"rank 1: rank 0 did not let it into this attempt within \d+ s"
+        told = r"rank 1: rank 0 did not admit it to this attempt within \d+ s"
         with pytest.raises(RendezvousError, match=told) as said:
             join_attempt(store, env_of(1, 2, 1.0))
-        assert ("came too late" in str(said.value)) == stale
+        assert ("joined too late" in str(said.value)) == stale
 
     def test_a_store_that_goes(self) -> None:
         with agent() as (port, host):

@@ -99,7 +99,7 @@ class TestAttempts:
         train(config, run_dir, stop=(0, 1))
         shutil.rmtree(run_dir / "checkpoints")
         [part] = train(config, run_dir, resume="auto")
-        assert part.lines == (f"no checkpoint in {run_dir / 'checkpoints'} yet: training begins at the start",)
+        assert part.lines == (f"no checkpoint in {run_dir / 'checkpoints'} yet: training starts from the beginning",)
         assert same(whole, [part]) and curve(run_dir) == curve(tmp_path / "whole")
 
     def test_a_finished_run_has_nothing_left_to_do(self, tmp_path: Path) -> None:

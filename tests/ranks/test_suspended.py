@@ -45,7 +45,7 @@ def test_the_ranks_of_a_suspended_launcher_save_and_leave(place: Place) -> None:
     step = step_of(newest)
     assert f"s; the 2 ranks saved at step {step} and exited (exit code 75)\n" in error
     assert "the launcher was suspended for " in error and "continuing" not in error
-    assert f"saved: {newest.name}; go on: " in error and "accounting: exact" in out
+    assert f"saved: {newest.name}; continue with: " in error and "accounting: exact" in out
     end = ended(run_dir)
     assert (end["code"], end["step"]) == (75, step) and "no contact with the launcher" in end["why"]
     more = {**SETS, "train.steps": step + 2}

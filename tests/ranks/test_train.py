@@ -42,7 +42,8 @@ def where(rank: int, ranks: int) -> str:
     """What `rank` of as many on this machine says of its device."""
     free = len(allowed()) == os.cpu_count()
     own = share(allowed(), rank, ranks, 1) if free else []
-    return f"CPU, gloo{f'; kept to processors {own[0]} to {own[-1]} (launch.bind)' if own else ''}; {READS}"
+    cpus = f"CPU {own[0]}" if len(own) == 1 else f"CPUs {own[0]} to {own[-1]}" if own else ""
+    return f"CPU, gloo{f'; pinned to {cpus} (launch.bind)' if own else ''}; {READS}"
 
 
 def add_up(parts: list[Comm], times: int = 1) -> Comm:
@@ -198,9 +199,8 @@ class TestExistingRunDirectory:
         again = place.run(place.argv(verb, "alone"), "alone")
         assert again.code == 2
         assert again.err == (
-            f"dist-gpt: run_dir: {alone.run_dir} exists already and is never written over; choose another, "
-            f"for example --set run_dir={alone.run_dir}-2, or remove it; --resume auto goes on with the run "
-            "in it\n"
+            f"dist-gpt: run_dir: {alone.run_dir} already exists and is never overwritten; choose another, "
+            f"for example --set run_dir={alone.run_dir}-2, or remove it; --resume auto continues the run in it\n"
         )
         assert again.out == "" and tree(alone.run_dir) == before
 
@@ -208,7 +208,7 @@ class TestExistingRunDirectory:
         """torchrun itself always ends with 1 and reports the code of the rank that failed first."""
         before = tree(by_torchrun.run_dir)
         again = place.torchrun(place.argv("train", "by_torchrun"), "by_torchrun", ranks=2)
-        assert again.code != 0 and "exists already and is never written over" in again.err
+        assert again.code != 0 and "already exists and is never overwritten" in again.err
         cause = again.err[again.err.index("Root Cause") :]
         assert "rank      : 0 " in cause and "exitcode  : 2 " in cause
         assert tree(by_torchrun.run_dir) == before
@@ -294,7 +294,7 @@ class TestTrainer:
             rank.buffers.buckets[0].gradient_shard[0] = math.inf
 
         sets = {"train.dtype": "fp16", "train.loss_scale": 64.0, "train.max_skipped": 3, "train.steps": 50}
-        said = r"3 steps in a row.*came down to 8, and may have to come down further"
+        said = r"3 steps in a row.*dropped to 8 and may have to drop further"
         with pytest.raises(RuntimeError, match=said):
             self.train(place, tmp_path, always, **sets)
         assert [row["loss_scale"] for row in rows(tmp_path / "metrics.jsonl")] == [32, 16, 8]
@@ -319,7 +319,7 @@ class TestTrainer:
             rank.buffers.buckets[0].gradient_shard[0] = math.inf
 
         sets = {"train.dtype": "fp16", "train.loss_scale": 2.0, "train.max_skipped": 3, "train.steps": 50}
-        with pytest.raises(RuntimeError, match=r"came down to 1: .*themselves overflow.*train in bf16"):
+        with pytest.raises(RuntimeError, match=r"dropped to 1: .*themselves overflow.*train in bf16"):
             self.train(place, tmp_path, always, **sets)
 
     def test_goes_on_when_some_steps_are_not_finite(self, place: Place, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ class TestTrainer:
             "LOCAL_WORLD_SIZE": "3",
         }.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(RendezvousError, match=r"3 ranks were started, but the layout pp 1 x dp 1 x cp 1 x tp 2"):
+        with pytest.raises(RendezvousError, match=r"the world size is 3, but the layout pp 1 x dp 1 x cp 1 x tp 2"):
             main(load(str(place.config), ["parallel.tp=2"]))
 
     def test_nodes_that_share_state_must_be_those_that_were_started(
@@ -357,7 +357,7 @@ class TestTrainer:
         for name, value in {**place_of_rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
             monkeypatch.setenv(name, value)
         sets = ["parallel.dp=4", "optim.sharding=zero2", "optim.shard_group=node"]
-        with pytest.raises(ConfigError, match=r"launch.nodes 1 .*but 2 of the 4 ranks .*; set launch.nodes: 2"):
+        with pytest.raises(ConfigError, match=r"launch.nodes 1 .*this node runs 2 of the 4 ranks; set launch.nodes: 2"):
             main(load(str(place.config), sets))
 
     def test_a_rank_that_cannot_be_built_gives_its_groups_back(

@@ -129,7 +129,7 @@ def test_by_hand_in_two_terminals(port: str, place: Place, local: Run) -> None:
 @pytest.mark.parametrize(("ranks", "sets", "told", "way"), [
     pytest.param(2, {"parallel.pp": 1, "parallel.dp": 1}, "is not parallel.dp 1 x", "mpirun", marks=needs_mpirun),
     (2, {"parallel.pp": 1, "parallel.dp": 1}, "world 2 is not parallel.dp 1 x", "hand"),
-    (3, {"parallel.pp": 2}, "does not divide 3", "hand"),
+    (3, {"parallel.pp": 2}, "world 3 is not a positive multiple of", "hand"),
     (3, {"parallel.pp": 1}, "train.global_batch 8 is not divisible by parallel.dp 3", "hand"),
 ])  # fmt: skip
 def test_a_world_that_does_not_fit(
@@ -203,7 +203,7 @@ def test_two_trainings_that_start_together_are_one(options: tuple[str, ...], pla
     runs = [ended(process, place, name) for process in both]
     assert sorted(run.code for run in runs) == [0, 2], runs[0].err + runs[1].err
     refused = next(run for run in runs if run.code == 2)
-    whys = "in use by another training", "exists already", "it has come to its end"  # the last: one came late
+    whys = "in use by another training", "already exists", "its training is finished"  # the last: one came late
     assert any(why in refused.err for why in whys), refused.err
     assert [row["step"] for row in rows(place.folder / name / "metrics.jsonl")] == list(range(1, 41))
     assert json.loads((place.folder / name / "exit.json").read_text())["code"] == 0
@@ -221,7 +221,7 @@ def test_asked_by_mpirun_it_saves_and_is_continued(place: Place) -> None:
         for verb in ("train", "launch"):
             other = place.argv(verb, "asked", "--resume", "auto", sets={**LONG, "parallel.pp": 1, "log.every": 7})
             second = ended(start(place, other), place, "asked")
-            assert second.code == 2 and "in use by another training, process " in second.err, second.err
+            assert second.code == 2 and "in use by another training run, process " in second.err, second.err
         assert (run_dir / "config.yaml").read_bytes() == before and not (run_dir / "exit.json").exists()
         process.send_signal(signal.SIGUSR1)
         _, error = finish(process)

@@ -80,7 +80,7 @@ def test_the_nodes_own_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_way_to_the_nodes(started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_node("login1", monkeypatch)
     monkeypatch.setattr(ways, "address_towards", lambda target: "")
-    with pytest.raises(ConfigError, match=r"no route leads from login1\S* to node1 \(10\.0\.0\.1\)"):
+    with pytest.raises(ConfigError, match=r"no route from login1\S* to node1 \(10\.0\.0\.1\)"):
         allocation().run(spec(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_what_goes_back_to_the_queue(
         asked.clear()
     said = capsys.readouterr().err
     assert ("job 7 is back in the queue" in said) == goes_back
-    assert ("go on: dist-gpt launch " in said) == (code not in (0, 2)), "not requeued in the second round"
+    assert ("continue with: dist-gpt launch " in said) == (code not in (0, 2)), "not requeued in the second round"
 
 
 @pytest.mark.parametrize(("code", "saved", "goes_back"), [(75, 11, False), (75, 12, True), (138, 11, True)])
@@ -159,8 +159,8 @@ def test_a_life_too_short_for_its_own_start_does_not_go_back(
     (tmp_path / "checkpoints" / f"step_{saved:08d}").mkdir()
     assert started[-1][2](code, [USR1]) == code and asked == ["7"] * goes_back
     said = capsys.readouterr().err
-    told = "job 7 does not go back to the queue: between its start and Slurm's warning it made 1 steps"
-    assert (told in said) != goes_back and ("saved: step_00000011; go on: " in said) != goes_back
+    told = "job 7 is not requeued: between its start and Slurm's warning it saved 1 step of"
+    assert (told in said) != goes_back and ("saved: step_00000011; continue with: " in said) != goes_back
 
 
 def test_steps_of_a_first_life_count_from_where_it_branches(tmp_path: Path) -> None:

@@ -167,10 +167,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "number_as_text": (["optim.lr='fast'"], [r"optim\.lr", r"fast", r"number"]),
     "not_one_of_the_choices": (["optim.name=adam"], [r"optim\.name", r"adam\b", r"adamw"]),
     "out_of_range": (["train.steps=0"], [r"train\.steps", r"\b0\b", r"1"]),
-    "not_in_this_version": (["parallel.cp=2"], [r"parallel\.cp: 2 is not proven", r"allowed: 1"]),
-    "existing_run_directory": (["run_dir=occupied"], [r"occupied exists already", r"--set run_dir=occupied-2"]),
-    "run_directory_is_a_file": (["run_dir=a_file"], [r"a_file exists already", r"--set run_dir=a_file-2"]),
-    "run_directory_below_a_file": (["run_dir=a_file/run"], [r"run_dir: cannot make a_file/run", r"Not a directory"]),
+    "not_in_this_version": (["parallel.cp=2"], [r"parallel\.cp: 2 is not supported in this version", r"allowed: 1"]),
+    "existing_run_directory": (["run_dir=occupied"], [r"occupied already exists", r"--set run_dir=occupied-2"]),
+    "run_directory_is_a_file": (["run_dir=a_file"], [r"a_file already exists", r"--set run_dir=a_file-2"]),
+    "run_directory_below_a_file": (["run_dir=a_file/run"], [r"run_dir: cannot create a_file/run", r"Not a directory"]),
 }  # fmt: skip
 
 

@@ -138,8 +138,8 @@ class TestLaunchLeaves:
         before = {path: path.stat().st_mtime_ns for path in (tools / "run").rglob("*")}
         assert run(*argv) == code
         told = capsys.readouterr().out
-        assert told.startswith(f"finished already at step {steps}, nothing is started")
-        assert (f"left with exit code 1: {why}" in told) == bool(code)
+        assert told.startswith(f"already finished at step {steps}; nothing is started")
+        assert (f"exited with code 1: {why}" in told) == bool(code)
         assert {path: path.stat().st_mtime_ns for path in (tools / "run").rglob("*")} == before
 
     @pytest.mark.parametrize("begun", [False, True])
@@ -254,8 +254,8 @@ class TestLaunch:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--via", "slrum"], "no such way; choose local, torchrun, slurm, mpi"),
-            (["--via", "torchrun", "--nodes", "2"], "no Slurm allocation"),
+            (["--via", "slrum"], "unknown launcher; choose local, torchrun, slurm, mpi"),
+            (["--via", "torchrun", "--nodes", "2"], "not a Slurm allocation"),
             (["--nodes", "2"], "--via local starts every rank on this machine"),
             (["--ranks-per-node", "6"], "parallel.tp 2 x parallel.pp 2"),
             (["--set", "train.stepz=3"], "train.steps"),
@@ -298,7 +298,7 @@ class TestBadInput:
         ("argv", "words"),
         [
             (["plan", "no-such.yaml"], "no such file"),
-            (["plan", "demo", "--rank", "8"], "--rank 8: the world has 8 ranks, 0 to 7"),
+            (["plan", "demo", "--rank", "8"], "--rank 8: expected 0 to 7, as the world has 8 ranks"),
             (["plan", "demo", "--gpus", "6"], "world 6"),
             (["plan"], "CONFIG"),
             (["plan", "demo", "--set", "train.steps"], "KEY=VALUE"),
@@ -355,14 +355,14 @@ class TestBadInput:
             pass
 
         def failing(config: Any, resume: str | None, folder: Any) -> int:
-            raise RendezvousError("rank 0: rank 1 did not hand in its account")
+            raise RendezvousError("rank 0: rank 1 did not report the accounting")
 
         stand_in(monkeypatch, "dist_gpt.train", main=failing)
         for name in ("RANK", "WORLD_SIZE", "DIST_GPT_RUN_DIR", "DIST_GPT_ERROR_FILE"):
             monkeypatch.delenv(name, raising=False)
         one = [word for axis in ("dp", "tp", "pp") for word in ("--set", f"parallel.{axis}=1")]
         assert run("train", "demo", *one, "--set", f"run_dir={tmp_path / 'run'}") == 1
-        assert capsys.readouterr().err == "dist-gpt: rank 0: rank 1 did not hand in its account\n"
+        assert capsys.readouterr().err == "dist-gpt: rank 0: rank 1 did not report the accounting\n"
 
     def test_a_closed_pipe_is_no_traceback(self) -> None:
         read, write = os.pipe()

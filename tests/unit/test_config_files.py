@@ -125,7 +125,7 @@ train: {steps: 10, global_batch: 7, dtype: fp32, dtype: fp16, micro_batch: 0}
         "parallel.ppp: unknown key; did you mean parallel.pp?",
         "train.micro_batch: got 0 (int)",
         "7: unknown key",
-        "name: 'a b' is no folder name",
+        "name: 'a b' is not a valid folder name",
         "model.hidden_size 130",
         "parallel.cp: 3",
         "optim.warmup 11",
@@ -165,7 +165,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     assert "is a folder" in refused(str(tmp_path))[0]
     binary = tmp_path / "b.yaml"
     binary.write_bytes(b"a: \xff\xfe")
-    assert "no UTF-8 text (byte 3)" in refused(str(binary))[0]
+    assert "not UTF-8 text (byte 3)" in refused(str(binary))[0]
     binary.write_bytes(b"#" * (yaml_io.MAX_FILE_BYTES + 1))
     assert "bytes, expected a YAML file of at most" in refused(str(binary))[0]
 
@@ -176,15 +176,15 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         ("", "is empty"),
         ("# only a comment\n", "is empty"),
         ("- 1\n", "holds [1] (list), expected sections: name, "),
-        ("a: [1\n", "no valid YAML"),
-        ("model:\n\tnum_layers: 1\n", ":2:1: no valid YAML"),
-        ("a: b: c\n", ":1:5: no valid YAML"),
-        ("a: &x 1\nb: *x\n", ":2:4: no valid YAML: found the alias *x"),
+        ("a: [1\n", "invalid YAML"),
+        ("model:\n\tnum_layers: 1\n", ":2:1: invalid YAML"),
+        ("a: b: c\n", ":1:5: invalid YAML"),
+        ("a: &x 1\nb: *x\n", ":2:4: invalid YAML: found the alias *x"),
         ("!!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
         ("a: !!int x\n", "a value cannot be read"),
-        ("a: \0\n", ":1: no YAML"),
+        ("a: \0\n", ":1: invalid YAML"),
         ("[" * 600, "nested too deeply"),
-        ("a: 1\n---\na: 2\n", "no valid YAML"),
+        ("a: 1\n---\na: 2\n", "invalid YAML"),
     ],
 )
 def test_broken_yaml_names_file_and_line(tmp_path: Path, text: str, fragment: str) -> None:
@@ -337,7 +337,7 @@ def test_a_name_of_ones_own_is_set_alone(small: str) -> None:
 
 @pytest.mark.parametrize(("value", "told"), [
     ("true", "got true (bool), expected text or a number; write it in quotes, 'true'"),
-    ("null", "got null, expected text or a number; nothing at all is ''"),
+    ("null", "got null, expected text or a number; write '' for an empty text"),
     ("[1]", "got [1] (list), expected text or a number"),
 ])  # fmt: skip
 def test_a_wrong_value_of_a_name_is_named(small: str, value: str, told: str) -> None:

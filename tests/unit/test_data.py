@@ -116,12 +116,12 @@ def test_stdlib_is_this_interpreters_own_sources(make: Any) -> None:
         ("picture.png", b"\x89PNG", "not UTF-8 at byte 0 (0x89)"),
         ("odd.bin", b"\1\0\2", "3 bytes, an odd number"),
         ("empty.bin", b"", "empty (0 bytes)"),
-        ("alone.idx", b"MMIDIDX\0\0", "alone.bin is not"),
+        ("alone.idx", b"MMIDIDX\0\0", "alone.bin does not"),
         ("missing.txt", None, "does not exist"),
         ("missing.bin", None, "does not exist"),
         ("missing.idx", None, "does not exist"),
         ("folder/bad.txt", b"a\0", "NUL byte at offset 1"),
-        ("folder/empty.txt", b"", "holds no text: of 1 files 0 are binary and 1 empty"),
+        ("folder/empty.txt", b"", "holds no text (1 file: 0 binary, 1 empty)"),
         ("folder/train.bin", b"\1\0", "has no val.bin"),
     ],
 )
@@ -139,7 +139,7 @@ def test_unusable_sources_are_named(make: Any, tmp_path: Path, name: str, conten
 
 
 def test_empty_and_unreadable_sources(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="names nothing; allowed: stdlib"):
+    with pytest.raises(DataError, match="got an empty text; allowed: stdlib"):
         prepare(make(""))
     write_megatron(tmp_path / "corpus", [[1] * 40])
 
@@ -230,8 +230,8 @@ def test_megatron_round_trip_and_split_between_documents(make: Any, tmp_path: Pa
         (9, struct.pack("<Q", 2), "version 2"),
         (17, b"\7", "dtype code 7"),
         (18, struct.pack("<Q", 3), "3 sequences"),
-        (34, struct.pack("<i", 5), "do not follow one another"),
-        (34 + 8, struct.pack("<q", 4), "do not follow one another"),
+        (34, struct.pack("<i", 5), "are not contiguous"),
+        (34 + 8, struct.pack("<q", 4), "are not contiguous"),
         (34 + 24, struct.pack("<q", 9), "outside its 2 sequences"),
     ],
 )
@@ -314,4 +314,4 @@ def test_tokenizer_specifications(make: Any, text: Path) -> None:
             prepare(make(text, tokenizer=wrong))
     notes: list[str] = []
     small = prepare(make(text, {"vocab_size": 70000}, tokenizer="bpe:70000"), notes.append)
-    assert small.vocab_size < 70000 and any("tokens only" in note for note in notes)
+    assert small.vocab_size < 70000 and any("the text yields only" in note for note in notes)

@@ -87,7 +87,7 @@ def test_damaged_entry_is_made_again(make: Any, text: Path, damage: str) -> None
             open_prepared(first.path)
     notes: list[str] = []
     again = prepare(config, notes.append)
-    assert any("damaged" in note and "made again" in note for note in notes)
+    assert any("damaged" in note and "preparing it again" in note for note in notes)
     assert again.digest == first.digest and np.array_equal(again.train[:50], kept)
     assert entries(config) == [first.path]
     assert cache.entry_problem(first.path) is None
@@ -98,7 +98,7 @@ def test_numbers_changed_in_meta_are_noticed(make: Any, text: Path) -> None:
     meta = json.loads((first.path / "meta.json").read_text())
     meta["parts"]["train"]["max_id"] = 7  # would let ids beyond the vocabulary through
     (first.path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="does not agree with itself"):
+    with pytest.raises(DataError, match="the digest in meta.json does not match its parts"):
         open_prepared(first.path)
     assert prepare(make(text)).max_id == first.max_id
 
@@ -153,7 +153,7 @@ def test_cache_place_and_description(make: Any, text: Path, tmp_path: Path, monk
     assert "byte tokenizer, vocabulary 256" in line and str(prepared.path) in line and "\n" not in line
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder(make(text, cache=None)) == Path.home() / ".cache" / "dist_gpt"
-    with pytest.raises(DataError, match=r"set data\.cache to a folder"):
+    with pytest.raises(DataError, match=r"set data\.cache to a writable folder"):
         prepare(make(text, cache=str(text)))
     with pytest.raises(DataError, match="cannot be read"):
         open_prepared(tmp_path / "nowhere")

@@ -52,7 +52,7 @@ def rewrite(path: Path, ids: Any, same_time: bool) -> None:
 def test_a_file_rewritten_with_its_old_size_and_time_is_prepared_anew(make: Any, path: Path) -> None:
     first = prepare(make(path))
     rewrite(path, IDS[::-1], same_time=True)
-    with pytest.raises(DataError, match=r"ids.bin does not hold the tokens that were prepared; start again"):
+    with pytest.raises(DataError, match=r"ids.bin does not hold the tokens that were prepared; restart"):
         open_prepared(first.path)  # a rank whose node has another file
     second = prepare(make(path))
     assert second.path != first.path and second.digest != first.digest

@@ -176,7 +176,7 @@ class TestRunFolder:
             lock.look(run_dir)
 
     def test_of_two_that_looked_at_the_same_moment_one_wins(self, folder: Made, config: Config) -> None:
-        for goes_on, told in ((False, "exists already"), (True, "in use by another training")):
+        for goes_on, told in ((False, "already exists"), (True, "in use by another training")):
             first, second = folder(), folder(goes_on)
             first.check()
             second.check()
@@ -210,7 +210,7 @@ class TestRunFolder:
         run_dir = Path(str(config.run_dir))
         run_dir.mkdir(parents=True)
         (run_dir / "metrics.jsonl").write_text("")
-        with pytest.raises(ConfigError, match="exists already"):
+        with pytest.raises(ConfigError, match="already exists"):
             folder().check()
         start = folder(goes_on=True)
         start.check()
@@ -235,7 +235,7 @@ class TestRunFolder:
         run_dir = Path(str(config.run_dir))
         run_dir.mkdir(parents=True)
         start = folder()
-        with pytest.raises(ConfigError, match="exists already"):
+        with pytest.raises(ConfigError, match="already exists"):
             start.check()
         start.restart()
         start.check()

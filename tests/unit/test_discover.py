@@ -171,7 +171,7 @@ def test_node_lists(text: str, names: list[str]) -> None:
     "text", ["", ",", "n[1", "n1]", "n[]", "n[3-1]", "n[a]", "n[1-2,]", "n[[1]]", "n 1", "n[1-999999999]", "n1,",
              "a[1-9999]b[1-9999]", "n[\u0661]"])  # fmt: skip
 def test_no_node_lists(text: str) -> None:
-    with pytest.raises(ConfigError, match="no list of nodes"):
+    with pytest.raises(ConfigError, match="not a Slurm node list"):
         expand(text)
 
 

@@ -97,7 +97,7 @@ def test_ranks_end_with_a_killed_fork_server(tmp_path: Path, capfd: pytest.Captu
     assert launch_local(spec) == 1
     killed.join()
     assert all(map(gone, pids(tmp_path)))
-    assert "rank 0 (pp 0, dp 0, cp 0, tp 0) died: their fork server ended: killed by SIGKILL" in capfd.readouterr().err
+    assert "rank 0 (pp 0, dp 0, cp 0, tp 0) died: the fork server ended: killed by SIGKILL" in capfd.readouterr().err
 
 
 def test_a_job_that_is_ended_while_modules_are_imported(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class TestDeath:
     def test_a_command_that_cannot_be_started(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             launch_local(JobSpec((str(tmp_path / "no-such-python"), *WORKER, "x"), 2, tmp_path / "logs"))
-        with pytest.raises(ValueError, match="begins with PYTHON -m launch.worker"):
+        with pytest.raises(ValueError, match="begin with PYTHON -m launch.worker"):
             launch_local(JobSpec(("./a.out",), 2, tmp_path / "logs"))
 
 
@@ -280,7 +280,7 @@ class TestRunDirectory:
         assert json.loads((made / "plan.json").read_text()) == {"schema": 1}
         before = {file: file.stat().st_mtime_ns for file in made.rglob("*")}
         (tmp_path / "r-2").mkdir()
-        with pytest.raises(ConfigError, match=r"r exists already.*--set run_dir=\S*r-3"):
+        with pytest.raises(ConfigError, match=r"r already exists.*--set run_dir=\S*r-3"):
             run.create_run_dir(config, {})
         assert {file: file.stat().st_mtime_ns for file in made.rglob("*")} == before
 

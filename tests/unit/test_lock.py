@@ -46,7 +46,7 @@ def test_held_here_and_gone_afterwards(tmp_path: Path) -> None:
         told = json.loads((tmp_path / "launcher.lock").read_text())
         assert told["pid"] == os.getpid() and told["job"] is None and set(told) >= {"host", "pid", "job"}
         where = f"process {os.getpid()} on {told['host']}"
-        with pytest.raises(ConfigError, match=f"{where}.*or end it .kill {os.getpid()} on .*remove {tmp_path}"):
+        with pytest.raises(ConfigError, match=f"{where}.*end it .kill {os.getpid()} on .*remove {tmp_path}"):
             lock.look(tmp_path)
         with pytest.raises(ConfigError, match=where), lock.hold(tmp_path):
             pass

@@ -183,9 +183,9 @@ def _memory_lines(*sets: str) -> str:
 @pytest.mark.parametrize(
     ("sets", "note"),
     [
-        (["optim.sharding=zero3", "parallel.dp=1"], "optim.sharding zero3 with one data rank: there is nobody"),
-        (["train.loss_scale=1024"], "train.loss_scale 1024 with train.dtype fp32: only fp16 scales its loss"),
-        (["optim.offload=true"], "comes on top of the peak: offload saves none there"),
+        (["optim.sharding=zero3", "parallel.dp=1"], "optim.sharding zero3 with one data rank: there is no other rank"),
+        (["train.loss_scale=1024"], "train.loss_scale 1024 with train.dtype fp32: the loss is scaled with fp16 only"),
+        (["optim.offload=true"], "adds to the peak, so offload saves none"),
         (["optim.shard_group=node"], "optim.shard_group node on one node"),
     ],
 )

@@ -83,24 +83,24 @@ PLANTED: dict[str, tuple[Callable[[int, Facts], object], str, str, str]] = {
     "unresolvable master": (lambda r, f: f.update(master={"name": "node0", "error": "Name or service not known"}),
                             "ranks 4-7", "cannot resolve node0", "/etc/hosts"),
     "loopback master": (lambda r, f: f.update(master={"name": "node0", "addresses": ["127.0.1.1"]}),
-                        "ranks 4-7", "takes node0, where the ranks meet, for 127.0.1.1: loopback", "127.*"),
+                        "ranks 4-7", "resolves node0, where the ranks meet, to 127.0.1.1: loopback", "127.*"),
     "no such interface": (lambda r, f: f.update(named_interfaces=["ib0"]),
                           "ranks 4-7", "no interface ib0 that is up; it has eth0 10.0.0.2; lo", "launch.interface"),
     "fewer GPUs than ranks": (lambda r, f: f.update(gpus=["GPU-10", "GPU-11"]),
                               "ranks 6-7", "sees 2 GPUs for 4 ranks", "launch.slurm.gpus_per_node"),
-    "no GPU on one node": (lambda r, f: f.update(gpus=[]), "ranks 4-7", "sees 0 GPUs for 4 ranks", "GPUs a node"),
+    "no GPU on one node": (lambda r, f: f.update(gpus=[]), "ranks 4-7", "sees 0 GPUs for 4 ranks", "GPUs per node"),
     "a shared GPU": (lambda r, f: f.update(gpus=[("GPU-10", "GPU-11", "GPU-10", "GPU-12")[r - 4]]),
-                     "ranks 4-7", "sees 3 GPUs for 4 ranks", "GPUs a node"),
+                     "ranks 4-7", "sees 3 GPUs for 4 ranks", "GPUs per node"),
     "one core for all": (lambda r, f: f.update(cores=[0]),
                          "ranks 4-7", "4 ranks with GPUs may run on 1 of the machine's 16 cores",
-                         "launch.slurm.cpus_per_rank: 4 (srun takes one core"),
+                         "launch.slurm.cpus_per_rank: 4 (srun gives a task one core"),
     "one core per rank with GPUs": (lambda r, f: f.update(cores=[r - 4]),
                                     "ranks 4-7", "may run on 4 of the machine's 16 cores", "SRUN_CPUS_PER_TASK"),
     "another torch": (lambda r, f: f["versions"].update(torch="2.12.0"),
                       "ranks 4-7", "has torch 2.12.0, and rank 0 on node0 has 2.13.0", "the same on all nodes"),
     "another Python": (lambda r, f: f["versions"].update(python="3.12.1"),
                        "ranks 4-7", "has python 3.12.1, and rank 0 on node0 has 3.11.7", "the same on all nodes"),
-    "other source files": (lambda r, f: f.update(code="01d"), "ranks 4-7", "other source files", "one checkout"),
+    "other source files": (lambda r, f: f.update(code="01d"), "ranks 4-7", "different source files", "one checkout"),
     "another config": (lambda r, f: f.update(config="dead"),
                        "ranks 4-7", "digest dead) than the launcher wrote (c0ffee)", "all nodes share"),
     "an unreadable config": (lambda r, f: f.update(config=""),
@@ -108,7 +108,7 @@ PLANTED: dict[str, tuple[Callable[[int, Facts], object], str, str, str]] = {
     "run directory not there": (lambda r, f: f.update(config="", run_dir={**f["run_dir"], "visible": False}),
                                 "ranks 4-7", "does not see the run directory /shared/run", "all nodes share"),
     "run directory read-only": (lambda r, f: f["run_dir"].update(writable=False),
-                                "rank 4", "cannot write into the run directory", "writable for this user"),
+                                "rank 4", "cannot write to the run directory", "writable for this user"),
     "clock ahead": (lambda r, f: f.update(time=NOW + 63), "ranks 4-7", "63 s ahead of the launcher's", "chronyc"),
     "clock behind": (lambda r, f: f.update(time=NOW - 63), "ranks 4-7", "63 s behind the launcher's", "chronyc"),
 }  # fmt: skip
@@ -155,7 +155,7 @@ def test_nobody_answers() -> None:
 
 def test_the_mesh_is_not_what_was_started() -> None:
     problem = only(judge(good(), replace(EXPECTED, mesh=16, layout="pp 4 x dp 2 x cp 1 x tp 2")))
-    assert "2 nodes with 4 ranks each are 8 ranks, and the layout pp 4 x dp 2 x cp 1 x tp 2 has 16" in problem.what
+    assert "has 8 ranks on 2 nodes (4 per node), but the layout pp 4 x dp 2 x cp 1 x tp 2 has 16" in problem.what
     assert "--ranks-per-node" in problem.remedy
 
 
@@ -174,14 +174,14 @@ def test_nodes_with_different_numbers_of_ranks() -> None:
             facts={**found(rank), "gpus": []},
         )  # fmt: skip
     first, second = judge(answers, EXPECTED)
-    assert "has 5 ranks, and each of 2 nodes should have 4" in first.what and first.node == "node0"
+    assert "has 5 ranks, but should have 4 (8 ranks on 2 nodes)" in first.what and first.node == "node0"
     assert "has 3 ranks" in second.what and "--map-by ppr:4:node" in second.remedy
 
 
 def test_a_rank_that_is_there_twice() -> None:
     problem = only(judge(good(), EXPECTED, [replace(good()[3], host="node1", node=1)]))
     assert (problem.node, problem.ranks) == ("node1", (3,))
-    assert "says that it is rank 3, as a process on node0 did before" in problem.what
+    assert "claims rank 3, which a process on node0 already holds" in problem.what
 
 
 def test_a_port_that_is_taken() -> None:
@@ -250,7 +250,7 @@ class TestSupervisor:
     def test_bad(self, tmp_path: Path) -> None:
         answers = {rank: answer for rank, answer in good().items() if rank != 7}
         said = preflight.check_answers(self.spec(tmp_path), self.states(answers), [7])
-        assert said.startswith("preflight error: node1 (rank 7): did not say hello")
+        assert said.startswith("preflight error: node1 (rank 7): did not report to the launcher")
         assert str(tmp_path / "rank7.log") in said
 
     @pytest.mark.parametrize(("nodes", "name"), [("n[1-2]", "n2"), ("n[1-", "node 1")])
@@ -270,7 +270,7 @@ class TestSupervisor:
     def test_rivals_are_duplicates(self, tmp_path: Path) -> None:
         states = self.states(good())
         states[2] = replace(states[2], rivals=(vars(good()[2]),))
-        assert "says that it is rank 2" in preflight.check_answers(self.spec(tmp_path), states)
+        assert "claims rank 2" in preflight.check_answers(self.spec(tmp_path), states)
 
 
 class TestFacts:

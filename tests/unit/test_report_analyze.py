@@ -317,7 +317,7 @@ class TestDocument:
 
     def test_one_rank_without_a_window(self, tmp_path: Path) -> None:
         write(tmp_path, small(window=None))
-        assert analyze(load(tmp_path))["verdict"]["line"] == "one rank, so nothing is communicated"
+        assert analyze(load(tmp_path))["verdict"]["line"] == "one rank, so there is no communication"
 
     def test_without_a_window(self, tmp_path: Path) -> None:
         write(tmp_path, small(*CUBE, window=None))

@@ -107,7 +107,7 @@ def test_no_reading_at_all_is_not_usable(tmp_path: Path) -> None:
     run = load(tmp_path)
     clocks = align(run)
     assert [rank for rank in run.ranks if not clocks.usable(rank)] == [5, 6]
-    assert run.problems == ["ranks 5-6: no clock reading; who waited for them is not known"]
+    assert run.problems == ["ranks 5-6: no clock reading; the time that other ranks waited for them is not known"]
     assert row(clocks, 5) == {"rank": 5, "offset_s": None, "drift_ppm": None, "error_s": None, "repaired_s": None}
     assert int(clocks.to_origin(5, run.ranks[5].spans[:, START]).min()) == 0
     calls, meetings = match(run, clocks)
@@ -120,7 +120,7 @@ def test_readings_that_contradict_each_other(tmp_path: Path) -> None:
     write(tmp_path, FAR, clocks={3: Clock(wrong_ns=(0, 50_000_000))})
     run = load(tmp_path)
     clocks = align(run)
-    assert run.problems == ["rank 3: its two clock readings contradict each other; the first is taken alone"]
+    assert run.problems == ["rank 3: its two clock readings contradict each other; only the first is used"]
     assert row(clocks, 3)["drift_ppm"] is None and clocks.usable(3)
 
 

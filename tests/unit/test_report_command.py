@@ -156,7 +156,7 @@ def test_a_pipe_is_no_event_file(run: Path) -> None:
     (run / "events.rank7.jsonl").unlink()
     os.mkfifo(run / "events.rank7.jsonl")  # opening it would wait for ever
     assert report(str(run)) == 0
-    assert "no ordinary file" in (run / "report.md").read_text()
+    assert "not a regular file" in (run / "report.md").read_text()
 
 
 def test_names_of_a_run_are_text(tmp_path: Path) -> None:

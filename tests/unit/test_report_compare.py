@@ -244,7 +244,7 @@ def test_the_verdict_says_how_much_and_where() -> None:
     result = compare(report(CALM, 16, slower={"wait.tp": 4.0}), report(CALM, 17))
     assert result["verdict"].startswith("Steps take 2")
     assert "% longer (0.39" in result["verdict"] or "% longer (39" in result["verdict"]
-    assert "Moved: wait.tp (+9" in result["verdict"]
+    assert "Largest changes: wait.tp (+9" in result["verdict"]
 
 
 def test_keys_of_the_configuration() -> None:

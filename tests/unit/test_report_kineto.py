@@ -170,7 +170,7 @@ def test_without_an_anchor_there_are_kernels_but_no_lanes(run: Run, anchors: Any
     save(run.folder / "t.json.gz", STEPS + CPU)
     profile, _ = told(run, {"file": "t.json.gz", "anchors": anchors})
     assert profile.kernels and not profile.lanes
-    assert "nothing ties its clock to the run's" in profile.problems[0]
+    assert "no anchor relates its clock to the run's" in profile.problems[0]
 
 
 # --- files that cannot be trusted -----------------------------------------------------------------------------------
@@ -203,11 +203,11 @@ def test_a_truncated_file_shows_what_came_before(tmp_path: Path, packed: bool) -
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "no traceEvents in it"),
-        (b"{}", "no traceEvents in it"),
+        (b"", "no traceEvents in the file"),
+        (b"{}", "no traceEvents in the file"),
         (b"\x1f\x8b\x08garbage", "cannot be read"),
-        (b"\x00\xff" * 5000, "no traceEvents in it"),
-        (b'{"traceEvents": [{"ph": "X" "name"}]}', "ends in the middle"),
+        (b"\x00\xff" * 5000, "no traceEvents in the file"),
+        (b'{"traceEvents": [{"ph": "X" "name"}]}', "the file is truncated"),
         (b'{"traceEvents": [' + b"[" * 100_000, "cannot be read"),
         (b'{"traceEvents": [1, null, "x", {"ph": 3}, {"ph": "X", "ts": "a", "dur": {}}, NaN]}', None),
         (b'{"traceEvents": [{"ph": "X", "ts": 1e400, "dur": 1}, {"ph": "X", "ts": 1, "dur": -1}]}', None),
@@ -232,7 +232,7 @@ def test_too_many_events_and_an_event_without_end(tmp_path: Path, monkeypatch: p
     assert len(read_file(path).events) == 1
     monkeypatch.setattr(kineto, "LONGEST_EVENT", 1000)
     (tmp_path / "u").write_text('{"traceEvents": [{"name": "' + "x" * 3_000_000)
-    assert "an event that does not end" in read_file(tmp_path / "u").problems[0]
+    assert "an event without an end" in read_file(tmp_path / "u").problems[0]
 
 
 def test_a_packed_file_that_unpacks_to_too_much_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,8 @@ def test_a_broken_row_takes_its_step_with_it(how: str, folder: Path) -> None:
     before = load(folder).ranks[1]
     edit(folder, 1, damage)
     run = load(folder)
-    assert "rank 1: lines of the event file that cannot be read are left out (rank 1: 1 line" in only(run)
-    assert "rows of steps 3 go with" in only(run)
+    assert "rank 1: unreadable lines of the event file are left out (rank 1: 1 line" in only(run)
+    assert "rows of step 3 are left out too" in only(run)
     log = run.ranks[1]
     assert np.array_equal(log.calls, before.calls[before.calls[:, 0] != 3])
     assert np.array_equal(log.spans, before.spans[before.spans[:, 0] != 3])
@@ -95,7 +95,7 @@ def test_a_broken_row_takes_its_step_with_it(how: str, folder: Path) -> None:
 def test_a_row_between_two_steps_may_be_of_both(folder: Path) -> None:
     edit(folder, 1, lambda lines: [*lines[: (at := places(lines, CALL, 3)[0])], "[1,", *lines[at + 1 :]])
     run = load(folder)
-    assert "rows of steps 2-3 go with them" in only(run) and steps_of(run, 1) == [4]
+    assert "rows of steps 2-3 are left out too" in only(run) and steps_of(run, 1) == [4]
 
 
 def test_a_broken_span(folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_facts_of_every_kind(folder: Path) -> None:
 
 def test_dropped_rows_are_told(folder: Path) -> None:
     edit(folder, 1, lambda lines: [line.replace('"dropped": 0', '"dropped": 12') for line in lines])
-    assert only(load(folder)) == "rank 1: rows were dropped, since there were too many (rank 1: 12)"
+    assert only(load(folder)) == "rank 1: rows were dropped because there were too many (rank 1: 12)"
 
 
 @pytest.mark.parametrize("seed", range(40))

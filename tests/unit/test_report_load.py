@@ -136,10 +136,10 @@ NOTHING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong config": (lambda f: (f / "config.yaml").write_text("model: 3"), "config.yaml"),
     "no plan": (lambda f: (f / "plan.json").unlink(), "plan.json: no such file"),
     "cut plan": (lambda f: (f / "plan.json").write_text('{"layout":'), "plan.json: cannot be read"),
-    "plan of another kind": (lambda f: (f / "plan.json").write_text("[]"), "plan.json: no plan"),
+    "plan of another kind": (lambda f: (f / "plan.json").write_text("[]"), "plan.json: not a plan"),
     "no events": (lambda f: [path.unlink() for path in f.glob("events*")], "no events.rank"),
     "empty event files": (lambda f: [path.write_text("") for path in f.glob("events*")], "ranks 0-7: the event file"),
-    "no headers": (lambda f: [path.write_text("[1,2]\n") for path in f.glob("events*")], "no header"),
+    "no headers": (lambda f: [path.write_text("[1,2]\n") for path in f.glob("events*")], "no readable header"),
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_a_rank_outside_the_plan(folder: Path) -> None:
     for name in ("events.rank07.jsonl", "events.rank.jsonl", "events.rank1.jsonl.part"):
         (folder / name).write_text("not mine")
     run = load(folder)
-    assert "rank 8: no rank of the plan, which has 8" in only(run) and len(run.ranks) == 8
+    assert "rank 8: not in the plan of 8 ranks" in only(run) and len(run.ranks) == 8
 
 
 def test_a_cut_off_last_line_and_no_end(folder: Path) -> None:
@@ -208,14 +208,14 @@ def test_without_an_end_the_run_goes_on_or_the_rank_died(folder: Path) -> None:
 
 
 HEADERS = {
-    "rank": ('"rank":1', '"rank":2', "of another rank"),
-    "coords": ('"tp":1', '"tp":0', "of another rank"),
-    "world": ('"world":8', '"world":4', "of another rank"),
+    "rank": ('"rank":1', '"rank":2', "belongs to another rank"),
+    "coords": ('"tp":1', '"tp":0', "belongs to another rank"),
+    "world": ('"world":8', '"world":4', "belongs to another rank"),
     "axis": ('"axis":"tp"', '"axis":"ep"', "groups that this layout does not have"),
     "pair": ('"ranks":[1,5]', '"ranks":[1,99]', "groups that this layout does not have"),
     "pair of others": ('"ranks":[1,5]', '"ranks":[0,4]', "groups that this layout does not have"),
-    "base": ('"base_ns":', '"base":', "no header that can be read"),
-    "channels": ('"channels":[', '"channels":[7,', "no header that can be read"),
+    "base": ('"base_ns":', '"base":', "no readable header"),
+    "channels": ('"channels":[', '"channels":[7,', "no readable header"),
 }
 
 
@@ -242,7 +242,7 @@ def test_plan_and_configuration_of_different_layouts(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     plan["layout"]["tp"] = 4
     (folder / "plan.json").write_text(json.dumps(plan))
-    assert "another layout than config.yaml" in only(load(folder))
+    assert "plan.json and config.yaml have different layouts" in only(load(folder))
 
 
 # --- attempts -------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_a_rank_that_was_not_resumed_is_left_out(folder: Path) -> None:
     for rank in set(range(8)) - {6}:
         edit(folder, rank, resumed)
     run = load(folder)
-    assert only(run) == "rank 6: nothing of attempt 1; what there is of earlier attempts is left out"
+    assert only(run) == "rank 6: no records of attempt 1; those of earlier attempts are left out"
     assert 6 not in run.ranks
 
 
@@ -327,7 +327,7 @@ def test_a_configuration_that_this_version_would_not_run(folder: Path) -> None:
 def test_an_event_file_that_cannot_be_read(folder: Path) -> None:
     (folder / "events.rank3.jsonl").unlink()
     (folder / "events.rank3.jsonl").mkdir()
-    assert "rank 3: the event file is no ordinary file" in only(load(folder))
+    assert "rank 3: the event file is not a regular file" in only(load(folder))
 
 
 @pytest.mark.parametrize(

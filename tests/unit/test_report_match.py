@@ -255,7 +255,7 @@ def test_different_operations_do_not_meet(tmp_path: Path) -> None:
 
     edit(tmp_path, 1, swap)
     run, _, _, meetings = matched(tmp_path)
-    assert (~meetings.complete).sum() == 1 and "1 meetings of different operations" in run.problems[0]
+    assert (~meetings.complete).sum() == 1 and "1 collective with different operations" in run.problems[0]
 
 
 def test_one_process_meets_nobody(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_page_is_well_formed_and_asks_for_nothing(name: str) -> None:
 def test_verdict_card() -> None:
     html = rendered("full")
     card = html[html.index('<header id="verdict">') : html.index("</header>")]
-    for said in ("bound by waiting in the tensor-parallel axis", "Try next", "412 records a step",
+    for said in ("bound by waiting in the tensor-parallel axis", "Try next", "412 records per step",
                  "at 2.13\u00a0µs each", "64\u00a0% computing", "21\u00a0% idle in the pipeline bubble",
                  "accounting exact", "339 ms"):  # fmt: skip
         assert said in card, said

@@ -136,7 +136,7 @@ def test_values_that_must_be_equal_are_told_apart() -> None:
     document = copy.deepcopy(report_document.full())
     document["predicted"][0]["measured"] += 1
     text = markdown(document)
-    assert "1 value that must be equal is not." in text
+    assert "1 value that must be equal differs." in text
     assert "| 7,340,032 | 7,340,033 |" in text and "| differs |" in text
 
 
@@ -154,7 +154,7 @@ def test_accounting_differences_name_where_they_are() -> None:
     document["accounting"] = {"exact": False, "differences": [row], "lines": ["rank 3: pp send: issued 5, declared 4"]}
     text = markdown(document)
     assert "| rank 3 | 12 | send 0SEND_F0 | pp | send | 4.10 kB | +1 |" in text
-    assert "rank 3: pp send: issued 5, declared 4" in text and "differs from what the plan declares" in text
+    assert "rank 3: pp send: issued 5, declared 4" in text and "differ from those that the plan declares" in text
 
 
 def test_texts_need_no_matplotlib() -> None:

@@ -125,7 +125,7 @@ def test_an_existing_directory_is_not_written_into_from_elsewhere(
         create_run_dir(config, {})
     else:
         run.mkdir()
-    told = "exists already" if exists == "empty" else "exists already.*--resume auto goes on with the run in it"
+    told = "already exists" if exists == "empty" else "already exists.*--resume auto continues the run in it"
     before = sorted(run.rglob("*"))
     with pytest.raises(ConfigError, match=told):
         begin(config, origin)
@@ -197,11 +197,11 @@ def test_what_was_trained_is_not_written_over(config: Config, run: Path) -> None
     trained(run, 3, 75)
     assert resolve("auto", run, other) == Resume(True)
     before = (run / "config.yaml").read_text()
-    for code, one, told in ((None, config, "is of another configuration"), (75, config, "is of another configuration"),
-                            (0, other, "it has come to its end")):  # fmt: skip
+    for code, one, told in ((None, config, "of another configuration"), (75, config, "of another configuration"),
+                            (0, other, "its training is finished")):  # fmt: skip
         (run / "exit.json").unlink(missing_ok=True)
         trained(run, 3, code)
-        with pytest.raises(ConfigError, match=f"no checkpoint to go on from, and .*{told}.*--set run_dir="):
+        with pytest.raises(ConfigError, match=f"no checkpoint to resume from, and .*{told}.*--set run_dir="):
             begin(one, "auto")
         assert (run / "config.yaml").read_text() == before
     assert resolve("auto", run, other, again=True) == Resume(True), "torchrun's own restart"

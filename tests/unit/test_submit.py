@@ -55,12 +55,12 @@ class Slurm:
 
 def test_submitting() -> None:
     assert submit(Path("job.sbatch"), Slurm(sbatch=["4711;cluster\n"]).run) == "4711"
-    with pytest.raises(ConfigError, match="sbatch is not found.*--via local"):
+    with pytest.raises(ConfigError, match="sbatch was not found.*--via local"):
         submit(Path("job.sbatch"), Slurm().run)
     refused = (1, "", "sbatch: error: invalid partition specified: gpux\nsbatch: error: Batch job submission failed")
     with pytest.raises(ConfigError, match="invalid partition specified: gpux"):
         submit(Path("job.sbatch"), Slurm(sbatch=[refused]).run)
-    with pytest.raises(ConfigError, match="no word") as unknown:
+    with pytest.raises(ConfigError, match="no message") as unknown:
         submit(Path("job.sbatch"), Slurm(sbatch=["what?"]).run)
     with pytest.raises(ConfigError, match="did not answer.*squeue --me") as late:
         submit(Path("job.sbatch"), Slurm(sbatch=[(124, "", "sbatch did not answer within 60 s")]).run)
@@ -81,7 +81,7 @@ def test_a_refusal_is_said_once() -> None:
 def test_a_job_that_never_starts_is_given_up_by_hand(tmp_path: Path) -> None:
     fake = Slurm(squeue=["PENDING|PartitionConfig|N/A\n", "RUNNING|None|x\n", INVALID], scontrol=[DONE])
     _, said, _ = followed(fake, tmp_path)
-    assert "will never start; sinfo -s lists the partitions. Ctrl-C to give up" in said[0]
+    assert "will never start; sinfo -s lists the partitions. Press Ctrl-C to cancel it" in said[0]
     assert not any("Ctrl-C" in line for line in said[1:])
 
 
@@ -94,12 +94,12 @@ def test_who_follows_a_job_that_said_nothing_is_told_how_to_go_on(
     (tmp_path / "checkpoints" / "step_00000095").mkdir(parents=True)
     fake = Slurm(sbatch=["7\n"])
     assert run_job(tmp_path / "job.sbatch", tmp_path / "x.out", tmp_path, go_on=go_on, run=fake.run) == 1
-    words = f"saved: step_00000095; go on: dist-gpt launch {tmp_path}/config.yaml --via slurm --resume auto"
+    words = f"saved: step_00000095; continue with: dist-gpt launch {tmp_path}/config.yaml --via slurm --resume auto"
     assert (words in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(("change", "ends"), [
-    (CHANGE, "and begin again: dist-gpt launch {0}/config.yaml --via local --set run_dir={0}-2 --set KEY=VALUE"),
+    (CHANGE, "and start a new run: dist-gpt launch {0}/config.yaml --via local --set run_dir={0}-2 --set KEY=VALUE"),
     (CHANGE_SCALE, "and continue: dist-gpt launch {0}/config.yaml --via local --resume auto --set KEY=VALUE"),
 ])  # fmt: skip
 def test_a_run_that_would_end_the_same_is_told_what_to_change(change: str, ends: str, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_run_that_would_end_the_same_is_told_what_to_change(change: str, ends:
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
-    assert go_on(tmp_path, "local").startswith("no checkpoint yet, so it begins anew; go on: dist-gpt")
+    assert go_on(tmp_path, "local").startswith("no checkpoint yet; start again with: dist-gpt")
 
 
 def followed(fake: Slurm, folder: Path) -> tuple[Any, list[str], str]:
@@ -142,7 +142,7 @@ def test_following_through_queue_and_requeue(tmp_path: Path) -> None:
     assert shown == "step 1 ü\nstep 2\nlast words\n"
     assert (ended.state, ended.code) == ("COMPLETED", 0)
     text = "\n".join(said)
-    for part in ("jobs of higher priority are first; Slurm expects to start it at 2026-11-24 12:00:00",
+    for part in ("jobs of higher priority come first; Slurm expects to start it at 2026-11-24 12:00:00",
                  "RUNNING: running", "about two minutes", "COMPLETED: done"):  # fmt: skip
         assert part in text
 
@@ -172,7 +172,7 @@ def test_slurm_that_is_away(tmp_path: Path) -> None:
     away = (1, "", "slurm_load_jobs error: Unable to contact slurm controller")
     back = Slurm(squeue=["RUNNING|None|x", *[away] * 20, ""], scontrol=[DONE])
     assert followed(back, tmp_path)[0].code == 0
-    with pytest.raises(ConfigError, match=r"has not said a word about job 7 for 120 s"):
+    with pytest.raises(ConfigError, match=r"has not answered about job 7 for 120 s"):
         followed(Slurm(squeue=["RUNNING|None|x", away]), tmp_path)
     assert final_state("7", Slurm().run) is None
 
