@@ -325,9 +325,7 @@ class Spare:
             to_the_end(become, *asked)
         theirs.close()
 
-    def start(
-        self, words: Sequence[str], env: Mapping[str, str], fds: Mapping[int, int], tied: bool = False
-    ) -> Spare:
+    def start(self, words: Sequence[str], env: Mapping[str, str], fds: Mapping[int, int], tied: bool = False) -> Spare:
         """Run `python WORDS` in it, in a session of its own, with descriptors `fds` by number. `tied`: it ends with
         this process."""
         document = {"words": list(words), "cwd": os.getcwd(), "env": dict(env), "fds": list(fds), "tied": tied}

@@ -54,9 +54,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("change", "layout"), FAULTS)
-def test_a_file_that_changes_under_a_run_ends_it_with_code_2(
-    tmp_path: Path, change: str, layout: str
-) -> None:
+def test_a_file_that_changes_under_a_run_ends_it_with_code_2(tmp_path: Path, change: str, layout: str) -> None:
     place = Place(tmp_path)
     sets: dict[str, Any] = {} if layout == "alone" else {f"parallel.{layout}": 2}
     ids = np.random.default_rng(0).integers(0, 256, 20_000).astype("<u2")
