@@ -26,7 +26,6 @@ from benchmarks.gpu_check.device import Cuda, StandIn
 from benchmarks.gpu_check.results import Outcome
 from benchmarks.gpu_check.section import BY_NAME, SECTIONS, Context
 from dist_gpt.comm.mesh import NcclBackends
-from dist_gpt.comm.rendezvous import rank_env
 from dist_gpt.comm.staged import StagedBackends
 from dist_gpt.config.errors import ConfigError
 from tests.ranks import runs
@@ -37,7 +36,7 @@ HANGS_S = 600
 pytestmark = pytest.mark.timeout(HANGS_S)
 
 
-def context(name: str, out: Path, budget_s: float = 300.0) -> Context:
+def context(name: str, out: Path, budget_s: float = HANGS_S) -> Context:
     return Context(name, out, "cpu", True, budget_s)
 
 
@@ -231,7 +230,7 @@ def test_a_rank_that_fails_or_dies_is_named(tmp_path: Path) -> None:
     here = context("ranks", tmp_path)
     config = ranks.layout_config("dp2")
     answers = {0: {"error": "boom"}, 1: {"error": "its process ended with exit code -9"}}
-    team = SimpleNamespace(collect=lambda *_: answers)
+    team = SimpleNamespace(collect=lambda *_: answers, limit_s=1.0)
     ranks.certificate(here, team, "dp2")  # type: ignore[arg-type]
     assert config.world_size == 2 and "rank 0: boom; rank 1: its process ended" in here.failed[0]
     dead = SimpleNamespace(poll=lambda: -9)
@@ -242,9 +241,9 @@ def test_a_rank_that_fails_or_dies_is_named(tmp_path: Path) -> None:
 
 
 def test_ranks_with_a_gpu_each_talk_over_nccl_and_others_through_host_memory() -> None:
-    env, gpu = rank_env(60.0, {}), torch.device("cuda", 1)
-    assert isinstance(ranks.backends_for(dist.HashStore(), env, gpu, own=True), NcclBackends)
-    shared = ranks.backends_for(dist.HashStore(), env, gpu, own=False)
+    gpu = torch.device("cuda", 1)
+    assert isinstance(ranks.backends_for(dist.HashStore(), gpu, own=True, limit_s=60.0), NcclBackends)
+    shared = ranks.backends_for(dist.HashStore(), gpu, own=False, limit_s=60.0)
     assert isinstance(shared, StagedBackends) and not shared.stages_all
 
 
