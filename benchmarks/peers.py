@@ -229,7 +229,7 @@ def _deepspeed(order: Order) -> Side:
     import deepspeed as engines
 
     from benchmarks.traffic import patch_reduce_scatter
-    from dist_gpt.optim.deepspeed import compile_nothing
+    from dist_gpt.integrations.deepspeed.engine import compile_nothing
 
     options, work = order.options, work_of(order)
     compile_nothing()

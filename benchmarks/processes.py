@@ -1,7 +1,7 @@
 """The parent's side of worker processes: start them, send requests through pipes, end them. Torch-free.
 
 An idle worker is blocked in a read of its standard input and uses no CPU time. It ends when its standard input is
-closed, and dies with this process even if this one is killed (`launch.worker`).
+closed, and dies with this process even if this one is killed (`launch.rank.worker`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.processes import ROOT, WorkerError
 from benchmarks.result import Result, Row
 from benchmarks.settings import Settings
-from dist_gpt.report.analyze import analyze, profile
-from dist_gpt.report.load import load
+from dist_gpt.report.analysis.analyze import analyze, profile
+from dist_gpt.report.read.load import load
 from dist_gpt.report.write import write_files
 
 NAME = "report-scale"

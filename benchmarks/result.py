@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dist_gpt.processors import allowed
+from dist_gpt.cpu import allowed
 
 FOLDER = Path(__file__).resolve().parent / "results"
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_gpt.processors import kept
+from dist_gpt.cpu import kept
 
 TIMEOUT_S = 600.0
 Step = Callable[[int, np.ndarray, str], float]
@@ -118,10 +118,10 @@ def ours() -> tuple[Build, Callable[[], None]]:
 def _our_rank(number: int, store: Any, built: Any, order: Order) -> Side:
     """Return rank `number` of the layout that `order` asks for. Each one built has its own part of the store."""
     from dist_gpt.comm.mesh import GlooBackends
-    from dist_gpt.comm.tape import HostTimer, Tape
+    from dist_gpt.comm.trace_buffer import HostTimer, Tape
     from dist_gpt.config.schema import Config
     from dist_gpt.events import TRAIN, EventFile
-    from dist_gpt.rank import Rank
+    from dist_gpt.replica import Rank
 
     config = Config.model_validate_json(json.dumps(order.tree))
     part = torch.distributed.PrefixStore(f"built{next(built)}", store)
@@ -230,7 +230,7 @@ def timed_steps(step: Step, tree: dict[str, Any], first: int, count: int, mode: 
 
 
 SIDES = {
-    "ours": ("dist_gpt.rank", "benchmarks.workers:ours"),
+    "ours": ("dist_gpt.replica", "benchmarks.workers:ours"),
     "plain": ("tests.reference.plain_gpt", "benchmarks.workers:plain"),
     "stock": ("tests.reference.plain_gpt", "benchmarks.workers:stock"),
     "share": ("tests.reference.plain_gpt", "benchmarks.peers:share"),

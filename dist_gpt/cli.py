@@ -82,12 +82,12 @@ def launch(
     """
     from dist_gpt.checkpoint.resume import AUTO, resolve
     from dist_gpt.rundir import Resume
-    from launch import lock, run, ways
+    from launch import backends, lock, run
 
     counts = {"launch.nodes": nodes, "launch.ranks_per_node": ranks_per_node}
     sets = [*(overrides or []), *(f"{key}={count}" for key, count in counts.items() if count)]
     loaded, device = run.load_for_launch(config, sets, via)
-    way = ways.way_of(via, loaded, detach, check)
+    way = backends.way_of(via, loaded, detach, check)
     _require_extras(loaded)
     if resume and not (check or dry_run):
         lock.look(Path(str(loaded.run_dir)))
@@ -106,7 +106,7 @@ def launch(
         document = {**run.job_document(job), **way.document(job)}
         _print(document, as_json, run.job_text(document))
         return
-    told = isinstance(way, ways.Submitted)  # the job's own launcher supervises and prints the summary; its log is shown
+    told = isinstance(way, backends.Submitted)  # the job's own launcher supervises and prints the summary; its log is shown
     with _removed_if_not_started(run_dir), contextlib.ExitStack() as held:
         with _progress(as_json):
             print(f"{loaded.name}: {_ranks(loaded)} on {way.sentence}. {device.sentence}", flush=True)
@@ -182,7 +182,7 @@ def train(
     loaded = load(config, overrides or [], world=int(world) if world.isdecimal() else None)
     _refuse_other_run_dir(loaded)
     with _progress(as_json):
-        from dist_gpt.train import main as train_main
+        from dist_gpt.train.trainer import main as train_main
 
         code = train_main(loaded, AUTO if resume else None)  # the launcher has noted a PATH in the run directory
     if as_json and os.environ.get("RANK", "0") == "0":
@@ -206,7 +206,7 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
     """Train as the rank that the environment names, without a launcher, and exit with the exit code."""
     from dist_gpt.checkpoint.resume import AUTO, resolve
     from dist_gpt.config.load import load
-    from launch import direct
+    from launch.rank import direct
     from launch.run import verdict
 
     with _told_once() as told, contextlib.ExitStack() as held:
@@ -221,7 +221,7 @@ def _train_directly(config: str, overrides: list[str], as_json: bool, resume: st
             folder.check()  # early, before torch is imported
         start.enter(os.environ)
         with _progress(as_json):
-            from dist_gpt.train import main as train_main
+            from dist_gpt.train.trainer import main as train_main
 
             code = train_main(loaded, AUTO if resume else None, folder)
             if start.place.rank == 0:
@@ -242,7 +242,7 @@ class _Told:
 @contextlib.contextmanager
 def _told_once() -> Iterator[_Told]:
     """Let only rank 0 report bad input that all ranks find, as far as the program that started them allows."""
-    from launch import direct
+    from launch.rank import direct
 
     told = _Told()
     try:
@@ -256,7 +256,7 @@ def _told_once() -> Iterator[_Told]:
 def _require_extras(config: Config) -> None:
     """Raise ConfigError, before anything is started, if an optional package that `config` needs is missing."""
     from dist_gpt.config.deepspeed import require_deepspeed
-    from dist_gpt.track import require_wandb
+    from dist_gpt.train.metrics import require_wandb
 
     require_wandb(config.log.wandb.mode)
     require_deepspeed(config.optim.engine)
@@ -416,13 +416,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:
         if os.environ.get("DIST_GPT_ERROR_FILE"):
-            from dist_gpt.track import record_failure
+            from dist_gpt.train.metrics import record_failure
 
             record_failure(error)
         if not _is_bad_input(error):
             if "DIST_GPT_RUN_DIR" in os.environ or type(error).__name__ != "RendezvousError":
                 raise
-            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # needs no traceback; launch.worker does the same
+            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # needs no traceback; launch.rank.worker does the same
             sys.exit(1)
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
         if "--json" in (sys.argv[1:] if argv is None else argv) and _is_first_rank():
@@ -431,6 +431,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_first_rank() -> bool:
-    from launch.direct import rank_of
+    from launch.rank.direct import rank_of
 
     return rank_of(os.environ) == 0

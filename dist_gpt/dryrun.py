@@ -25,7 +25,7 @@ from dist_gpt.parallel.saved import SavedBytes
 from dist_gpt.plan.buffers import needs_room
 from dist_gpt.plan.steps import RankPlan
 from dist_gpt.profile.memory import parts
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 
 
 def dryrun_document(config: Config, rank: int = 0) -> dict[str, Any]:

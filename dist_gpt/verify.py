@@ -30,7 +30,7 @@ from dist_gpt.dryrun import dryrun_document
 from dist_gpt.events import TRAIN, Counts
 from dist_gpt.model.init import local_part
 from dist_gpt.plan.count import count_comm, count_flops, count_memory, count_recomputed
-from dist_gpt.rank import Rank, Samples
+from dist_gpt.replica import Rank, Samples
 
 STEPS = 2
 VERIFY_TIMEOUT_S = 300.0

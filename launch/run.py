@@ -21,9 +21,9 @@ from dist_gpt.plan.steps import layout_of
 from dist_gpt.rundir import CHECKPOINTS, EXIT, RESUME_FROM, Resume, branch_of, set_aside
 from dist_gpt.rundir import replace as replace_file
 from dist_gpt.skips import Skipped
-from launch import slurm
 from launch.env import Device, choose_device, count_gpus
 from launch.spec import RUN_DIR, WORKER, JobSpec, counted, train_argv
+from launch.starters import slurm
 
 QUICKLY_READ_BYTES = 100_000_000
 
@@ -160,7 +160,7 @@ def job_of(
         max_restarts=launch.max_restarts,
         preflight=launch.preflight,
         # DeepSpeed imports torch's compiler. Importing DeepSpeed itself starts a thread, which rules out forking ranks.
-        preload=("dist_gpt.train", *(("torch._dynamo",) if config.optim.engine == "deepspeed" else ())),
+        preload=("dist_gpt.train.trainer", *(("torch._dynamo",) if config.optim.engine == "deepspeed" else ())),
     )
 
 

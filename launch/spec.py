@@ -32,18 +32,18 @@ read before TORCHELASTIC_RESTART_COUNT."""
 TERMINAL = "DIST_GPT_TERMINAL"
 """Columns of the terminal that shows rank 0's output live; not set if there is none."""
 MASTER = "DIST_GPT_MASTER"
-"""host:port of the ranks' store, for ranks that find their places themselves; see launch.discover."""
+"""host:port of the ranks' store, for ranks that find their places themselves; see launch.rank.discover."""
 WATCH = "DIST_GPT_WATCH"
-"""host:port of the launcher's watch (launch.watch); not set if there is none."""
+"""host:port of the launcher's watch (launch.monitor.heartbeat_server); not set if there is none."""
 WATCH_TOKEN = "DIST_GPT_WATCH_TOKEN"
 """Password of the watch, hex."""
 SILENCE = "DIST_GPT_SILENCE_S"
 """Seconds of silence after which a rank and its launcher give each other up."""
 WATCH_FD = "DIST_GPT_WATCH_FD"
-"""Descriptor of the socket that said hello to the watch; set by launch.worker, read by dist_gpt.pulse."""
+"""Descriptor of the socket that said hello to the watch; set by launch.rank.worker, read by dist_gpt.train.heartbeat."""
 
 
-WORKER = ("-m", "launch.worker")
+WORKER = ("-m", "launch.rank.worker")
 """Beginning of a rank's command, after the interpreter."""
 
 

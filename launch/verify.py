@@ -15,8 +15,8 @@ from dist_gpt.config.schema import Config
 from dist_gpt.plan.count import total_parameters
 from dist_gpt.plan.shrink import MAX_WORLD, certificate_config
 from dist_gpt.plan.steps import layout_of
-from launch.local import launch_local
 from launch.spec import WORKER, JobSpec
+from launch.starters.local import launch_local
 
 
 class VerifyError(RuntimeError):

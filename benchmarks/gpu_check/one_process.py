@@ -16,7 +16,7 @@ from benchmarks.gpu_check.cases import tiny
 from benchmarks.gpu_check.section import Context
 from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.schema import Config
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.verify import TOLERANCE, certify_rank, verify_samples, write_reference
 
 BF16_BOUND = 0.05

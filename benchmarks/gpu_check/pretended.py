@@ -30,7 +30,7 @@ from benchmarks.gpu_check.cases import config_of, tiny
 from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 
 NAME = "gpu"
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from dist_gpt.config.schema import Config
 from dist_gpt.plan.api import plan_document
 from dist_gpt.plan.flops import flops_document
 from dist_gpt.plan.peaks import published_peak
-from dist_gpt.rank import Rank, Samples
+from dist_gpt.replica import Rank, Samples
 
 GPT2_124M = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "seq_len": 1024, "vocab_size": 50257}
 LLAMA_1B = {

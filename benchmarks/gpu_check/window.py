@@ -18,9 +18,9 @@ from dist_gpt.config.load import dump
 from dist_gpt.config.schema import Config, ProfileConfig
 from dist_gpt.plan.api import plan_document
 from dist_gpt.profile.recorder import Recorder
-from dist_gpt.rank import Rank, Samples
-from dist_gpt.report.analyze import analyze
-from dist_gpt.report.load import load
+from dist_gpt.replica import Rank, Samples
+from dist_gpt.report.analysis.analyze import analyze
+from dist_gpt.report.read.load import load
 
 FIRST, LAST, STEPS = 3, 5, 6
 TOP = 25

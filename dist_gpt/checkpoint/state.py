@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dist_gpt.optim.adamw import Optimizer
+from dist_gpt.optim.optimizer import Optimizer
 
 
 def tensors_of(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_gpt.comm.nearby import Member, MemberError, Nearby, process_vm_readv
+from dist_gpt.comm.cma import Member, MemberError, Nearby, process_vm_readv
 from dist_gpt.events import NEAR_MEMBERS
 
 CONNECT_S = 20.0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dist_gpt.comm.tape import Record, Span
+from dist_gpt.comm.trace_buffer import Record, Span
 
 
 @dataclass

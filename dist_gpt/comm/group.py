@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_gpt.comm.exchange import Exchange, WaitedWork, Waiter, add_up, start_exchange
+from dist_gpt.comm.cma import Nearby
 from dist_gpt.comm.ledger import Ledger, Numbered
-from dist_gpt.comm.nearby import Nearby
+from dist_gpt.comm.p2p_collectives import Exchange, WaitedWork, Waiter, add_up, start_exchange
 from dist_gpt.events import scatters_directly
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}

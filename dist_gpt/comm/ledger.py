@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import Any
 
-from dist_gpt.comm.tape import Record, Tape
+from dist_gpt.comm.trace_buffer import Record, Tape
 from dist_gpt.events import CONTROL, Counts
 
 MAX_DIFFERENCES = 20

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from dist_gpt.comm.cma import Nearby
 from dist_gpt.comm.connect import Refused, connect_members
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
-from dist_gpt.comm.nearby import Nearby
 from dist_gpt.layout import Layout
 
 NEAR_AXES = ("data", "embed", "tp", "shard", "replica")

@@ -56,7 +56,7 @@ class RankEnv:
     deadline: float
     watched: bool = False
     """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s. Only a
-    program that sends heartbeats (dist_gpt.train) sets it: without them, the collectives' own timeout must apply."""
+    program that sends heartbeats (dist_gpt.train.trainer) sets it: without them, the collectives' own timeout must apply."""
 
     @property
     def one_node(self) -> bool:
@@ -71,7 +71,7 @@ class RankEnv:
 def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> RankEnv:
     """Read torchrun's variables; raise RendezvousError if they are incomplete or malformed.
 
-    Without RANK this is a single process, as is the one rank of a world of 1 without MASTER_ADDR (`launch.worker`).
+    Without RANK this is a single process, as is the one rank of a world of 1 without MASTER_ADDR (`launch.rank.worker`).
     """
     env = os.environ if environ is None else environ
     deadline = time.monotonic() + timeout_s

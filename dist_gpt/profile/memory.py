@@ -13,7 +13,7 @@ import torch
 from dist_gpt.heap import Heap
 from dist_gpt.parallel.saved import SavedBytes
 from dist_gpt.plan.count import memory_document
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 
 
 class MemoryWatch:

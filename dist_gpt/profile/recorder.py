@@ -19,13 +19,13 @@ import psutil
 import torch
 from torch.profiler import record_function
 
-from dist_gpt import __version__, processors
+from dist_gpt import __version__, cpu
 from dist_gpt.comm.clock import ClockReading
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.probe import Network
 from dist_gpt.comm.rendezvous import RankEnv
-from dist_gpt.comm.tape import HostTimer, Tape, Timer
+from dist_gpt.comm.trace_buffer import HostTimer, Tape, Timer
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.events import SAVE, TRAIN, Counts, EventFile
@@ -33,8 +33,8 @@ from dist_gpt.profile.device import DeviceSampler
 from dist_gpt.profile.kernels import kernel_facts
 from dist_gpt.profile.memory import MemoryWatch
 from dist_gpt.profile.torch_trace import TorchTrace
-from dist_gpt.rank import Rank
-from dist_gpt.track import record_failure
+from dist_gpt.replica import Rank
+from dist_gpt.train.metrics import record_failure
 
 TOLD = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "MKL_", "OMPI_COMM_", "PMI_", "UCX_", "FI_", "MASTER_")
 """Prefixes of the environment variables that the header keeps."""
@@ -266,7 +266,7 @@ def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(rank.device) if cuda else "cpu",
         "backend": "nccl" if cuda else "gloo",
         "single_copy": rank.mesh.reads_memory,
-        "cores": processors.shared(),
+        "cores": cpu.shared(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "dist_gpt": __version__},
         "environment": told(os.environ),

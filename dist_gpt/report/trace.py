@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dist_gpt.events import OPS
-from dist_gpt.report.nccl import Call, Nccl, calls_at
-from dist_gpt.report.replay import LATE, flatten
+from dist_gpt.report.analysis.replay import LATE, flatten
+from dist_gpt.report.read.nccl import Call, Nccl, calls_at
 from dist_gpt.report.units import count_of
 
 if TYPE_CHECKING:
-    from dist_gpt.report.clocks import Clocks
-    from dist_gpt.report.load import RankLog, Run
-    from dist_gpt.report.match import Calls, Meetings
+    from dist_gpt.report.analysis.clocks import Clocks
+    from dist_gpt.report.analysis.match import Calls, Meetings
+    from dist_gpt.report.read.load import RankLog, Run
 
 MAX_RANKS, MAX_ROWS = 64, 60_000
 """Most ranks and rows in a trace, since viewers fail on gigabytes; `otherData` says what is left out."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_gpt.config.errors import ConfigError
-from dist_gpt.report.analyze import Profile, analyze, profile
-from dist_gpt.report.load import Run, load
+from dist_gpt.report.analysis.analyze import Profile, analyze, profile
+from dist_gpt.report.read.load import Run, load
 
 Say = Callable[[str], None]
 
@@ -27,7 +27,7 @@ def report(run_dir: str | Path, other: str | Path | None = None, say: Say = lamb
 
     Raises ConfigError (bad input) if nothing of a run can be shown or its directory cannot be written.
     """
-    from dist_gpt.report.compare import compare
+    from dist_gpt.report.analysis.compare import compare
 
     run = load(run_dir)
     say(f"{run.folder}: {len(run.ranks)} of {run.layout.world} ranks read")
@@ -41,9 +41,9 @@ def report(run_dir: str | Path, other: str | Path | None = None, say: Say = lamb
 
 def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
     """Write all files of a report into the run's folder. Raises ConfigError if it cannot be written."""
-    from dist_gpt.report.page import render
-    from dist_gpt.report.plots import figures
-    from dist_gpt.report.text import markdown
+    from dist_gpt.report.render.bars import figures
+    from dist_gpt.report.render.page import render
+    from dist_gpt.report.render.text import markdown
 
     folder, compared = run.folder, document.get("compare")
     lanes = _torch_lanes(found, document)
@@ -66,7 +66,7 @@ def write_files(run: Run, found: Profile, document: dict[str, Any]) -> None:
 
 def report_text(document: dict[str, Any]) -> str:
     """Return the document as text for a terminal, and where its files are."""
-    from dist_gpt.report.text import terminal
+    from dist_gpt.report.render.text import terminal
 
     compared = document.get("compare")
     told = f"\n\nCompared with {compared['other']['run_dir']}: {compared['verdict']}" if compared else ""
@@ -81,7 +81,7 @@ def read_document(run_dir: str | Path) -> dict[str, Any]:
 
 def _torch_lanes(found: Profile, document: dict[str, Any]) -> list[dict[str, Any]]:
     """Add the operators of torch.profiler to the document; return their events, on the common clock, for the trace."""
-    from dist_gpt.report import kineto
+    from dist_gpt.report.read import kineto
 
     if not any(log.torch_traces for log in found.run.ranks.values()):
         return []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dist_gpt.report import page as report_page
+from dist_gpt.report.render import page as report_page
 from tests.unit import report_document
 
 playwright_api = pytest.importorskip("playwright.sync_api")

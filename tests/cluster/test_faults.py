@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_gpt.pulse import BEAT_S
+from dist_gpt.train.heartbeat import BEAT_S
 from tests.cluster.jobs import Jobs
 from tests.cluster.virtual import VirtualCluster
 from tests.ranks.runs import ROOT, rows

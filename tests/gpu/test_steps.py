@@ -7,11 +7,11 @@ import torch
 from benchmarks.gpu_check.cases import tiny
 from benchmarks.gpu_check.device import Cuda, Device, StandIn
 from dist_gpt.comm.mesh import FakeBackends
-from dist_gpt.comm.tape import Tape
+from dist_gpt.comm.trace_buffer import Tape
 from dist_gpt.config.schema import Config
 from dist_gpt.events import SPAN
 from dist_gpt.profile.recorder import make_timer
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.verify import verify_samples
 
 DEVICE = torch.device("cuda")
@@ -63,7 +63,7 @@ def test_the_host_waits_for_its_token_ids_and_for_nothing_else_in_a_step() -> No
         places = here.waits(lambda: replica.train_step(1, batch))
     finally:
         replica.close()
-    assert all(place.startswith("dist_gpt/rank.py") for place in places), places
+    assert all(place.startswith("dist_gpt/replica.py") for place in places), places
     assert sum(places.values()) <= 2 * config.micro_batches, places
 
 

@@ -25,7 +25,7 @@ from dist_gpt.comm.rendezvous import RankEnv, Store, connect_store, rank_env, sc
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.api import plan_document
-from dist_gpt.rank import make_rank
+from dist_gpt.replica import make_rank
 from dist_gpt.verify import verify_samples
 
 FIRST, MOST = 2, 12

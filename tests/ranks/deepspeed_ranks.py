@@ -19,7 +19,7 @@ import torch
 from dist_gpt.comm.rendezvous import RankEnv, Store, connect_store, rank_env, scoped
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.rank import make_rank
+from dist_gpt.replica import make_rank
 from dist_gpt.verify import verify_samples
 
 BATCHES = 4

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from launch.local import launch_local
 from launch.spec import JobSpec
+from launch.starters.local import launch_local
 
 if __name__ == "__main__":
     fields = json.loads(Path(sys.argv[1]).read_text())

@@ -1,4 +1,4 @@
-"""One rank of a real run with a planted truth: `python -m launch.worker tests/ranks/planted_run.py PLANT CONFIG`.
+"""One rank of a real run with a planted truth: `python -m launch.rank.worker tests/ranks/planted_run.py PLANT CONFIG`.
 
 Plants sleep where a rank would compute. How long anything truly took depends on the machine, so every rank stamps what
 it does itself, apart from the ledger, and leaves the stamps in RUN_DIR/stamps.rankN.json. A plant whose effect depends
@@ -26,7 +26,7 @@ from dist_gpt.config.load import load
 from dist_gpt.model.gpt import Layer
 from dist_gpt.parallel.executor import Executor
 from dist_gpt.parallel.sink import GradSink
-from dist_gpt.train import main
+from dist_gpt.train.trainer import main
 
 RANK = int(os.environ.get("RANK", "0"))  # a test imports the constants
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))

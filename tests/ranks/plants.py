@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 
 import dist_gpt.model.gpt
-import dist_gpt.optim.adamw
+import dist_gpt.optim.optimizer
 import dist_gpt.parallel.linear
 import dist_gpt.plan.steps
-import dist_gpt.rank
+import dist_gpt.replica
 from dist_gpt import params, verify
 from dist_gpt.comm.group import Group, Pending
 from dist_gpt.comm.mesh import Backends
 from dist_gpt.config.schema import Config
 from dist_gpt.layout import even_split
 from dist_gpt.model.gpt import Wiring
-from dist_gpt.optim.adamw import Optimizer
-from dist_gpt.optim.clip import clip_divisor, squared_norm_here
+from dist_gpt.optim.grad_norm import clip_divisor, squared_norm_here
+from dist_gpt.optim.optimizer import Optimizer
 from dist_gpt.parallel.buckets import FlatBucket
 from dist_gpt.parallel.executor import Executor
 from dist_gpt.parallel.linear import _Row
 from dist_gpt.parallel.sink import GradSink
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.schedule.action import Action, Op
 
 
@@ -118,19 +118,19 @@ def partial_gradients_called_replicated(call: int, original: Any, self: Any, con
     self.whole = params.REPLICATED
 
 
-@plant(dist_gpt.optim.adamw, "squared_norm_here")
+@plant(dist_gpt.optim.optimizer, "squared_norm_here")
 def norm_counts_replicated_on_every_tensor_rank(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with first_of(mesh.tp):
         return original(flats, mesh)
 
 
-@plant(dist_gpt.optim.adamw, "squared_norm_here")
+@plant(dist_gpt.optim.optimizer, "squared_norm_here")
 def norm_counts_tied_embedding_twice(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with first_of(mesh["embed"]):
         return original(flats, mesh)
 
 
-@plant(dist_gpt.optim.adamw, "squared_norm_here")
+@plant(dist_gpt.optim.optimizer, "squared_norm_here")
 def norm_counts_every_data_rank(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with first_of(mesh.data):
         return original(flats, mesh)
@@ -312,7 +312,7 @@ def norms_decay(call: int, original: Any, self: Optimizer) -> tuple[list[Any], l
 # --- what must not depend on the rank -------------------------------------------------------------------------------
 
 
-@plant(dist_gpt.rank, "initial_weight")
+@plant(dist_gpt.replica, "initial_weight")
 def weights_drawn_per_rank(call: int, original: Any, param: Any, seed: int) -> Tensor:
     return original(param, seed + int(os.environ["RANK"]))
 

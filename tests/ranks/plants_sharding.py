@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dist_gpt.optim.adamw
+import dist_gpt.optim.optimizer
 from dist_gpt.comm.group import Group
 from dist_gpt.model.core import CoreAgain
-from dist_gpt.optim.adamw import Optimizer
+from dist_gpt.optim.optimizer import Optimizer
 from dist_gpt.parallel.buckets import FlatBucket, FlatBuffers
 from dist_gpt.parallel.executor import Executor
 from dist_gpt.parallel.linear import RowLinear
@@ -85,7 +85,7 @@ def nodes_not_summed(call: int, original: Any, self: Optimizer) -> None:
         mesh.groups["replica"] = there
 
 
-@plant(dist_gpt.optim.adamw, "squared_norm_here")
+@plant(dist_gpt.optim.optimizer, "squared_norm_here")
 def norm_counts_every_node(call: int, original: Any, flats: Any, mesh: Any) -> Tensor:
     with first_of(mesh.replica):
         return original(flats, mesh)

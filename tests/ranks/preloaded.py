@@ -27,14 +27,14 @@ from typing import IO, Any, NoReturn
 
 import numpy
 
-from launch import command, forkserver, local
+from launch.rank.worker import name_process, tie_to_parent
 from launch.spec import WORKER
-from launch.worker import name_process, tie_to_parent
+from launch.starters import command, forkserver, local
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
-    "dist_gpt.cli", "dist_gpt.train", "dist_gpt.report.write", "dist_gpt.report.page", "launch.run", "launch.verify",
+    "dist_gpt.cli", "dist_gpt.train.trainer", "dist_gpt.report.write", "dist_gpt.report.render.page", "launch.run", "launch.verify",
     "torch.distributed.run", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 """What commands need, as far as it starts no thread."""
@@ -368,7 +368,7 @@ def become(document: Mapping[str, Any], fds: Sequence[int]) -> None:
         tie_to_parent(os.getppid())
     take_over(document["cwd"], document["env"], dict(zip(document["fds"], fds, strict=True)))
     if "RANK" in os.environ:
-        name_process(f"rank{os.environ['RANK']}")  # as launch.worker does: tests find it by that
+        name_process(f"rank{os.environ['RANK']}")  # as launch.rank.worker does: tests find it by that
     program(document["words"])
 
 
@@ -394,7 +394,7 @@ def use_spares(left: list[Spare]) -> None:
             return left.pop().start(argv[1:], env, {1: nothing.fileno(), 2: log, **{fd: fd for fd in fds}})
 
     def start_process(argv: Sequence[str], env: Mapping[str, str], log: int) -> Any:
-        python, *words = argv[4:]  # after `python -m launch.tied PID`
+        python, *words = argv[4:]  # after `python -m launch.rank.lifeline PID`
         if not left or (python, *words[:2]) != (sys.executable, "-m", TORCHRUN):
             return execute(argv, env, log)
         return left.pop().start(words, env, {1: log, 2: log}, tied=True)

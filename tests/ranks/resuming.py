@@ -22,12 +22,12 @@ from dist_gpt.config.problems import problems
 from dist_gpt.config.schema import Config
 from dist_gpt.data.loader import Batches
 from dist_gpt.data.tokens import prepare
-from dist_gpt.meeting import agree_on_attempt
 from dist_gpt.profile.recorder import Recorder, attempts_in
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.skips import Skips
-from dist_gpt.track import Tracker
-from dist_gpt.train import Trainer, begin
+from dist_gpt.train.metrics import Tracker
+from dist_gpt.train.trainer import Trainer, begin
+from dist_gpt.train.trainer.startup import agree_on_attempt
 from tests.ranks.runs import rows
 from tests.ranks.threads import on_gloo
 

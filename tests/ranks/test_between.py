@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_gpt.comm.ledger import Ledger
-from dist_gpt.comm.tape import Tape
+from dist_gpt.comm.trace_buffer import Tape
 from tests.ranks.test_profile import taped
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_gpt.comm.mesh import Backends
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from tests.ranks.resuming import config_of
 from tests.ranks.runs import Place, finish, rows, wait_until
 from tests.ranks.threads import on_gloo

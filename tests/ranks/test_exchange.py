@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_gpt.comm.exchange import CHUNK, Exchange, Waiter, add_up
 from dist_gpt.comm.group import Group, Pending
+from dist_gpt.comm.p2p_collectives import CHUNK, Exchange, Waiter, add_up
 from dist_gpt.events import DIRECT_BYTES, scatter_room
 from tests.ranks.test_group import SIZES
 from tests.ranks.threads import on_groups

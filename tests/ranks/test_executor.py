@@ -16,7 +16,7 @@ from dist_gpt.comm.mesh import GlooBackends
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.parallel.executor import Executor
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.schedule.action import Action, Op
 from dist_gpt.schedule.expand import REDUCE, UPDATE
 from dist_gpt.verify import verify_samples

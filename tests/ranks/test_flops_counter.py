@@ -17,7 +17,7 @@ from dist_gpt.dryrun import SavedBytes, dryrun_document
 from dist_gpt.parallel.executor import MicroBatch
 from dist_gpt.plan.api import flops_document, plan_document
 from dist_gpt.plan.memory import saved_bytes
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from tests.reference.plain_gpt import PlainConfig, PlainGPT
 
 BATCH, T, H, V = 3, 16, 48, 61

@@ -15,17 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_gpt import meeting
 from dist_gpt.comm import rendezvous
-from dist_gpt.comm.exchange import JOIN_S, Waiter
 from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.mesh import GlooBackends, build_mesh
+from dist_gpt.comm.p2p_collectives import JOIN_S, Waiter
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, make_backends
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.layout import Layout
-from dist_gpt.meeting import meet
+from dist_gpt.train.trainer import startup
+from dist_gpt.train.trainer.startup import meet
 from tests.patience import PATIENCE_S
 from tests.ranks.threads import in_threads
 
@@ -63,8 +63,8 @@ class TestMeet:
     ) -> list[str | RankEnv]:
         """What each of the four ranks raised, or the environment it goes on with."""
         store = dist.HashStore()
-        patch.setattr(meeting, "prepare", prepare)
-        patch.setattr(meeting, "open_prepared", lambda path: SimpleNamespace(path=path, digest=path))
+        patch.setattr(startup, "prepare", prepare)
+        patch.setattr(startup, "open_prepared", lambda path: SimpleNamespace(path=path, digest=path))
 
         def body(rank: int) -> str | RankEnv:
             try:
@@ -124,7 +124,7 @@ class TestMeet:
             return str(raised.value)
 
         store = dist.HashStore()
-        monkeypatch.setattr(meeting, "prepare", lambda _: pytest.fail("data was prepared"))
+        monkeypatch.setattr(startup, "prepare", lambda _: pytest.fail("data was prepared"))
         (line,) = set(in_threads(2, body))
         assert "rank 1 on" in line and "has config" in line
 
@@ -132,7 +132,7 @@ class TestMeet:
         def refuse(_: Config) -> Any:
             raise ValueError("no such corpus")
 
-        monkeypatch.setattr(meeting, "prepare", refuse)
+        monkeypatch.setattr(startup, "prepare", refuse)
         with pytest.raises(ValueError, match="no such corpus"):
             meet(config, dist.HashStore(), env_of(0, 1, FAR_S))
 

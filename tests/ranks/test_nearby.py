@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dist_gpt.comm import connect
+from dist_gpt.comm.cma import ALONE, READ_BYTES, Member, MemberError, Nearby, _copy, _small
 from dist_gpt.comm.group import Group, Pending
 from dist_gpt.comm.mesh import NEAR_AXES, Backends, build_mesh
-from dist_gpt.comm.nearby import ALONE, READ_BYTES, Member, MemberError, Nearby, _copy, _small
 from dist_gpt.layout import Layout
 from tests.ranks.threads import on_gloo, on_groups
 

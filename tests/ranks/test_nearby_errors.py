@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_gpt.comm.cma import Member, MemberError
 from dist_gpt.comm.group import Group
-from dist_gpt.comm.nearby import Member, MemberError
 from tests.patience import PATIENCE_S
 from tests.ranks.test_nearby import near
 from tests.ranks.threads import on_groups

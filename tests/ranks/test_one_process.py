@@ -15,7 +15,7 @@ from dist_gpt.comm.mesh import FakeBackends
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.optim.lr import learning_rate
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.verify import verify_samples
 from tests.ranks.cells import make_cell
 from tests.ranks.test_plants import BASE

@@ -9,9 +9,9 @@ import torch
 
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.oom import SPARE, OutOfMemoryError, explain, is_out_of_memory
 from dist_gpt.plan.count import count_memory
 from dist_gpt.plan.steps import RankPlan
+from dist_gpt.train.oom import SPARE, OutOfMemoryError, explain, is_out_of_memory
 
 
 def of(*sets: str) -> Config:

@@ -18,11 +18,11 @@ from dist_gpt.config.problems import problems
 from dist_gpt.config.schema import Config
 from dist_gpt.events import TRAIN, Counts
 from dist_gpt.model.init import local_part
-from dist_gpt.optim.clip import clip_divisor
+from dist_gpt.optim.grad_norm import clip_divisor
 from dist_gpt.optim.lr import learning_rate
 from dist_gpt.params import parameter_table
 from dist_gpt.plan.count import count_comm
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from tests.ranks.threads import on_gloo
 
 CPU = torch.device("cpu")

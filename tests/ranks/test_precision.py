@@ -19,12 +19,12 @@ from dist_gpt.config.schema import Config
 from dist_gpt.dryrun import dryrun_document
 from dist_gpt.events import TRAIN, Counts
 from dist_gpt.model.init import initial_weight
-from dist_gpt.optim.narrow import NarrowAdamW
+from dist_gpt.optim.loss_scale import LossScale
+from dist_gpt.optim.low_precision_adamw import NarrowAdamW
 from dist_gpt.optim.rules import Group
-from dist_gpt.optim.scale import LossScale
 from dist_gpt.plan.count import count_comm, count_memory
 from dist_gpt.plan.steps import RankPlan
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.verify import verify_samples
 from tests.ranks.test_optim import tiny
 from tests.ranks.threads import on_gloo

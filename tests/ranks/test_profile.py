@@ -18,7 +18,7 @@ from dist_gpt.comm.group import Group
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.comm.mesh import Backends, FakeBackends
 from dist_gpt.comm.rendezvous import RankEnv
-from dist_gpt.comm.tape import WATCH_EVERY, HostTimer, Record, Tape
+from dist_gpt.comm.trace_buffer import WATCH_EVERY, HostTimer, Record, Tape
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.events import BOUND, CALL, CALL_COLUMNS, DIRECT, EMULATED, ESTIMATED, OPS, SPAN
@@ -27,7 +27,7 @@ from dist_gpt.plan.kernels import rank_kernels
 from dist_gpt.profile.kernels import kernel_facts
 from dist_gpt.profile.memory import MemoryWatch
 from dist_gpt.profile.recorder import Recorder, record_cost_ns, told
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.verify import verify_samples
 from tests.ranks.threads import on_gloo
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dist_gpt.report.clocks import align
-from dist_gpt.report.kineto import FIRST_LANE, read, read_file
-from dist_gpt.report.load import load
+from dist_gpt.report.analysis.clocks import align
+from dist_gpt.report.read.kineto import FIRST_LANE, read, read_file
+from dist_gpt.report.read.load import load
 from tests.unit.synthetic import small, write
 
 STEPS, PRODUCTS = (3, 4), 5

@@ -26,8 +26,8 @@ import pytest
 from dist_gpt.config.load import load as load_config
 from dist_gpt.data.tokens import prepare
 from dist_gpt.plan.api import plan_document
-from dist_gpt.report.analyze import Profile, analyze, profile
-from dist_gpt.report.load import load
+from dist_gpt.report.analysis.analyze import Profile, analyze, profile
+from dist_gpt.report.read.load import load
 from launch import run as launch_run
 from tests.ranks.planted_run import (
     BACKWARD_S,
@@ -139,7 +139,7 @@ def planted(place: Place) -> Callable[..., Found]:
         launch_run.create_run_dir(config, plan_document(config, 0))
         program = [str(Path(__file__).with_name("planted_run.py")), plant, str(folder / "config.yaml")]
         env = {"DIST_GPT_RUN_DIR": str(folder)}
-        code, said = launch_ranks(folder, program, config.world_size, env, ("dist_gpt.train",))
+        code, said = launch_ranks(folder, program, config.world_size, env, ("dist_gpt.train.trainer",))
         assert code in (0, 1) and "accounting" in said, said
         found = profile(load(folder))
         truth = Truth(folder, config.world_size)

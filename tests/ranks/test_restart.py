@@ -20,10 +20,10 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from dist_gpt import train
 from dist_gpt.comm import rendezvous
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, connect_store, join_attempt, restarts, roll_call
 from dist_gpt.config.load import load
+from dist_gpt.train.trainer import trainer
 from tests.ranks.preloaded import Started
 from tests.ranks.runs import ROOT, end, environment, finish
 from tests.ranks.threads import in_threads
@@ -177,12 +177,12 @@ def test_a_rank_whose_agent_has_counted_no_restart_resumes_like_the_others(
         seen.append((resume, env.attempt))
         raise RendezvousError("far enough")
 
-    monkeypatch.setattr(train, "connect_store", lambda env: store)
-    monkeypatch.setattr(train, "_train", stop)
+    monkeypatch.setattr(trainer, "connect_store", lambda env: store)
+    monkeypatch.setattr(trainer, "_train", stop)
     monkeypatch.delenv("RANK", raising=False)
     config = load("demo", [f"run_dir={tmp_path}", "parallel.dp=1", "parallel.tp=1", "parallel.pp=1"], world=1)
     with pytest.raises(RendezvousError, match="far enough"):
-        train.main(config, None, cast(Any, Folder()))
+        trainer.main(config, None, cast(Any, Folder()))
     assert seen == ["restart", ("auto", 1)]
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from dist_gpt.config.load import load
-from dist_gpt.rank import Rank
+from dist_gpt.replica import Rank
 from dist_gpt.rundir import committed, ended, step_of
 from dist_gpt.skips import GRADIENTS, LOSS, SCALE, DivergedError
-from dist_gpt.train import how_it_ended, main
-from launch.files import go_on
+from dist_gpt.train.trainer import how_it_ended, main
+from launch.run_files import go_on
 from tests.ranks.resuming import config_of, same, train
 from tests.ranks.runs import Place, rows
 

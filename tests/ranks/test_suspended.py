@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_gpt import train
 from dist_gpt.comm.mesh import GlooBackends
 from dist_gpt.comm.rendezvous import OUTLAST_S, RankEnv, RendezvousError, make_backends, rank_env
 from dist_gpt.config.load import load
 from dist_gpt.rundir import committed, ended, step_of
+from dist_gpt.train.trainer import trainer
 from tests.ranks.runs import Place, finish, ranks_below, rows, wait_until
 
 SETS = {"parallel.pp": 2, "train.steps": 1_000_000, "train.eval_batches": 0, "train.eval_every": 0,
@@ -78,7 +78,7 @@ def test_only_a_rank_with_a_heartbeat_leaves_deadlines_to_the_launcher(
         seen.append(env)
         raise RendezvousError("far enough")
 
-    monkeypatch.setattr(train, "connect_store", connect)
+    monkeypatch.setattr(trainer, "connect_store", connect)
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DIST_GPT_WATCH_FD", raising=False)
@@ -87,5 +87,5 @@ def test_only_a_rank_with_a_heartbeat_leaves_deadlines_to_the_launcher(
             if number is not None:
                 monkeypatch.setenv("DIST_GPT_WATCH_FD", str(number))
             with pytest.raises(RendezvousError, match="far enough"):
-                train.main(config)
+                trainer.main(config)
     assert [env.watched for env in seen] == [False, True]

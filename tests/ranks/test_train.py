@@ -20,14 +20,14 @@ from dist_gpt.comm.mesh import FakeBackends, Mesh
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
+from dist_gpt.cpu import allowed, share
 from dist_gpt.data.loader import Batches
 from dist_gpt.data.tokens import prepare
 from dist_gpt.plan.api import plan_document
-from dist_gpt.processors import allowed, share
 from dist_gpt.profile.recorder import Recorder
-from dist_gpt.rank import Rank
-from dist_gpt.track import Tracker
-from dist_gpt.train import Trainer, main, settle
+from dist_gpt.replica import Rank
+from dist_gpt.train.metrics import Tracker
+from dist_gpt.train.trainer import Trainer, main, settle
 from tests.ranks.runs import EVAL_EVERY, STEPS, Killed, Place, Run, rows, tree
 from tests.ranks.threads import in_threads
 
@@ -365,7 +365,7 @@ class TestTrainer:
     ) -> None:
         close = Mock()
         monkeypatch.setattr(Mesh, "close", close)
-        monkeypatch.setattr("dist_gpt.rank.Optimizer", Mock(side_effect=MemoryError))
+        monkeypatch.setattr("dist_gpt.replica.Optimizer", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             Rank(load(str(place.config)), 0, FakeBackends(), torch.device("cpu"))
         close.assert_called_once_with()

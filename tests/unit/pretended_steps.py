@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks.gpu_check.pretended import observe
 from dist_gpt.config.schema import Config
-from dist_gpt.optim import adamw
-from dist_gpt.optim.clip import clip_divisor
+from dist_gpt.optim import optimizer
+from dist_gpt.optim.grad_norm import clip_divisor
 
 
 def reads_a_number(norm: Tensor, limit: float) -> Tensor:
@@ -48,7 +48,7 @@ def planted(fault: str | None) -> Iterator[None]:
     if fault is None:
         yield
         return
-    with mock.patch.object(adamw, "clip_divisor", PLANTS[fault]):
+    with mock.patch.object(optimizer, "clip_divisor", PLANTS[fault]):
         yield
 
 

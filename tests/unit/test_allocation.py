@@ -11,12 +11,13 @@ import pytest
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
-from launch import mpi, slurm, ways
-from launch.command import CommandRanks
+from launch import backends
+from launch.backends import Allocation
 from launch.run import load_for_launch
 from launch.spec import JobSpec, train_argv
 from launch.starter import NotStartedError
-from launch.ways import Allocation
+from launch.starters import mpi, slurm
+from launch.starters.command import CommandRanks
 
 FIRST, LOGIN = "10.0.0.1", "10.0.9.9"
 USR1, TERM, INT = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
@@ -39,10 +40,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((starter, host, on_code))
         return 0
 
-    monkeypatch.setattr(ways, "supervise", supervise)
-    monkeypatch.setattr(ways, "port_on", lambda host, seed: 23456)
+    monkeypatch.setattr(backends, "supervise", supervise)
+    monkeypatch.setattr(backends, "port_on", lambda host, seed: 23456)
     monkeypatch.setattr(slurm, "address_of", lambda host, interface: {"node1": FIRST}[host])
-    monkeypatch.setattr(ways, "address_towards", lambda target: {FIRST: LOGIN}[target.rpartition(":")[0]])
+    monkeypatch.setattr(backends, "address_towards", lambda target: {FIRST: LOGIN}[target.rpartition(":")[0]])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     return found
 
@@ -79,7 +80,7 @@ def test_the_nodes_own_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_way_to_the_nodes(started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_node("login1", monkeypatch)
-    monkeypatch.setattr(ways, "address_towards", lambda target: "")
+    monkeypatch.setattr(backends, "address_towards", lambda target: "")
     with pytest.raises(ConfigError, match=r"no route from login1\S* to node1 \(10\.0\.0\.1\)"):
         allocation().run(spec(tmp_path))
 
@@ -164,12 +165,12 @@ def test_a_life_too_short_for_its_own_start_does_not_go_back(
 
 
 def test_steps_of_a_first_life_count_from_where_it_branches(tmp_path: Path) -> None:
-    assert ways.newest_step(tmp_path) == -1
+    assert backends.newest_step(tmp_path) == -1
     (tmp_path / "resume_from").write_text(f"{tmp_path / 'other'}\n")
     (tmp_path / "other" / "checkpoints" / "step_00000040").mkdir(parents=True)
-    assert ways.newest_step(tmp_path) == 40
+    assert backends.newest_step(tmp_path) == 40
     (tmp_path / "checkpoints" / "step_00000041").mkdir(parents=True)
-    assert ways.newest_step(tmp_path) == 41
+    assert backends.newest_step(tmp_path) == 41
 
 
 @pytest.mark.parametrize(("via", "starter", "modules", "missing"), [
@@ -183,10 +184,10 @@ def test_mpi4py_is_asked_for_before_anything_starts(
     monkeypatch.setattr(mpi.importlib.util, "find_spec", lambda name: None)
     config = load("demo", [f"launch.slurm.starter={starter}", f"launch.modules={modules}"])
     if not missing:
-        ways.way_of(via, config)
+        backends.way_of(via, config)
         return
     with pytest.raises(ConfigError, match=r"needs mpi4py, .* pip install 'dist-gpt\[mpi\]'"):
-        ways.way_of(via, config)
+        backends.way_of(via, config)
 
 
 @pytest.mark.parametrize(("sets", "nodes"), [
@@ -215,7 +216,7 @@ def test_an_allocation_that_the_ranks_do_not_fill(monkeypatch: pytest.MonkeyPatc
 def test_what_could_not_be_started_says_so(started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its run directory goes then."""
     on_node("login1", monkeypatch)
-    monkeypatch.setattr(ways, "address_towards", lambda target: "")
+    monkeypatch.setattr(backends, "address_towards", lambda target: "")
     with pytest.raises(NotStartedError):
         allocation().run(spec(tmp_path))
 
@@ -230,8 +231,8 @@ def test_launches_of_one_name_on_one_machine_look_for_different_ports(
         seeds.append(seed)
         return 23456
 
-    monkeypatch.setattr(ways, "port_on", port_on)
-    monkeypatch.setattr(ways, "supervise", lambda *_: 0)
+    monkeypatch.setattr(backends, "port_on", port_on)
+    monkeypatch.setattr(backends, "supervise", lambda *_: 0)
     for folder in ("first", "second"):
-        assert ways.OneHost("torchrun").run(spec(tmp_path / folder, nodes=1)) == 0
+        assert backends.OneHost("torchrun").run(spec(tmp_path / folder, nodes=1)) == 0
     assert len(set(seeds)) == 2

@@ -52,19 +52,19 @@ PLANTED = [
     (breaks_import_order, "dist_gpt/plan/a.py", "from ..comm.group import Group", "plan may not import comm"),
     (breaks_import_order, "dist_gpt/comm.py", "from dist_gpt import layout, model", "comm may not import model"),
     (breaks_import_order, "dist_gpt/report/a.py", "import dist_gpt.params", "report may not import params"),
-    (breaks_import_order, "dist_gpt/verify.py", "import launch.local", "verify may not import launch"),
+    (breaks_import_order, "dist_gpt/verify.py", "import launch.starters.local", "verify may not import launch"),
     (breaks_import_order, "launch/a.py", "import dist_gpt.data.tokens", "launch may not import data"),
-    (breaks_import_order, "dist_gpt/cli.py", "import dist_gpt.train", "import it inside a function"),
+    (breaks_import_order, "dist_gpt/cli.py", "import dist_gpt.train.trainer", "import it inside a function"),
     (breaks_import_order, "dist_gpt/cli.py", "class A:\n    import launch", "import it inside a function"),
     (breaks_import_order, "dist_gpt/__init__.py", "from .config import a", "dist_gpt may not import config"),
-    (breaks_import_order, "dist_gpt/model.py", "__import__('dist_gpt.train')", "model may not import train"),
+    (breaks_import_order, "dist_gpt/model.py", "__import__('dist_gpt.train.trainer')", "model may not import train"),
     (breaks_import_order, "dist_gpt/model.py", "import importlib as i\ni.import_module(n)", "computed import"),
     (breaks_import_order, "dist_gpt/events.py", "import pydantic", "standard library alone"),
     (breaks_import_order, "dist_gpt/events/a.py", "import dist_gpt.layout", "events may not import layout"),
     (breaks_import_order, "dist_gpt/attic/a.py", "", "no place in the order"),
     (
         breaks_import_order,
-        "dist_gpt/train.py",
+        "dist_gpt/train/trainer.py",
         "import dist_gpt.attic\nimport dist_gpt.cli",
         "train may not import cli",
     ),
@@ -73,9 +73,9 @@ PLANTED = [
     (drags_torch, "dist_gpt/report/a.py", "from safetensors.torch import load", "imports safetensors.torch.load"),
     (communicates_outside_comm, "dist_gpt/model/a.py", "import torch.distributed as dist", "belongs under"),
     (communicates_outside_comm, "dist_gpt/model.py", "from torch import distributed", "belongs under"),
-    (communicates_outside_comm, "dist_gpt/train.py", "import torch\ntorch.distributed.barrier()", "belongs under"),
+    (communicates_outside_comm, "dist_gpt/train/trainer.py", "import torch\ntorch.distributed.barrier()", "belongs under"),
     (communicates_outside_comm, "dist_gpt/optim/a.py", "from torch.distributed import ReduceOp", "belongs under"),
-    (communicates_outside_comm, "dist_gpt/train.py", "torch.nn.parallel.DistributedDataParallel(m)", "belongs under"),
+    (communicates_outside_comm, "dist_gpt/train/trainer.py", "torch.nn.parallel.DistributedDataParallel(m)", "belongs under"),
     (declares_global, "dist_gpt/layout.py", "def f():\n    global x", "global x"),
     (runs_untrusted_text, "dist_gpt/a.py", "from pickle import loads", "imports pickle.loads"),
     (runs_untrusted_text, "launch/a.py", "eval(x)", "eval runs text"),
@@ -99,13 +99,13 @@ FINE = [
     ("dist_gpt/schedule/a.py", "from . import b\nfrom .b import c\nfrom ..params import table"),
     ("dist_gpt/comm/a.py", "import torch.distributed as dist\nfrom dist_gpt.events import Counts"),
     ("dist_gpt/parallel.py", "from dist_gpt.plan import steps\nmodel.eval()\nsubprocess.run([x], shell=False)"),
-    ("dist_gpt/optim/deepspeed.py", "import torch.distributed\ntorch.load(x, weights_only=True)"),
-    ("dist_gpt/data.py", "from dist_gpt.track import x\nfrom torch.utils.data import Dataset"),
+    ("dist_gpt/integrations/deepspeed/engine.py", "import torch.distributed\ntorch.load(x, weights_only=True)"),
+    ("dist_gpt/data.py", "from dist_gpt.train.metrics import x\nfrom torch.utils.data import Dataset"),
     (
         "dist_gpt/cli.py",
         "def f():\n    from dist_gpt.data import x\n    import importlib\n    importlib.import_module(n)",
     ),
-    ("launch/a.py", "import dist_gpt.report.load\n" + "x = 1\n" * 599),
+    ("launch/a.py", "import dist_gpt.report.read.load\n" + "x = 1\n" * 599),
 ]
 
 
@@ -125,8 +125,8 @@ def test_walker_finds(rule: Rule, path: str, text: str, message: str, tmp_path: 
 def test_walker_finds_circles(tmp_path: Path) -> None:
     plant(tmp_path, "dist_gpt/optim/a.py", "import dist_gpt.checkpoint")
     assert not list(has_circles(tmp_path))
-    plant(tmp_path, "dist_gpt/track.py", "import dist_gpt.optim.a")
-    plant(tmp_path, "dist_gpt/checkpoint.py", "def f():\n    import dist_gpt.track")
+    plant(tmp_path, "dist_gpt/train/metrics.py", "import dist_gpt.optim.a")
+    plant(tmp_path, "dist_gpt/checkpoint.py", "def f():\n    import dist_gpt.train.metrics")
     assert list(has_circles(tmp_path)) == ["these rooms import each other in a circle: checkpoint, optim, track"]
 
 

@@ -303,7 +303,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
         "from benchmarks.processes import Worker\n"
-        f"worker = Worker('orphan', ('-m', 'launch.worker', {str(target)!r}))\n"
+        f"worker = Worker('orphan', ('-m', 'launch.rank.worker', {str(target)!r}))\n"
         "worker.hear()\n"
         "print(worker.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

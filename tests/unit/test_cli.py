@@ -194,7 +194,7 @@ class TestVerbs:
 
     def test_train_takes_the_world_from_torchrun_and_returns_the_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         worlds = []
-        stand_in(monkeypatch, "dist_gpt.train", main=lambda config, resume, _: worlds.append(config.world_size) or 75)
+        stand_in(monkeypatch, "dist_gpt.train.trainer", main=lambda config, resume, _: worlds.append(config.world_size) or 75)
         for name, value in TORCHRUN.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("DIST_GPT_RUN_DIR", raising=False)
@@ -213,7 +213,7 @@ class TestLaunch:
             (spec.log_dir.parent / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
             return int(seen.get("code", 0))
 
-        monkeypatch.setattr("launch.ways.launch_local", launch_local)
+        monkeypatch.setattr("launch.backends.launch_local", launch_local)
         monkeypatch.setattr("launch.run.count_gpus", lambda: 0)
         return seen
 
@@ -248,7 +248,7 @@ class TestLaunch:
         assert run("launch", "demo", "--dry-run", "--json", "--set", f"run_dir={tmp_path / 'r'}") == 0
         document = json.loads(capsys.readouterr().out)
         assert [e["RANK"] for e in document["env"]] == [str(rank) for rank in range(8)]
-        assert document["argv"][1:] == ["-m", "launch.worker", "dist_gpt", "train", str(tmp_path / "r" / "config.yaml")]
+        assert document["argv"][1:] == ["-m", "launch.rank.worker", "dist_gpt", "train", str(tmp_path / "r" / "config.yaml")]
         assert "spec" not in ranks and not (tmp_path / "r").exists()
 
     @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ class TestBadInput:
         def failing(config: Any, resume: str | None) -> int:
             raise RuntimeError("lost a peer")
 
-        stand_in(monkeypatch, "dist_gpt.train", main=failing)
+        stand_in(monkeypatch, "dist_gpt.train.trainer", main=failing)
         monkeypatch.setenv("DIST_GPT_ERROR_FILE", str(tmp_path / "error.json"))
         monkeypatch.setenv("WORLD_SIZE", "8")
         monkeypatch.setenv("DIST_GPT_RUN_DIR", str(tmp_path))  # the launcher has made it
@@ -338,7 +338,7 @@ class TestBadInput:
     def test_a_launcher_of_another_run_is_not_believed(
         self, left: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        stand_in(monkeypatch, "dist_gpt.train", main=lambda *words: pytest.fail("it trains"))
+        stand_in(monkeypatch, "dist_gpt.train.trainer", main=lambda *words: pytest.fail("it trains"))
         monkeypatch.delenv("DIST_GPT_ERROR_FILE", raising=False)
         monkeypatch.setenv("DIST_GPT_RUN_DIR", str(tmp_path / left))
         one = [word for axis in ("dp", "tp", "pp") for word in ("--set", f"parallel.{axis}=1")]
@@ -357,7 +357,7 @@ class TestBadInput:
         def failing(config: Any, resume: str | None, folder: Any) -> int:
             raise RendezvousError("rank 0: rank 1 did not report the accounting")
 
-        stand_in(monkeypatch, "dist_gpt.train", main=failing)
+        stand_in(monkeypatch, "dist_gpt.train.trainer", main=failing)
         for name in ("RANK", "WORLD_SIZE", "DIST_GPT_RUN_DIR", "DIST_GPT_ERROR_FILE"):
             monkeypatch.delenv(name, raising=False)
         one = [word for axis in ("dp", "tp", "pp") for word in ("--set", f"parallel.{axis}=1")]

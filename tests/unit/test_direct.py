@@ -15,9 +15,10 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.rundir import Resume
-from launch import direct, lock
-from launch.direct import RunFolder, rank_of, recognise, speaks
-from launch.ports import port_of
+from launch import lock
+from launch.net import port_of
+from launch.rank import direct
+from launch.rank.direct import RunFolder, rank_of, recognise, speaks
 from tests.unit.test_discover import DAEMON, FLUX, MASTER, MPICH, OPEN_MPI, STEP, TORCH, TORCHRUN
 
 TWO = {  # rank 1 of 2, both on this node

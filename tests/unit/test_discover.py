@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_gpt.config.errors import ConfigError
-from launch.discover import discover, split_address
+from launch.net import free_port, port_of
 from launch.nodelist import counts, expand
-from launch.ports import free_port, port_of
+from launch.rank.discover import discover, split_address
 
 TORCH = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dist_gpt.layout import Layout
-from launch.explain import Explanation, RankState, explain, where_it_was
-from launch.waiting import Channel, Waiting
+from launch.monitor.diagnose import Explanation, RankState, explain, where_it_was
+from launch.monitor.wait_graph import Channel, Waiting
 
 LAYOUT = Layout(pp=2, dp=2, cp=1, tp=2)
 NOW = 1000.0
@@ -282,7 +282,7 @@ def test_thousands_of_ranks_are_explained_in_time(trouble: str, culprits: Sequen
 
 def test_nothing_is_worked_out_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked five times a second."""
-    monkeypatch.setattr("launch.explain.Waiting", None)
+    monkeypatch.setattr("launch.monitor.diagnose.Waiting", None)
     assert explain(crowd(""), NOW, lambda rank: f"rank {rank}") is None
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.forkserver import Order, Place
-from launch.local import LocalRanks, launch_local
 from launch.spec import WORKER, JobSpec
+from launch.starters.forkserver import Order, Place
+from launch.starters.local import LocalRanks, launch_local
 from tests.unit.test_launch import LONG_S, WRITE_PID, gone, job, pids, wait_until
 
 SLOW = "slow_to_import"
@@ -64,7 +64,7 @@ def test_a_rank_is_executed_anew_where_a_thread_runs(tmp_path: Path) -> None:
     for module, anew in (("threaded", True), ("lone", False)):
         body = f"""
             assert ({module!r} not in sys.modules) == {anew}, sys.modules.keys()
-            assert ("launch.forkserver" in sys.orig_argv) == {not anew}, sys.orig_argv
+            assert ("launch.starters.forkserver" in sys.orig_argv) == {not anew}, sys.orig_argv
             if rank == 0:
                 socket.socket(fileno=int(os.environ["DIST_GPT_STORE_FD"])).close()
             print("told")
@@ -179,7 +179,7 @@ def test_ranks_have_the_launchers_ways_with_signals(tmp_path: Path) -> None:
 
 
 def test_a_stopped_fork_server_does_not_keep_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.local.GONE_S", 0.2)
+    monkeypatch.setattr("launch.starters.local.GONE_S", 0.2)
     ranks = started(job(tmp_path, WRITE_PID + f"time.sleep({LONG_S})", ranks=2))
     wait_until(lambda: len(pids(tmp_path)) == 2, "both run")
     server_of(ranks).suspend()

@@ -20,8 +20,8 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.layout import Layout
 from launch import env, run
-from launch.local import launch_local
 from launch.spec import WORKER, JobSpec, train_argv
+from launch.starters.local import launch_local
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,7 +210,7 @@ class TestDeath:
         assert "an earlier attempt" not in capfd.readouterr().err
 
     def test_a_rank_that_ignores_sigterm_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("launch.local.TERM_S", 0.2)
+        monkeypatch.setattr("launch.starters.local.TERM_S", 0.2)
         body = WRITE_PID + textwrap.dedent(f"""
             if rank == 0:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -225,7 +225,7 @@ class TestDeath:
     def test_a_command_that_cannot_be_started(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             launch_local(JobSpec((str(tmp_path / "no-such-python"), *WORKER, "x"), 2, tmp_path / "logs"))
-        with pytest.raises(ValueError, match="begin with PYTHON -m launch.worker"):
+        with pytest.raises(ValueError, match="begin with PYTHON -m launch.rank.worker"):
             launch_local(JobSpec(("./a.out",), 2, tmp_path / "logs"))
 
 
@@ -236,7 +236,7 @@ class TestLauncherEnds:
     def launcher(self, tmp_path: Path) -> subprocess.Popen[bytes]:
         argv = program(tmp_path, WRITE_PID + f"time.sleep({LONG_S})")
         code = (
-            "import signal, sys; from pathlib import Path; from launch.local import launch_local; "
+            "import signal, sys; from pathlib import Path; from launch.starters.local import launch_local; "
             "from launch.spec import JobSpec; "
             # tests that run in the background or under nohup inherit ignored signals, which the launcher respects
             "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL); "

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from dist_gpt.config.errors import ConfigError
-from launch import mpi
-from launch.mpi import Mpirun, command, find_mpirun, flavour_of, mpirun_argv, place_of
 from launch.spec import JobSpec, train_argv
+from launch.starters import mpi
+from launch.starters.mpi import Mpirun, command, find_mpirun, flavour_of, mpirun_argv, place_of
 from tests.patience import PATIENCE_S
 from tests.unit.test_slurm import golden, lines
 
@@ -33,7 +33,7 @@ MPIRUNS = sorted({
 HAS_MPI4PY = importlib.util.find_spec("mpi4py") is not None
 MEET = """
 import json, os, sys
-from launch.mpi import meet
+from launch.starters.mpi import meet
 from dist_gpt.config.errors import ConfigError
 try:
     place = meet()

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from dist_gpt.layout import Layout
-from launch import facts as finding
-from launch import preflight
-from launch.explain import RankState
-from launch.preflight import ERROR, WARNING, Answer, Expected, Problem, judge, text
+from launch.monitor import preflight
+from launch.monitor.diagnose import RankState
+from launch.monitor.preflight import ERROR, WARNING, Answer, Expected, Problem, judge, text
+from launch.rank import node_info as finding
 from launch.spec import JobSpec
 
 ROOT = Path(__file__).resolve().parents[2]

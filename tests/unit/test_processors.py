@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from dist_gpt import processors
-from dist_gpt.processors import allowed, kept, share, shared
+from dist_gpt import cpu
+from dist_gpt.cpu import allowed, kept, share, shared
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_a_system_without_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sched_getaffinity", "sched_setaffinity"):
         monkeypatch.delattr(os, name)
     with kept(0, 2, 1) as own:
-        assert own == [] and processors.shared() == os.cpu_count()
+        assert own == [] and cpu.shared() == os.cpu_count()

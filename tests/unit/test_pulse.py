@@ -18,8 +18,8 @@ import pytest
 
 from dist_gpt.comm.ledger import Ledger
 from dist_gpt.config.errors import ConfigError
-from dist_gpt.pulse import Pulse, reach, short
-from dist_gpt.stop import Stop
+from dist_gpt.train.heartbeat import Pulse, reach, short
+from dist_gpt.train.preemption import Stop
 from tests.patience import PATIENCE_S
 
 
@@ -183,8 +183,8 @@ def test_it_says_channels_beats_obeys_and_takes_its_leave() -> None:
 
 RANK = """
     import os, sys, time
-    from dist_gpt.pulse import Pulse
-    from dist_gpt.stop import Stop
+    from dist_gpt.train.heartbeat import Pulse
+    from dist_gpt.train.preemption import Stop
     pulse = Pulse.from_environ(Stop())
     time.sleep(60)
 """
@@ -232,8 +232,8 @@ def test_a_rank_leaves_with_its_launcher(way: str) -> None:
 
 SAVES = """
     import sys, time
-    from dist_gpt.pulse import Pulse
-    from dist_gpt.stop import Stop
+    from dist_gpt.train.heartbeat import Pulse
+    from dist_gpt.train.preemption import Stop
     stop = Stop()
     pulse = Pulse.from_environ(stop)
     pulse.can_save(float(sys.argv[1]))

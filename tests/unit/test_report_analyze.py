@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from dist_gpt.events import CALL, CALL_COLUMNS, DIRECT, SPAN, SPAN_COLUMNS, wire_bytes
-from dist_gpt.report import collectives, stragglers
-from dist_gpt.report.analyze import Profile, analyze, profile
-from dist_gpt.report.identity import _trained
-from dist_gpt.report.load import load
-from dist_gpt.report.page import render
-from dist_gpt.report.text import markdown, terminal
-from dist_gpt.report.verdict import losses
+from dist_gpt.report.analysis import collectives, stragglers
+from dist_gpt.report.analysis.analyze import Profile, analyze, profile
+from dist_gpt.report.analysis.identity import _trained
+from dist_gpt.report.analysis.verdict import losses
+from dist_gpt.report.read.load import load
+from dist_gpt.report.render.page import render
+from dist_gpt.report.render.text import markdown, terminal
 from dist_gpt.rundir import note_end
 from dist_gpt.schedule.expand import BACKWARD, RECV, SEND
 from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dist_gpt.events import CALL_COLUMNS, SPAN_COLUMNS
-from dist_gpt.report.clocks import UNKNOWN_DRIFT, WANDER, Clocks, Heard, align, repair
-from dist_gpt.report.load import Run, load
-from dist_gpt.report.match import RECV, SEND, Calls, Meetings, match
+from dist_gpt.report.analysis.clocks import UNKNOWN_DRIFT, WANDER, Clocks, Heard, align, repair
+from dist_gpt.report.analysis.match import RECV, SEND, Calls, Meetings, match
+from dist_gpt.report.read.load import Run, load
 from tests.unit.synthetic import SECOND, Clock, Times, Truth, edit, small, write
 
 ISSUE, START = CALL_COLUMNS.index("issue"), SPAN_COLUMNS.index("start")
@@ -164,8 +164,8 @@ def impossible(calls: Calls, meetings: Meetings) -> int:
 def unrepaired(run: Run, clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> int:
     """Impossible calls where nothing is repaired."""
     with monkeypatch.context() as patched:
-        patched.setattr("dist_gpt.report.match.repair", lambda heard, errors: np.zeros(len(errors), np.int64))
-        patched.setattr("dist_gpt.report.match._clamp", lambda *_: None)
+        patched.setattr("dist_gpt.report.analysis.match.repair", lambda heard, errors: np.zeros(len(errors), np.int64))
+        patched.setattr("dist_gpt.report.analysis.match._clamp", lambda *_: None)
         return impossible(*match(run, clocks))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dist_gpt import cli
-from dist_gpt.report import plots
+from dist_gpt.report.render import bars
 from tests.unit.synthetic import edit, small, write
 
 CUBE = ("parallel.dp=2", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
@@ -39,7 +39,7 @@ def undrawn_figures(document: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw one figure only: drawing takes most of the time, and here it does not matter what is drawn."""
-    monkeypatch.setattr(plots, "figures", undrawn_figures)
+    monkeypatch.setattr(bars, "figures", undrawn_figures)
 
 
 def test_writes_everything(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_writes_everything(run: Path, capsys: pytest.CaptureFixture[str], monkey
     assert list((run / "figures").glob("*.svg")) and not [
         path for path in run.rglob("*") if path.name.endswith(".part")
     ]
-    monkeypatch.setattr(plots, "figures", undrawn_figures)
+    monkeypatch.setattr(bars, "figures", undrawn_figures)
     assert report(str(run)) == 0, "and again, over the first one"
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_gpt.report.chance import FEWEST_STEPS, Steps, student
-from dist_gpt.report.compare import compare, config_changes
+from dist_gpt.report.analysis.compare import compare, config_changes
+from dist_gpt.report.analysis.statistics import FEWEST_STEPS, Steps, student
 
 FEW, MANY = 200, 600
 either_number = pytest.mark.parametrize("pairs", [FEW, pytest.param(MANY, marks=pytest.mark.all_cells)])

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_gpt.report import kineto
-from dist_gpt.report.clocks import Clocks, align
-from dist_gpt.report.kineto import FIRST_LANE, TorchProfile, read, read_file
-from dist_gpt.report.load import Run, load
+from dist_gpt.report.analysis.clocks import Clocks, align
+from dist_gpt.report.read import kineto
+from dist_gpt.report.read.kineto import FIRST_LANE, TorchProfile, read, read_file
+from dist_gpt.report.read.load import Run, load
 from tests.unit.synthetic import small, write
 
 EPOCH = 4_641_219_073_000.0

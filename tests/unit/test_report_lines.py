@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dist_gpt.events import CALL, SPAN
-from dist_gpt.report.clocks import align
-from dist_gpt.report.facts import FACTS, Each, fits
-from dist_gpt.report.load import Run, RunError, load
-from dist_gpt.report.match import match
+from dist_gpt.report.analysis.clocks import align
+from dist_gpt.report.analysis.match import match
+from dist_gpt.report.read.event_schema import FACTS, Each, fits
+from dist_gpt.report.read.load import Run, RunError, load
 from tests.unit.synthetic import edit, places, small, write
 
 MIXED = ("parallel.tp=2", "parallel.dp=2", "parallel.pp=2")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from dist_gpt.events import CALL, CALL_COLUMNS, OPS, SCHEMA, SPAN_COLUMNS
-from dist_gpt.report import lines as lines_module
-from dist_gpt.report.clocks import align
-from dist_gpt.report.load import Run, RunError, load, ranges
-from dist_gpt.report.match import match
+from dist_gpt.report.analysis.clocks import align
+from dist_gpt.report.analysis.match import match
+from dist_gpt.report.read import event_file as lines_module
+from dist_gpt.report.read.load import Run, RunError, load, ranges
 from tests.unit.synthetic import Clock, edit, places, small, write
 
 MIXED = ("parallel.tp=2", "parallel.dp=2", "parallel.pp=2")

@@ -10,9 +10,9 @@ import pytest
 
 from dist_gpt.config.schema import Config
 from dist_gpt.events import CALL, CALL_COLUMNS, EMULATED, OPS
-from dist_gpt.report.clocks import Clocks, align
-from dist_gpt.report.load import Run, load
-from dist_gpt.report.match import RECV, SEND, Calls, Meetings, match
+from dist_gpt.report.analysis.clocks import Clocks, align
+from dist_gpt.report.analysis.match import RECV, SEND, Calls, Meetings, match
+from dist_gpt.report.read.load import Run, load
 from dist_gpt.schedule.expand import BACKWARD, FORWARD
 from tests.unit.synthetic import MS, SECOND, Clock, Late, Times, edit, places, small, write
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from dist_gpt.report import canvas, page, palette, plots
-from dist_gpt.report.parts import budget_rows, clean
-from dist_gpt.report.sections import SECTIONS, sections
-from dist_gpt.report.text import markdown, terminal
+from dist_gpt.report.render import bars, canvas, page, palette
+from dist_gpt.report.render.elements import budget_rows, clean
+from dist_gpt.report.render.sections import SECTIONS, sections
+from dist_gpt.report.render.text import markdown, terminal
 from tests.unit import report_document, report_parts
 
 IDS = ["identity", "headline", "budget", "collectives", "overlap", "stragglers", "pipeline", "memory", "predicted",
@@ -40,7 +40,7 @@ def document(name: str) -> dict[str, Any]:
 
 @cache
 def drawn(name: str) -> dict[str, str]:
-    return plots.figures(document(name))
+    return bars.figures(document(name))
 
 
 @cache
@@ -215,7 +215,7 @@ MORE_DAMAGE = [(1e300, 2), ([], 2), (-1, 2), ("x", 2), ("x", 3)]
 )
 def test_no_damage_crashes_the_figures(value: Any, depth: int) -> None:
     for at in paths(document("full"), depth):
-        for svg in plots.figures({at[0]: damaged(at, value)[at[0]]}).values():
+        for svg in bars.figures({at[0]: damaged(at, value)[at[0]]}).values():
             ET.fromstring(svg)
 
 
@@ -230,7 +230,7 @@ def test_an_empty_document_makes_a_page() -> None:
 
 
 def test_every_figure_is_drawn_and_is_svg() -> None:
-    assert list(drawn("full")) == list(plots.FIGURES)
+    assert list(drawn("full")) == list(bars.FIGURES)
     for name, svg in {**drawn("full"), **drawn("large")}.items():
         root = ET.fromstring(svg)
         assert root.tag.endswith("svg"), name
@@ -238,7 +238,7 @@ def test_every_figure_is_drawn_and_is_svg() -> None:
 
 
 def test_figures_are_the_same_every_time() -> None:
-    assert plots.figures(document("full")) == drawn("full")
+    assert bars.figures(document("full")) == drawn("full")
 
 
 @pytest.mark.parametrize("name", ["full", "large", "poor"])
@@ -311,7 +311,7 @@ def test_large_matrices_are_images() -> None:
 def test_matrix_of_1024_ranks_is_pooled() -> None:
     grid = [[0.0] * 1024 for _ in range(1024)]
     grid[5][4] = 0.07
-    svg = plots.figures({"stragglers": {"matrix_s": grid, "ranks": list(range(1024))}})["culprits"]
+    svg = bars.figures({"stragglers": {"matrix_s": grid, "ranks": list(range(1024))}})["culprits"]
     assert len(svg) < 100_000 and "0–7" in svg
 
 
@@ -349,5 +349,5 @@ def test_colours_differ_and_waiting_is_striped() -> None:
 def test_sections_leave_the_document_alone() -> None:
     before = json.dumps(document("full"))
     sections(clean(document("full")))
-    plots.figures(document("full"))
+    bars.figures(document("full"))
     assert json.dumps(document("full")) == before

@@ -10,10 +10,10 @@ import pytest
 
 from dist_gpt.events import BOUND, EMULATED, OPS
 from dist_gpt.layout import Layout
-from dist_gpt.report.clocks import Clocks, align
-from dist_gpt.report.load import RankLog, Run, load
-from dist_gpt.report.match import Calls, Meetings, match
-from dist_gpt.report.replay import Graph, Piece, ReplayError, build, critical_path, flatten, free_axes
+from dist_gpt.report.analysis.clocks import Clocks, align
+from dist_gpt.report.analysis.match import Calls, Meetings, match
+from dist_gpt.report.analysis.replay import Graph, Piece, ReplayError, build, critical_path, flatten, free_axes
+from dist_gpt.report.read.load import RankLog, Run, load
 from tests.unit.simulated import Late, Times
 from tests.unit.synthetic import MS, Clock, small, write
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from dist_gpt.report import units
-from dist_gpt.report.parts import LONGEST, clean, listing, short
-from dist_gpt.report.sections import summary
-from dist_gpt.report.text import _inline, markdown, terminal
+from dist_gpt.report.render.elements import LONGEST, clean, listing, short
+from dist_gpt.report.render.sections import summary
+from dist_gpt.report.render.text import _inline, markdown, terminal
 from tests.unit import report_document
 
 
@@ -159,7 +159,7 @@ def test_accounting_differences_name_where_they_are() -> None:
 
 def test_texts_need_no_matplotlib() -> None:
     code = (
-        "import sys, dist_gpt.report.text, dist_gpt.report.compare\n"
+        "import sys, dist_gpt.report.render.text, dist_gpt.report.analysis.compare\n"
         "sys.exit(bool({'matplotlib', 'jinja2', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

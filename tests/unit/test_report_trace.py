@@ -14,10 +14,10 @@ import pytest
 
 from dist_gpt.events import OPS
 from dist_gpt.report import trace
-from dist_gpt.report.budget import blocked, budget, read_spans
-from dist_gpt.report.clocks import Clocks, align
-from dist_gpt.report.load import Run, load
-from dist_gpt.report.match import Calls, Meetings, match
+from dist_gpt.report.analysis.clocks import Clocks, align
+from dist_gpt.report.analysis.match import Calls, Meetings, match
+from dist_gpt.report.analysis.time_breakdown import blocked, budget, read_spans
+from dist_gpt.report.read.load import Run, load
 from dist_gpt.report.trace import BLOCKED, COMPUTE, STEPS, write_trace
 from tests.unit.simulated import Late, Times
 from tests.unit.synthetic import MS, Clock, small, write

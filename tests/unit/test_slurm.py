@@ -25,10 +25,10 @@ from dist_gpt.config.launch_problems import slurm_seconds
 from dist_gpt.config.load import load
 from dist_gpt.config.problems import problems
 from dist_gpt.config.schema import SlurmConfig
-from launch import slurm, torchrun
-from launch.slurm import SlurmJob, sbatch_text, srun_argv, state_in_words
-from launch.slurm_words import ENDED, WORDS
 from launch.spec import JobSpec, train_argv
+from launch.starters import slurm, torchrun
+from launch.starters.job_states import ENDED, WORDS
+from launch.starters.slurm import SlurmJob, sbatch_text, srun_argv, state_in_words
 from tests.patience import PATIENCE_S
 from tests.unit.test_submit import Slurm
 
@@ -98,7 +98,7 @@ def test_a_starter_dies_with_its_launcher(tmp_path: Path) -> None:
     program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     launcher = (
         "import os, subprocess, sys, time\n"
-        f"tied = [sys.executable, '-m', 'launch.tied', str(os.getpid()), sys.executable, '-c', {program!r}]\n"
+        f"tied = [sys.executable, '-m', 'launch.rank.lifeline', str(os.getpid()), sys.executable, '-c', {program!r}]\n"
         "subprocess.Popen(tied)\ntime.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", launcher], cwd=ROOT) as parent:
@@ -106,7 +106,7 @@ def test_a_starter_dies_with_its_launcher(tmp_path: Path) -> None:
         parent.kill()
     child = int((tmp_path / "pid").read_text())
     _until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
-    argv = [sys.executable, "-m", "launch.tied", str(os.getpid()), "/no/such"]
+    argv = [sys.executable, "-m", "launch.rank.lifeline", str(os.getpid()), "/no/such"]
     missing = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (missing.returncode, missing.stderr) == (1, "/no/such: No such file or directory\n")
 
@@ -115,7 +115,7 @@ def test_a_starter_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None
     """Killed before the tie was made: this process is the child of somebody else by then (here: of this test)."""
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    argv = [sys.executable, "-m", "launch.tied", str(gone.pid), "touch", str(tmp_path / "ran")]
+    argv = [sys.executable, "-m", "launch.rank.lifeline", str(gone.pid), "touch", str(tmp_path / "ran")]
     assert subprocess.run(argv, cwd=ROOT, timeout=PATIENCE_S, check=False).returncode == 1
     assert not (tmp_path / "ran").exists()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_gpt.stop import SIGNALS, Stop
+from dist_gpt.train.preemption import SIGNALS, Stop
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_in_another_thread_it_listens_to_nothing() -> None:
 def test_a_second_signal_does_not_change_the_code_of_a_process_that_leaves() -> None:
     """Also when it comes while the interpreter shuts down."""
     code = (
-        "import atexit, os, signal, sys; from dist_gpt.stop import Stop\n"
+        "import atexit, os, signal, sys; from dist_gpt.train.preemption import Stop\n"
         "class Late:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
         "with Stop().listen(): os.kill(os.getpid(), signal.SIGTERM)\n"

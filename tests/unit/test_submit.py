@@ -18,9 +18,9 @@ import pytest
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.rundir import note_end
 from dist_gpt.skips import CHANGE, CHANGE_SCALE
-from launch.files import go_on
+from launch.run_files import go_on
 from launch.starter import NotStartedError
-from launch.submit import Ended, Following, Guard, Stopped, cancel, final_state, follow, run_job, submit
+from launch.starters.slurm_submit import Ended, Following, Guard, Stopped, cancel, final_state, follow, run_job, submit
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_who_follows_a_job_that_said_nothing_is_told_how_to_go_on(
     state: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A job that ended by itself has said it in its log."""
-    monkeypatch.setattr("launch.submit.follow", lambda *given, **more: Ended(state, 1, ""))
+    monkeypatch.setattr("launch.starters.slurm_submit.follow", lambda *given, **more: Ended(state, 1, ""))
     (tmp_path / "checkpoints" / "step_00000095").mkdir(parents=True)
     fake = Slurm(sbatch=["7\n"])
     assert run_job(tmp_path / "job.sbatch", tmp_path / "x.out", tmp_path, go_on=go_on, run=fake.run) == 1
@@ -221,7 +221,7 @@ TOOLS = {
 FOLLOWER = """
     import signal, sys
     from pathlib import Path
-    from launch.submit import run_job
+    from launch.starters.slurm_submit import run_job
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what runs in the background
     sys.exit(run_job(Path("job.sbatch"), Path("slurm-%j.out"), Path()))
 """

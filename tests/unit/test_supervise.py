@@ -20,12 +20,12 @@ import psutil
 import pytest
 
 from dist_gpt.awake import AwakeClock
-from launch import supervise as module
-from launch import worker
-from launch.command import CommandRanks
-from launch.mpi import OURS
+from launch.monitor import supervisor as module
+from launch.monitor.supervisor import Supervisor, hello_patience, say, supervise
+from launch.rank import worker
 from launch.spec import WORKER, JobSpec
-from launch.supervise import Supervisor, hello_patience, say, supervise
+from launch.starters.command import CommandRanks
+from launch.starters.mpi import OURS
 from tests.ranks.runs import end
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.tee import Tee, plain
+from launch.monitor.tee import Tee, plain
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from dist_gpt import track
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.track import ExitRecord, Tracker, clock, record_failure, require_wandb, step_line
+from dist_gpt.train.metrics import ExitRecord, Tracker, clock, record_failure, require_wandb, step_line
+from dist_gpt.train.trainer import metrics
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,11 +112,11 @@ class TestConsole:
 
     def test_bar_where_the_launcher_has_a_terminal(self, tmp_path: Path) -> None:
         """Through the launcher's pipe: colours and the bar reach the terminal, the log gets the same lines as ever."""
-        from launch.tee import plain
+        from launch.monitor.tee import plain
 
         code = (
             "import sys; from pathlib import Path; from dist_gpt.config.load import load; "
-            "from dist_gpt.track import Tracker; "
+            "from dist_gpt.train.metrics import Tracker; "
             "config = load('demo', ['log.every=1', 'train.steps=5', 'optim.warmup=0'])\n"
             f"with Tracker(config, Path({str(tmp_path)!r}), 0) as tracker:\n"
             "    for step in range(1, 6): tracker.step({'step': step, 'loss': 1.5, 'step_s': 0.1})\n"
@@ -134,14 +134,14 @@ class TestConsole:
 
 class TestFailureRecord:
     def test_the_first_call_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(track.ERROR_FILE, str(tmp_path / "error.json"))
+        monkeypatch.setenv(metrics.ERROR_FILE, str(tmp_path / "error.json"))
         record_failure(ValueError("cause"))
         record_failure(RuntimeError("consequence"))
         found = json.loads((tmp_path / "error.json").read_text())
         assert found["error"] == "ValueError: cause" and isinstance(found["time"], float)
 
     def test_without_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(track.ERROR_FILE, raising=False)
+        monkeypatch.delenv(metrics.ERROR_FILE, raising=False)
         record_failure(ValueError("nobody listens"))
 
 
@@ -165,7 +165,7 @@ class TestWandb:
     def test_offline_run_in_the_run_directory(self, tmp_path: Path) -> None:
         pytest.importorskip("wandb")
         code = (
-            "from pathlib import Path; from dist_gpt.config.load import load; from dist_gpt.track import Tracker\n"
+            "from pathlib import Path; from dist_gpt.config.load import load; from dist_gpt.train.metrics import Tracker\n"
             f"with Tracker(load('demo', ['log.wandb.mode=offline']), Path({str(tmp_path)!r}), 0) as tracker:\n"
             "    tracker.step({'step': 1, 'loss': 1.5, 'marker_7391': 2.0}); tracker.validation(1, 2.5)\n"
         )

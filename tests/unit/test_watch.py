@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from dist_gpt.awake import AwakeClock
-from dist_gpt.pulse import STARTING
-from launch import watch as watch_module
-from launch.explain import RankState, explain
-from launch.watch import Watch
+from dist_gpt.train.heartbeat import STARTING
+from launch.monitor import heartbeat_server as watch_module
+from launch.monitor.diagnose import RankState, explain
+from launch.monitor.heartbeat_server import Watch
 from tests.patience import PATIENCE_S
 
 
@@ -243,8 +243,8 @@ def test_hosts_are_asked_when_the_job_stands_still(make: Callable[..., Watch], m
 RANK = """
     import os, socket, sys, time
     from dist_gpt.comm.ledger import Ledger
-    from dist_gpt.pulse import Pulse
-    from dist_gpt.stop import Stop
+    from dist_gpt.train.heartbeat import Pulse
+    from dist_gpt.train.preemption import Stop
     import json
     address, port, token, rank, host = sys.argv[1:]
     link = socket.create_connection((address, int(port)))

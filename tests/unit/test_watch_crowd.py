@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from launch import watch as watch_module
-from launch import worker
-from launch.watch import Watch
+from launch.monitor import heartbeat_server as watch_module
+from launch.monitor.heartbeat_server import Watch
+from launch.rank import worker
 from tests.patience import PATIENCE_S
 from tests.unit.test_watch import FakeRank, make, until
 
@@ -34,7 +34,7 @@ def test_a_rank_that_looks_at_its_node_for_long_is_no_stranger(
         answered.append(time.time())
         return {"cores": [0], "time": 0.0}
 
-    monkeypatch.setattr("launch.facts.facts", slow)
+    monkeypatch.setattr("launch.rank.node_info.facts", slow)
     watch = make(1)
     environ = {"DIST_GPT_WATCH": watch.address, "DIST_GPT_WATCH_TOKEN": watch.token}
     thread = threading.Thread(target=worker.greet, args=(environ,))
@@ -51,7 +51,7 @@ def test_a_rank_that_looks_at_its_node_for_long_is_no_stranger(
 STUFFED = """
     import os, resource, socket, sys, time
     from tests.unit.test_watch import FakeRank, until
-    from launch.watch import Watch
+    from launch.monitor.heartbeat_server import Watch
     watch = Watch("127.0.0.1", 2)
     address, port = watch.address.rsplit(":", 1)
     there = os.listdir("/proc/self/fd")

@@ -1,0 +1,1 @@
+"""DeepSpeed as optimizer engine."""

@@ -1,0 +1,1 @@
+"""Turn a run's events into the report's document."""

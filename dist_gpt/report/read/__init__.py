@@ -1,0 +1,1 @@
+"""Read a run directory: event files, torch traces, NCCL logs."""

@@ -1,0 +1,1 @@
+"""Render the report's document as HTML, Markdown, terminal text and figures."""

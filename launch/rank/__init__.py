@@ -1,0 +1,1 @@
+"""What runs beside a rank or instead of the launcher: entry, discovery of ranks, facts of the node."""

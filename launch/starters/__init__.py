@@ -1,0 +1,1 @@
+"""Launchers: how ranks are started, one module for each way."""
