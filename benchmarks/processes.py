@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.pairs import Sample
 from dist_gpt.config.schema import Config
-from launch.spec import LAUNCHER_PID, STORE_FD, WORKER
+from dist_gpt.protocol import LAUNCHER_PID, STORE_FD
+from launch.spec import WORKER
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dist_gpt.protocol import ERROR_FILE, RUN_DIR, record_failure
+
 if TYPE_CHECKING:
     from dist_gpt.config.schema import Config
     from dist_gpt.rundir import Resume
@@ -106,7 +108,7 @@ def launch(
         document = {**run.job_document(job), **way.document(job)}
         _print(document, as_json, run.job_text(document))
         return
-    told = isinstance(way, backends.Submitted)  # the job's own launcher supervises and prints the summary; its log is shown
+    told = isinstance(way, backends.Submitted)  # the job's launcher supervises and prints the summary; its log is shown
     with _removed_if_not_started(run_dir), contextlib.ExitStack() as held:
         with _progress(as_json):
             print(f"{loaded.name}: {_ranks(loaded)} on {way.sentence}. {device.sentence}", flush=True)
@@ -176,7 +178,7 @@ def train(
     from dist_gpt.checkpoint.resume import AUTO
     from dist_gpt.config.load import load
 
-    if "DIST_GPT_RUN_DIR" not in os.environ:  # no launcher has made it
+    if RUN_DIR not in os.environ:  # no launcher has made it
         _train_directly(config, overrides or [], as_json, resume)
     world = os.environ.get("WORLD_SIZE", "1")
     loaded = load(config, overrides or [], world=int(world) if world.isdecimal() else None)
@@ -194,10 +196,10 @@ def _refuse_other_run_dir(config: Config) -> None:
     """Raise ConfigError if DIST_GPT_RUN_DIR was set by the launcher of another run, or if its folder is gone."""
     from dist_gpt.config.errors import ConfigError
 
-    made, run_dir = Path(os.environ["DIST_GPT_RUN_DIR"]), Path(str(config.run_dir))
+    made, run_dir = Path(os.environ[RUN_DIR]), Path(str(config.run_dir))
     if made != run_dir or not made.is_dir():
         raise ConfigError([
-            f"DIST_GPT_RUN_DIR={made} is not a run directory that a launcher made for run_dir {run_dir}; unset the "
+            f"{RUN_DIR}={made} is not a run directory that a launcher made for run_dir {run_dir}; unset the "
             "DIST_GPT_* variables that an earlier job left behind"
         ])  # fmt: skip
 
@@ -415,14 +417,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:
-        if os.environ.get("DIST_GPT_ERROR_FILE"):
-            from dist_gpt.train.metrics import record_failure
-
+        if os.environ.get(ERROR_FILE):
             record_failure(error)
         if not _is_bad_input(error):
-            if "DIST_GPT_RUN_DIR" in os.environ or type(error).__name__ != "RendezvousError":
+            if RUN_DIR in os.environ or type(error).__name__ != "RendezvousError":
                 raise
-            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # needs no traceback; launch.rank.worker does the same
+            print(f"dist-gpt: {error}", file=sys.stderr, flush=True)  # as launch.rank.worker does: no traceback
             sys.exit(1)
         print(f"dist-gpt: {error}", file=sys.stderr, flush=True)
         if "--json" in (sys.argv[1:] if argv is None else argv) and _is_first_rank():

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
+from dist_gpt.protocol import MASTER, PREEMPTED, STARTER
 from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, step_of
-from launch.monitor.supervisor import PREEMPTED, say, supervise
+from launch.monitor.supervisor import say, supervise
 from launch.net import free_port
 from launch.rank.node_info import address_towards
 from launch.run_files import go_on, to_change
-from launch.spec import MASTER, JobSpec, counted
+from launch.spec import JobSpec, counted
 from launch.starter import NotStartedError
 from launch.starters import mpi, slurm, slurm_submit, torchrun
 from launch.starters.command import CommandRanks
@@ -114,7 +115,7 @@ class OneHost:
             # The port is free until rank 0 listens, seconds later: another launch must choose another one.
             port = port_on(HOST, f"{spec.log_dir.resolve()} {os.getpid()}")
             argv = self._argv(spec, port)
-        env = {"DIST_GPT_STARTER": self.via, MASTER: f"{HOST}:{port}", **torchrun.environment(spec)}
+        env = {STARTER: self.via, MASTER: f"{HOST}:{port}", **torchrun.environment(spec)}
         code = supervise(spec, CommandRanks(argv, env, spec.log_dir / f"{self.via}.log"), HOST)
         return told_how_to_go_on(code, spec, self.via)
 
@@ -149,7 +150,7 @@ class Allocation:
 
     def _argv(self, spec: JobSpec, address: str, port: int, step: str = "") -> list[str]:
         if self.via == "mpi":
-            names = (*spec.env, "DIST_GPT_STARTER")
+            names = (*spec.env, STARTER)
             return list(mpi.command(spec, hosts=self.hosts, names=names))
         return list(slurm.srun_argv(spec, self.via, address, port, self.cpus_per_rank, nodes=self.hosts, step=step))
 
@@ -180,7 +181,7 @@ class Allocation:
             # Only a process there can try whether the port is free: preflight's first rank does.
             port = port_on(address, self.job_id) if own == address else slurm.port_of(self.job_id)
             argv = self._argv(spec, address, port, step)
-        env = {"DIST_GPT_STARTER": self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
+        env = {STARTER: self.via, MASTER: f"{address}:{port}", **torchrun.environment(spec)}
         ours = self._ours(step)
         starter = CommandRanks(argv, env, spec.log_dir / f"{self.via}.log", lambda: slurm.end_steps(self.job_id, ours))
         say(f"{self.sentence}; master {address}:{port}" + (f", launcher {own}" if own != address else ""))
@@ -267,7 +268,8 @@ class Submitted:
             say(f"submitted: job {slurm_submit.submit(script)}, script {script}")
             return 0
         last = go_on if spec.saves else None
-        return slurm_submit.run_job(script, spec.log_dir / "slurm-%j.out", spec.log_dir.parent, spec.live_on_stderr, last)
+        log = spec.log_dir / "slurm-%j.out"
+        return slurm_submit.run_job(script, log, spec.log_dir.parent, spec.live_on_stderr, last)
 
 
 def port_on(host: str, seed: str) -> int:

@@ -8,8 +8,8 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from dist_gpt.protocol import RUN_DIR
 from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, ended, note_end
-from launch.spec import RUN_DIR
 
 TAIL_LINES = 20
 ERROR_CHARACTERS = 1500

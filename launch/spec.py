@@ -12,36 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_gpt.layout import Layout
-
-STORE_FD = "DIST_GPT_STORE_FD"
-"""Rank 0 only: number of an inherited socket, bound to MASTER_PORT and listening, for the rendezvous store."""
-RUN_DIR = "DIST_GPT_RUN_DIR"
-"""Set if a launcher has already made the run directory: ranks then write into it instead of making it."""
-LAUNCHER_PID = "DIST_GPT_LAUNCHER_PID"
-"""Process that a rank must not outlive; `parent`: the one that starts it (srun's daemon, torchrun, mpirun)."""
-STARTED = "DIST_GPT_STARTED_S"
-"""Start, in seconds since 1970, of the process that a rank was forked from; read by dist_gpt.profile.recorder."""
-ERROR_FILE = "DIST_GPT_ERROR_FILE"
-"""File for a failing rank's {"time": seconds since 1970, "error": text}, written before it closes its connections:
-the earliest one is the culprit, the others failed because of it."""
-LOG_DIR = "DIST_GPT_LOG_DIR"
-"""Folder of rank{r}.log and rank{r}.error.json if ranks open them themselves, under srun, torchrun or mpirun."""
-ATTEMPT = "DIST_GPT_ATTEMPT"
-"""Number of times that the launcher has started the ranks before. torchrun always passes 0 to its ranks, so this is
-read before TORCHELASTIC_RESTART_COUNT."""
-TERMINAL = "DIST_GPT_TERMINAL"
-"""Columns of the terminal that shows rank 0's output live; not set if there is none."""
-MASTER = "DIST_GPT_MASTER"
-"""host:port of the ranks' store, for ranks that find their places themselves; see launch.rank.discover."""
-WATCH = "DIST_GPT_WATCH"
-"""host:port of the launcher's watch (launch.monitor.heartbeat_server); not set if there is none."""
-WATCH_TOKEN = "DIST_GPT_WATCH_TOKEN"
-"""Password of the watch, hex."""
-SILENCE = "DIST_GPT_SILENCE_S"
-"""Seconds of silence after which a rank and its launcher give each other up."""
-WATCH_FD = "DIST_GPT_WATCH_FD"
-"""Descriptor of the socket that said hello to the watch; set by launch.rank.worker, read by dist_gpt.train.heartbeat."""
-
+from dist_gpt.protocol import ERROR_FILE
 
 WORKER = ("-m", "launch.rank.worker")
 """Beginning of a rank's command, after the interpreter."""

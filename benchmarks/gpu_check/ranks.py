@@ -24,9 +24,10 @@ import torch
 from benchmarks.gpu_check.cases import tiny
 from benchmarks.gpu_check.section import Context
 from dist_gpt.comm.mesh import Backends, NcclBackends
-from dist_gpt.comm.rendezvous import LOOPBACK, STORE_FD, Store, connect_store, rank_env, scoped
+from dist_gpt.comm.rendezvous import LOOPBACK, Store, connect_store, rank_env, scoped
 from dist_gpt.comm.staged import StagedBackends
 from dist_gpt.config.schema import Config
+from dist_gpt.protocol import STORE_FD
 from dist_gpt.verify import TOLERANCE, Verdict, certify_rank, merge_verdicts, write_reference
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 
 from dist_gpt.comm.mesh import Backends, GlooBackends, NcclBackends
+from dist_gpt.protocol import ATTEMPT, STORE_FD
 
 Store = dist.Store
 LOOPBACK = "127.0.0.1"
-STORE_FD = "DIST_GPT_STORE_FD"
-ATTEMPT = "DIST_GPT_ATTEMPT"  # the launcher's own count: torchrun, restarted by it, tells its ranks that this is 0
 OUTLAST_S = 86400.0
 """Longest suspension, in seconds, that the collectives of a job survive."""
 NONCE = "dist_gpt/attempt"
@@ -56,7 +55,7 @@ class RankEnv:
     deadline: float
     watched: bool = False
     """True if a launcher receives this rank's heartbeats; it ends the job if no rank moves for launch.timeout_s. Only a
-    program that sends heartbeats (dist_gpt.train.trainer) sets it: without them, the collectives' own timeout must apply."""
+    program that sends heartbeats (`dist_gpt.train`) sets it: without them, the collectives' own timeout must apply."""
 
     @property
     def one_node(self) -> bool:
@@ -71,7 +70,7 @@ class RankEnv:
 def rank_env(timeout_s: float, environ: Mapping[str, str] | None = None) -> RankEnv:
     """Read torchrun's variables; raise RendezvousError if they are incomplete or malformed.
 
-    Without RANK this is a single process, as is the one rank of a world of 1 without MASTER_ADDR (`launch.rank.worker`).
+    Without RANK this is a single process, as is the only rank of a world of 1 without MASTER_ADDR (launch.rank.worker).
     """
     env = os.environ if environ is None else environ
     deadline = time.monotonic() + timeout_s

@@ -33,8 +33,8 @@ from dist_gpt.profile.device import DeviceSampler
 from dist_gpt.profile.kernels import kernel_facts
 from dist_gpt.profile.memory import MemoryWatch
 from dist_gpt.profile.torch_trace import TorchTrace
+from dist_gpt.protocol import STARTED, record_failure
 from dist_gpt.replica import Rank
-from dist_gpt.train.metrics import record_failure
 
 TOLD = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "MKL_", "OMPI_COMM_", "PMI_", "UCX_", "FI_", "MASTER_")
 """Prefixes of the environment variables that the header keeps."""
@@ -252,7 +252,7 @@ def make_timer(device: torch.device) -> Timer:
 
 def started() -> float:
     """Return when this process, or the one from which the launcher forked it, began, in seconds since 1970."""
-    return float(os.environ.get("DIST_GPT_STARTED_S") or psutil.Process().create_time())
+    return float(os.environ.get(STARTED) or psutil.Process().create_time())
 
 
 def header(config: Config, rank: Rank, env: RankEnv) -> dict[str, Any]:

@@ -4,11 +4,11 @@
     pulse.follow(ledger)               # as soon as there is a ledger: beats then give the rank's position
     pulse.failed(error); pulse.bye(code); pulse.close()
 
-A separate thread sends beats on the socket that said hello and obeys the launcher (launch/monitor/heartbeat_server.py): stop (at the next
-step boundary), leave (exit at once), probe (try to reach other hosts). A rank that loses its launcher must not hold its
-node: it exits at once or, while it trains and can save (`can_save`), requests a stop, so that all ranks save at the
-next step boundary and exit. Time in which this process was suspended does not count. Messages are one JSON object per
-line of at most MAX_LINE bytes.
+A separate thread sends beats on the socket that said hello and obeys the launcher
+(launch/monitor/heartbeat_server.py): stop (at the next step boundary), leave (exit at once), probe (try to reach other
+hosts). A rank that loses its launcher must not hold its node: it exits at once or, while it trains and can save
+(`can_save`), requests a stop, so that all ranks save at the next step boundary and exit. Time in which this process was
+suspended does not count. Messages are one JSON object per line of at most MAX_LINE bytes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,16 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_gpt.awake import AwakeClock, is_silent
+from dist_gpt.protocol import BAD_INPUT, MAX_ERROR, MAX_LINE, SILENCE, WATCH_FD
 
 if TYPE_CHECKING:
     from dist_gpt.comm.ledger import Ledger
 
-WATCH_FD = "DIST_GPT_WATCH_FD"
-SILENCE = "DIST_GPT_SILENCE_S"
 SILENCE_S = 30.0
 BEAT_S = 0.5
 PROBE_S = 3.0
 SEND_S = 0.8
 """Longest time that sending a message may take; the socket's buffer holds hundreds of messages."""
-MAX_LINE = 65536
-MAX_ERROR = 2000
-BAD_INPUT = 2
 ABOUT_OTHERS = ("RendezvousError", "DistError")
 """Errors caused by other ranks, by name since this module is torch-free; DistError is torch.distributed's."""
 _ANSWERS = (0, errno.ECONNREFUSED)

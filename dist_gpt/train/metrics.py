@@ -10,7 +10,6 @@ Only rank 0 writes metrics and progress; `message` prints on every rank (each ha
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.protocol import TERMINAL
 from dist_gpt.rundir import EXIT, note_end, replace
 
 if TYPE_CHECKING:
@@ -29,22 +29,7 @@ if TYPE_CHECKING:
 
     from dist_gpt.config.schema import Config
 
-ERROR_FILE = "DIST_GPT_ERROR_FILE"
-TERMINAL = "DIST_GPT_TERMINAL"
 SMOOTH = 0.9  # weight of past steps in the average step time behind the ETA
-
-
-def record_failure(error: BaseException) -> None:
-    """Write the time and cause of this rank's failure for the launcher. Call this before connections are closed.
-
-    Closing them makes the other ranks fail too, so the earliest time identifies the rank that failed first. Only the
-    first call counts; without a launcher nothing happens.
-    """
-    path = os.environ.get(ERROR_FILE)
-    if not path:
-        return
-    with contextlib.suppress(OSError), open(path, "x") as file:
-        json.dump({"time": time.time(), "error": f"{type(error).__name__}: {error}"}, file)
 
 
 class ExitRecord:

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PREEMPTED = 75
-"""Exit code of a run that was asked to stop, saved and exited."""
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 

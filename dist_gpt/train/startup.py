@@ -14,7 +14,8 @@ from dist_gpt.config.load import config_hash
 from dist_gpt.config.schema import Config
 from dist_gpt.data.corpus import DataError
 from dist_gpt.data.tokens import Prepared, describe, open_prepared, prepare
-from dist_gpt.train.metrics import Tracker, record_failure
+from dist_gpt.protocol import record_failure
+from dist_gpt.train.metrics import Tracker
 
 DATA_TIMEOUT_S = 1800.0  # for a large text; missing ranks are found before the tokenising starts
 

@@ -40,12 +40,13 @@ from dist_gpt.plan.steps import Call
 from dist_gpt.plan.text import size
 from dist_gpt.profile.memory import held_now
 from dist_gpt.profile.recorder import Recorder, attempts_in
+from dist_gpt.protocol import PREEMPTED, record_failure
 from dist_gpt.replica import Rank, make_rank
 from dist_gpt.rundir import CHECKPOINTS, committed
 from dist_gpt.skips import CHANGE, DivergedError, Skips
 from dist_gpt.train.heartbeat import Pulse
-from dist_gpt.train.metrics import ExitRecord, Tracker, record_failure
-from dist_gpt.train.preemption import PREEMPTED, Stop
+from dist_gpt.train.metrics import ExitRecord, Tracker
+from dist_gpt.train.preemption import Stop
 from dist_gpt.train.trainer import oom
 from dist_gpt.train.trainer.startup import Folder, agree_on_attempt, meet, settle
 

@@ -1,7 +1,8 @@
 """Explain why a job died or hangs: find the rank, link or collective at fault from the ranks' last messages.
 
-`explain(states, now, name)` is pure: it takes states from launch.monitor.heartbeat_server and returns an Explanation with text for users.
-Times are in seconds of the launcher's own clock, which leaves out suspensions of the job (dist_gpt.awake).
+`explain(states, now, name)` is pure: it takes states from launch.monitor.heartbeat_server and returns an
+Explanation with text for users. Times are in seconds of the launcher's own clock, which leaves out suspensions of the
+job (dist_gpt.awake).
 
 A rank whose connection closed without a message died. A rank that sends no heartbeat while its kernel acknowledges is
 stopped; a whole host that acknowledges nothing is a broken link. Errors inside a collective are consequences: the

@@ -1,8 +1,8 @@
 """Watch the ranks' heartbeats in the launcher: one TCP server, on one interface, for one attempt of a job.
 
 Every rank connects, proves with the token that it belongs to this job, sends what it found on its node (hello), waits
-for "go", and sends heartbeats from then on (dist_gpt/train/heartbeat.py). A message is one line with a JSON object, at most
-MAX_LINE bytes. `states()` returns what is known of the ranks; launch.monitor.diagnose interprets it.
+for "go", and sends heartbeats from then on (dist_gpt/train/heartbeat.py). A message is one line with a JSON object of
+at most MAX_LINE bytes. `states()` returns what is known of the ranks; launch.monitor.diagnose interprets it.
 
 A silent rank is sent a message each second: the kernel of a stopped process still acknowledges it, a broken link does
 not (Linux's TCP_INFO).
@@ -25,10 +25,10 @@ from dataclasses import replace
 from typing import Any
 
 from dist_gpt.awake import AwakeClock, Suspension, is_silent
+from dist_gpt.protocol import MAX_LINE
 from launch.monitor.connection import Line, group_ranks, room_for
 from launch.monitor.diagnose import QUIET_S, RankState
 
-MAX_LINE = 65536
 HELLO_S = 10.0
 """Seconds after which a connection that has not said hello is dropped."""
 STRANGERS = 64
@@ -36,8 +36,8 @@ STRANGERS = 64
 ASK_S = 1.0
 PROBE_S = 5.0
 BEAT_S, STAGGER_S = 0.5, 10.0
-"""Seconds between two heartbeats of a rank (dist_gpt.train.heartbeat); twice the allowance for stopping the launcher and its
-ranks at different times."""
+"""Seconds between two heartbeats of a rank (dist_gpt.train.heartbeat); twice the allowance for stopping the launcher
+and its ranks at different times."""
 STILL_S = 5.0
 """Seconds without progress after which hosts are asked whether they reach each other; later they may have exited."""
 _UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)

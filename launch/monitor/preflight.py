@@ -66,7 +66,7 @@ class Expected:
     """Number of ranks of the mesh; None: the same as `ranks`."""
     interface: str | None = None
     config: str = ""
-    """launch.rank.node_info.config_digest of config.yaml as the launcher sees it; empty: the one that the ranks were told."""
+    """node_info.config_digest of config.yaml as the launcher sees it; empty: the one that the ranks were told."""
     log: Callable[[int], str] = lambda rank: f"rank{rank}.log"
     hosts: tuple[str, ...] = ()
     """Names of the nodes, in order, if they are known before any rank has come."""

@@ -18,20 +18,21 @@ from pathlib import Path
 from queue import Empty
 
 from dist_gpt.awake import Suspension
+from dist_gpt.protocol import ATTEMPT, BAD_INPUT, CONFIG_HASH, LOG_DIR, PREEMPTED, SILENCE, WATCH, WATCH_TOKEN
 from dist_gpt.rundir import EXIT
 from launch.monitor import diagnose
 from launch.monitor.heartbeat_server import Watch
 from launch.monitor.preflight import check_answers, warnings
 from launch.monitor.tee import Follow
-from launch.rank.node_info import CONFIG_HASH, config_digest
+from launch.rank.node_info import config_digest
 from launch.run_files import last_words, newest_checkpoint, note_failure, size, step_left, tail, to_change, why_left
-from launch.spec import ATTEMPT, LOG_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec, counted
+from launch.spec import JobSpec, counted
 from launch.starter import Failure, Starter
 
 GRACE_S = 1.0
 """Seconds after the first failure in which the ranks that fail because of it can write their errors to their logs."""
-PREEMPTED, PREEMPTED_GRACE_S = 75, 30.0
-"""Exit code of a rank that saved and exited when asked to, and the seconds that others may still be writing."""
+PREEMPTED_GRACE_S = 30.0
+"""Seconds after the first rank has saved and exited in which others may still be writing."""
 HELLO_S, HELLO_EACH_S = 25.0, 0.05
 """Seconds from the first rank's hello to the last one's, and more for each rank."""
 SETTLE_S = 1.0
@@ -43,7 +44,7 @@ SHORTLY_S = 60.0
 """Seconds after a suspension in which the report of a failure mentions it."""
 BACK_S = 1.0
 """Seconds from the end of a suspension to its report: by then it is known whether the ranks kept running."""
-PASSED_THROUGH = (2, PREEMPTED)
+PASSED_THROUGH = (BAD_INPUT, PREEMPTED)
 ASKING = ("SIGTERM", "SIGUSR1")
 """Signals that ask the ranks to save and exit; others end them at once."""
 

@@ -27,11 +27,11 @@ import psutil
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.plan import api
+from dist_gpt.protocol import ATTEMPT, MASTER, STORE_FD, TERMINAL
 from dist_gpt.rundir import Resume
 from launch import lock, run
 from launch.net import port_of
 from launch.rank.discover import MPI_NAMES, TABLE, Place, split_address, started_by
-from launch.spec import ATTEMPT, MASTER, STORE_FD, TERMINAL
 from launch.starters.mpi import library_for, meet
 
 QUIET_S, SLURM_QUIET_S = 20.0, 5.0

@@ -26,14 +26,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.protocol import ERROR_FILE, LAUNCHER, MASTER, STARTER
 from launch.net import port_of
 from launch.nodelist import counts, expand
-from launch.spec import ERROR_FILE, MASTER, counted
+from launch.spec import counted
 
-LAUNCHER = "DIST_GPT_LAUNCHER"
-"""Set by a dist-gpt launcher that has set torchrun's variables itself; its value is shown in messages."""
-STARTER = "DIST_GPT_STARTER"
-"""srun, torchrun or mpi: the launcher that dist-gpt launch used to start the ranks."""
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Step numbers from here on are not steps but batch script, extern or interactive shell (slurm.h)."""
 
@@ -242,7 +239,7 @@ def _flux(environ: Mapping[str, str]) -> Place:
 
 
 def _mpi(seen: Variables, rank: int, world: int, local: int, local_world: int) -> Place:
-    """Return the place on evenly filled nodes, in order: MPI does not give the node. launch.starters.mpi.meet asks the ranks."""
+    """Return the place on evenly filled nodes, in order: MPI names no node. starters.mpi.meet asks the ranks."""
     each = max(1, local_world)
     if rank % each != local:
         raise ConfigError([

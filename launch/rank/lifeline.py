@@ -1,4 +1,4 @@
-"""Become PROGRAM and die with process PID, which started this one: `python -m launch.rank.lifeline PID PROGRAM ARGS...`.
+"""Become PROGRAM and die with process PID, which started this one: `python -m launch.rank.lifeline PID PROGRAM ...`.
 
 For srun, torchrun and mpirun: a launcher killed with SIGKILL cannot end them, and they would keep running alone. The
 launcher passes PID: when this process looks, its parent may be another already.

@@ -18,10 +18,8 @@ from typing import Any
 
 import psutil
 
-from launch.spec import RUN_DIR, STORE_FD, WATCH
+from dist_gpt.protocol import CONFIG_HASH, RUN_DIR, STORE_FD, WATCH
 
-CONFIG_HASH = "DIST_GPT_CONFIG_HASH"
-"""Variable with `config_digest` of the run's config.yaml as the launcher wrote it."""
 RESOLVE_S = 3.0
 TOOL_S = 20.0
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")

@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from dist_gpt.awake import AwakeClock
-from launch.spec import ERROR_FILE, LAUNCHER_PID, LOG_DIR, WATCH, WATCH_FD, WATCH_TOKEN
+from dist_gpt.protocol import (
+    BAD_INPUT,
+    ERROR_FILE,
+    LAUNCHER_PID,
+    LOG_DIR,
+    MAX_ERROR,
+    PREEMPTED,
+    STARTER,
+    WATCH,
+    WATCH_FD,
+    WATCH_TOKEN,
+)
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 POLL_S = 1.0
@@ -32,8 +43,6 @@ CONNECT_S = 20.0
 GO_S = 600.0
 """Longest wait in seconds for the launcher's command; the launcher waits for the other ranks itself."""
 LOOK_S = 0.5
-BAD_INPUT, PREEMPTED = 2, 75
-MAX_ERROR = 2000
 
 
 def tie_to_parent(parent: int) -> None:
@@ -75,7 +84,7 @@ def take_place(environ: MutableMapping[str, str]) -> str:
     """Put torchrun's variables of this rank into `environ`, whatever started it; return the sentence that says so."""
     from launch.rank.discover import discover
 
-    if environ.get("DIST_GPT_STARTER") == "mpi":
+    if environ.get(STARTER) == "mpi":
         from launch.starters.mpi import meet
 
         place = meet()
@@ -102,7 +111,7 @@ def open_log(environ: MutableMapping[str, str]) -> None:
 
 
 def greet(environ: MutableMapping[str, str]) -> None:
-    """Say hello to the watch and wait until it lets this rank start; the socket stays open for dist_gpt.train.heartbeat."""
+    """Say hello to the watch and wait until it lets this rank start; the socket stays open for heartbeats."""
     if WATCH not in environ:
         return
     from launch.rank.node_info import facts
@@ -213,8 +222,10 @@ def main(argv: list[str]) -> None:
         gc.freeze()  # the process ends: searching all of torch's objects for garbage would take a second
 
 
-ENTRY = ("/launch/starters/forkserver.py", "/launch/rank/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/",
-         "/click/", "runpy")  # fmt: skip
+ENTRY = (
+    "/launch/starters/forkserver.py", "/launch/rank/worker.py", "/dist_gpt/cli.py", "/dist_gpt/__main__.py", "/typer/",
+    "/click/", "runpy",
+)  # fmt: skip
 """Files whose frames lead from the start of this process to the program and say nothing about the error."""
 EXPLAINED = ("ConfigError", "RendezvousError", "DivergedError")
 """Errors of ours whose text says what to do; a traceback would not help."""

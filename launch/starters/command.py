@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 import psutil
 
-from launch.spec import LAUNCHER_PID
+from dist_gpt.protocol import LAUNCHER_PID
 from launch.starter import Failure
 
 LEAVE_S = 5.0

@@ -28,8 +28,9 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from dist_gpt.protocol import LAUNCHER_PID, STARTED
 from launch.rank import worker
-from launch.spec import LAUNCHER_PID, STARTED, WORKER
+from launch.spec import WORKER
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 FOR_RANKS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)

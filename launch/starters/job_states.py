@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.protocol import PREEMPTED
 
 WORDS = {
     "BOOT_FAIL": "a node failed to boot, so the job could not start; submit it again",
@@ -63,7 +64,7 @@ def state_in_words(state: str, exit_code: str = "0:0") -> str:
     code, number = code_of(exit_code)
     if base in ENDED - {"COMPLETED"} and number:
         words += f" (ended by {_signal_name(number)})"
-    elif base == "FAILED" and code == 75:
+    elif base == "FAILED" and code == PREEMPTED:
         return "it was asked to stop, saved and exited (exit code 75, which Slurm calls FAILED)"
     elif base == "FAILED":
         meaning = {1: "the run failed", 2: "bad input"}.get(code)

@@ -25,9 +25,10 @@ from typing import TextIO
 
 import psutil
 
+from dist_gpt.protocol import STORE_FD, TERMINAL
 from launch.monitor.supervisor import supervise
 from launch.monitor.tee import Tee
-from launch.spec import STORE_FD, TERMINAL, WORKER, JobSpec
+from launch.spec import WORKER, JobSpec
 from launch.starter import Failure
 from launch.starters.forkserver import Order, Place, command
 

@@ -20,14 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.protocol import (
+    ATTEMPT,
+    CONFIG_HASH,
+    INTERFACE,
+    LAUNCHER_PID,
+    LOG_DIR,
+    MASTER,
+    RUN_DIR,
+    SILENCE,
+    STARTER,
+    WATCH,
+    WATCH_TOKEN,
+)
 from launch.net import free_port
-from launch.rank.discover import STARTER, Place, split_address
-from launch.rank.node_info import CONFIG_HASH
-from launch.spec import ATTEMPT, LAUNCHER_PID, LOG_DIR, MASTER, RUN_DIR, SILENCE, WATCH, WATCH_TOKEN, JobSpec, counted
+from launch.rank.discover import Place, split_address
+from launch.spec import JobSpec, counted
 from launch.starters.slurm import interface_address, resolve
 
-INTERFACE = "DIST_GPT_INTERFACE"
-"""Variable with launch.interface, for the rank that chooses the master's address."""
 PASSED = (
     "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONUNBUFFERED", "OMP_NUM_THREADS", "MPI4PY_LIBMPI",
     "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.protocol import BAD_INPUT, PREEMPTED
 from dist_gpt.rundir import ended as ended_run
 from launch.monitor.supervisor import handled, say
 from launch.starter import NotStartedError
@@ -223,7 +224,7 @@ def follow(
     if own is not None:
         code = own
     elif state != "COMPLETED":
-        code = code if code in (2, 75) and not number else 1
+        code = code if code in (BAD_INPUT, PREEMPTED) and not number else 1
     words = state_in_words(state, exit_code)
     say(f"job {job_id}: {words}")
     return Ended(state, code, words)

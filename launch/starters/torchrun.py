@@ -13,8 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.protocol import LAUNCHER_PID
 from launch.net import free_port
-from launch.spec import LAUNCHER_PID, JobSpec
+from launch.spec import JobSpec
 
 LOOPBACK = "127.0.0.1"
 STOP_S = 30.0
@@ -70,8 +71,8 @@ def node_rank(nodes: int, environ: Mapping[str, str]) -> int:
     text = environ.get("SLURM_NODEID", "")
     if not text.isdigit() or int(text) >= nodes:
         raise ConfigError([
-            f"SLURM_NODEID={text or '(not set)'} is not one of {nodes} nodes; start one `python -m launch.starters.torchrun` "
-            f"per node with srun --nodes={nodes} --ntasks-per-node=1"
+            f"SLURM_NODEID={text or '(not set)'} is not one of {nodes} nodes; start one "
+            f"`python -m launch.starters.torchrun` per node with srun --nodes={nodes} --ntasks-per-node=1"
         ])  # fmt: skip
     return int(text)
 

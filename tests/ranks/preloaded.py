@@ -34,7 +34,8 @@ from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
-    "dist_gpt.cli", "dist_gpt.train.trainer", "dist_gpt.report.write", "dist_gpt.report.render.page", "launch.run", "launch.verify",
+    "dist_gpt.cli", "dist_gpt.train.trainer", "dist_gpt.report.write", "dist_gpt.report.render.page",
+    "launch.run", "launch.verify",
     "torch.distributed.run", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 """What commands need, as far as it starts no thread."""

@@ -21,7 +21,7 @@ from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.config.deepspeed import require_deepspeed
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
-from dist_gpt.integrations.deepspeed import engine
+from dist_gpt.integrations.deepspeed import engine as deepspeed
 from dist_gpt.integrations.deepspeed.process_groups import GlobalGroups
 from dist_gpt.integrations.deepspeed.traffic import Traffic
 from dist_gpt.plan.api import plan_document
@@ -258,7 +258,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"installed but cannot be imported \(ModuleNotFoundError.*engine=native"):
-        engine._imported()
+        deepspeed._imported()
 
 
 @pytest.mark.parametrize("verb", ["verify", "dryrun"])

@@ -25,10 +25,11 @@ import torch._dynamo  # what the dry run would import at its first use
 
 import tests.ranks.plants_sharding  # noqa: F401  its plants are listed
 from dist_gpt.comm.mesh import GlooBackends
-from dist_gpt.comm.rendezvous import STORE_FD, Store, connect_store, rank_env, scoped
+from dist_gpt.comm.rendezvous import Store, connect_store, rank_env, scoped
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.protocol import STORE_FD
 from dist_gpt.schedule.action import parse_grid
 from dist_gpt.schedule.check import check
 from dist_gpt.schedule.expand import Step

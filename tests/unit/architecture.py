@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 LAYERS = (
-    ("rundir", "awake", "skips"),
+    ("rundir", "protocol", "awake", "skips"),
     ("config",),
     ("layout", "params"),
     ("schedule",),
@@ -22,15 +22,17 @@ LAYERS = (
     ("comm",),
     ("parallel",),
     ("model",),
-    ("optim", "data", "checkpoint", "track", "stop"),
-    ("rank", "heap", "oom", "processors"),  # one rank's parts put together: what train, verify and dryrun stand on
+    ("optim", "data", "checkpoint"),
+    ("integrations",),
+    ("replica", "heap", "cpu"),  # one rank's parts put together: what train, verify and dryrun stand on
     ("profile",),
-    ("train", "meeting", "pulse"),
-    ("verify", "dryrun", "sample"),
+    ("train",),
+    ("verify", "dryrun"),
 )
-PURE = {"rundir", "awake", "skips", "config", "layout", "params", "schedule", "plan", "events"}
-TORCH_FREE = PURE | {"report", "stop", "pulse", "processors", "launch", "cli", "__main__", "dist_gpt"}
-DISTRIBUTED_ELSEWHERE = {"dist_gpt/integrations/deepspeed/engine.py"}  # DeepSpeed's engine communicates by itself
+PURE = {"rundir", "protocol", "awake", "skips", "config", "layout", "params", "schedule", "plan", "events"}
+TORCH_FREE = PURE | {"report", "cpu", "launch", "cli", "__main__", "dist_gpt"}
+TORCH_FREE_FILES = {f"dist_gpt/train/{name}.py" for name in ("heartbeat", "metrics", "preemption")}
+DISTRIBUTED_ELSEWHERE = ("dist_gpt/integrations/",)  # other engines communicate by themselves
 MAX_LINES, MAX_FUNCTION_LINES = 600, 60
 
 
@@ -44,8 +46,8 @@ def allowed_imports() -> dict[str, set[str]]:
         events = {"events"} if layer[0] not in ("rundir", "config", "layout", "schedule") else set()
         allowed |= {room: (below - {room}) | events for room in layer}
     allowed["events"] = set()
-    allowed["report"] = {"config", "layout", "schedule", "plan", "events", "skips"}
-    allowed["launch"] = allowed["report"] | {"report", "rundir", "awake"}
+    allowed["report"] = {"config", "layout", "schedule", "plan", "events", "protocol", "skips"}
+    allowed["launch"] = allowed["report"] | {"report", "rundir", "protocol", "awake"}
     allowed["cli"] = set(PURE)
     allowed["__main__"] = {"cli"}
     for room in set(allowed) - {"events"}:
@@ -201,7 +203,7 @@ def has_circles(root: Path) -> Iterator[str]:
 
 def drags_torch(root: Path) -> Iterator[str]:
     for source in sources(root):
-        if source.room in TORCH_FREE:
+        if source.room in TORCH_FREE or source.path in TORCH_FREE_FILES:
             for found in imports(source):
                 if found.module.split(".")[0] in ("torch", "deepspeed") or found.module.startswith("safetensors.torch"):
                     yield f"{found.where}: {source.room} is torch-free and imports {found.module}"
@@ -210,7 +212,7 @@ def drags_torch(root: Path) -> Iterator[str]:
 def communicates_outside_comm(root: Path) -> Iterator[str]:
     """torch.distributed by import or by attribute, DistributedDataParallel and the c10d operators included."""
     for source in sources(root):
-        if source.path.startswith("dist_gpt/comm/") or source.path in DISTRIBUTED_ELSEWHERE:
+        if source.path.startswith(("dist_gpt/comm/", *DISTRIBUTED_ELSEWHERE)):
             continue
         names = [(found.line, found.module) for found in imports(source)]
         names += [(node.lineno, dotted(node)) for node in nodes(source) if isinstance(node, ast.Attribute)]

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.architecture import (
     RULES,
     TORCH_FREE,
+    TORCH_FREE_FILES,
     Rule,
     breaks_import_order,
     communicates_outside_comm,
@@ -37,7 +38,7 @@ def test_torch_free_rooms_import_where_torch_cannot_be_imported() -> None:
     modules = [
         source.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for source in sources(ROOT)
-        if source.room in TORCH_FREE
+        if source.room in TORCH_FREE or source.path in TORCH_FREE_FILES
     ]
     code = "import sys, importlib\nsys.modules['torch'] = None\nfor m in sys.argv[1:]: importlib.import_module(m)"
     ran = subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -73,9 +74,9 @@ PLANTED = [
     (drags_torch, "dist_gpt/report/a.py", "from safetensors.torch import load", "imports safetensors.torch.load"),
     (communicates_outside_comm, "dist_gpt/model/a.py", "import torch.distributed as dist", "belongs under"),
     (communicates_outside_comm, "dist_gpt/model.py", "from torch import distributed", "belongs under"),
-    (communicates_outside_comm, "dist_gpt/train/trainer.py", "import torch\ntorch.distributed.barrier()", "belongs under"),
+    (communicates_outside_comm, "dist_gpt/train/a.py", "import torch\ntorch.distributed.barrier()", "belongs under"),
     (communicates_outside_comm, "dist_gpt/optim/a.py", "from torch.distributed import ReduceOp", "belongs under"),
-    (communicates_outside_comm, "dist_gpt/train/trainer.py", "torch.nn.parallel.DistributedDataParallel(m)", "belongs under"),
+    (communicates_outside_comm, "dist_gpt/train/a.py", "torch.nn.parallel.DistributedDataParallel(m)", "belongs under"),
     (declares_global, "dist_gpt/layout.py", "def f():\n    global x", "global x"),
     (runs_untrusted_text, "dist_gpt/a.py", "from pickle import loads", "imports pickle.loads"),
     (runs_untrusted_text, "launch/a.py", "eval(x)", "eval runs text"),

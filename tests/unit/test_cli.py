@@ -194,7 +194,8 @@ class TestVerbs:
 
     def test_train_takes_the_world_from_torchrun_and_returns_the_code(self, monkeypatch: pytest.MonkeyPatch) -> None:
         worlds = []
-        stand_in(monkeypatch, "dist_gpt.train.trainer", main=lambda config, resume, _: worlds.append(config.world_size) or 75)
+        main = lambda config, resume, _: worlds.append(config.world_size) or 75  # noqa: E731
+        stand_in(monkeypatch, "dist_gpt.train.trainer", main=main)
         for name, value in TORCHRUN.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("DIST_GPT_RUN_DIR", raising=False)
@@ -248,7 +249,8 @@ class TestLaunch:
         assert run("launch", "demo", "--dry-run", "--json", "--set", f"run_dir={tmp_path / 'r'}") == 0
         document = json.loads(capsys.readouterr().out)
         assert [e["RANK"] for e in document["env"]] == [str(rank) for rank in range(8)]
-        assert document["argv"][1:] == ["-m", "launch.rank.worker", "dist_gpt", "train", str(tmp_path / "r" / "config.yaml")]
+        config = str(tmp_path / "r" / "config.yaml")
+        assert document["argv"][1:] == ["-m", "launch.rank.worker", "dist_gpt", "train", config]
         assert "spec" not in ranks and not (tmp_path / "r").exists()
 
     @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.train.metrics import ExitRecord, Tracker, clock, record_failure, require_wandb, step_line
+from dist_gpt.protocol import record_failure
+from dist_gpt.train.metrics import ExitRecord, Tracker, clock, require_wandb, step_line
 from dist_gpt.train.trainer import metrics
 from tests.patience import PATIENCE_S
 
@@ -165,7 +166,8 @@ class TestWandb:
     def test_offline_run_in_the_run_directory(self, tmp_path: Path) -> None:
         pytest.importorskip("wandb")
         code = (
-            "from pathlib import Path; from dist_gpt.config.load import load; from dist_gpt.train.metrics import Tracker\n"
+            "from pathlib import Path; from dist_gpt.config.load import load\n"
+            "from dist_gpt.train.metrics import Tracker\n"
             f"with Tracker(load('demo', ['log.wandb.mode=offline']), Path({str(tmp_path)!r}), 0) as tracker:\n"
             "    tracker.step({'step': 1, 'loss': 1.5, 'marker_7391': 2.0}); tracker.validation(1, 2.5)\n"
         )

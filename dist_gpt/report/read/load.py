@@ -27,13 +27,14 @@ from dist_gpt.config.schema import Config
 from dist_gpt.events import moved_by_engine
 from dist_gpt.layout import AXES, BASE_AXES, Layout
 from dist_gpt.plan.steps import RankPlan, layout_of
+from dist_gpt.protocol import PREEMPTED
 from dist_gpt.report.read.event_file import Attempt, SchemaError, parse, read_attempt
 from dist_gpt.report.read.event_schema import fits
 from dist_gpt.report.units import count_of, size
 
 _NAME = re.compile(r"events\.rank(0|[1-9][0-9]{0,8})\.jsonl")
 MOST_RANKS = 1 << 17
-ENDED_WELL = (None, 0, 75)
+ENDED_WELL = (None, 0, PREEMPTED)
 """Codes of exit.json without a failure: not ended yet, finished, saved after a request to stop."""
 
 
@@ -143,7 +144,7 @@ def _failure(end: dict[str, Any]) -> str:
 
 def _stopped(end: dict[str, Any], steps: int) -> list[str]:
     """Return a sentence if the run was asked to stop before its last step, else nothing."""
-    if end.get("code") != 75:
+    if end.get("code") != PREEMPTED:
         return []
     return [f"not finished: stopped after step {end.get('step')} of {steps}: {_why(end, 'asked to stop')}; saved"]
 
