@@ -44,11 +44,11 @@ from dist_gpt.protocol import PREEMPTED, record_failure
 from dist_gpt.replica import Rank, make_rank
 from dist_gpt.rundir import CHECKPOINTS, committed
 from dist_gpt.skips import CHANGE, DivergedError, Skips
+from dist_gpt.train import oom
 from dist_gpt.train.heartbeat import Pulse
 from dist_gpt.train.metrics import ExitRecord, Tracker
 from dist_gpt.train.preemption import Stop
-from dist_gpt.train.trainer import oom
-from dist_gpt.train.trainer.startup import Folder, agree_on_attempt, meet, settle
+from dist_gpt.train.startup import Folder, agree_on_attempt, meet, settle
 
 
 class Trainer:

@@ -26,8 +26,8 @@ from dist_gpt.profile.recorder import Recorder, attempts_in
 from dist_gpt.replica import Rank
 from dist_gpt.skips import Skips
 from dist_gpt.train.metrics import Tracker
+from dist_gpt.train.startup import agree_on_attempt
 from dist_gpt.train.trainer import Trainer, begin
-from dist_gpt.train.trainer.startup import agree_on_attempt
 from tests.ranks.runs import rows
 from tests.ranks.threads import on_gloo
 

@@ -24,8 +24,8 @@ from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, make_backends
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.layout import Layout
-from dist_gpt.train.trainer import startup
-from dist_gpt.train.trainer.startup import meet
+from dist_gpt.train import startup
+from dist_gpt.train.startup import meet
 from tests.patience import PATIENCE_S
 from tests.ranks.threads import in_threads
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from dist_gpt.comm import rendezvous
 from dist_gpt.comm.rendezvous import RankEnv, RendezvousError, Store, connect_store, join_attempt, restarts, roll_call
 from dist_gpt.config.load import load
-from dist_gpt.train.trainer import trainer
+from dist_gpt.train import trainer
 from tests.ranks.preloaded import Started
 from tests.ranks.runs import ROOT, end, environment, finish
 from tests.ranks.threads import in_threads

@@ -16,7 +16,7 @@ from dist_gpt.comm.mesh import GlooBackends
 from dist_gpt.comm.rendezvous import OUTLAST_S, RankEnv, RendezvousError, make_backends, rank_env
 from dist_gpt.config.load import load
 from dist_gpt.rundir import committed, ended, step_of
-from dist_gpt.train.trainer import trainer
+from dist_gpt.train import trainer
 from tests.ranks.runs import Place, finish, ranks_below, rows, wait_until
 
 SETS = {"parallel.pp": 2, "train.steps": 1_000_000, "train.eval_batches": 0, "train.eval_every": 0,

@@ -15,8 +15,8 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
 from dist_gpt.protocol import record_failure
+from dist_gpt.train import metrics
 from dist_gpt.train.metrics import ExitRecord, Tracker, clock, require_wandb, step_line
-from dist_gpt.train.trainer import metrics
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
