@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.ranks.pool import Pool
+
+
+with suppress(ImportError):  # on a GPU machine there may be pytest alone
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")  # how long an example takes depends on how busy the machine is
 
 
 @pytest.fixture(scope="session")

@@ -280,7 +280,7 @@ def test_a_run_ends_well_and_its_report_tells_what_is_not_accounted_for(place: P
     run = place.run(place.argv("launch", "by_deepspeed", sets=SETS | {"profile.steps": "[2,4]"}), "by_deepspeed")
     assert run.code == 0, run.err
     assert "accounting: exact" in run.lines
-    assert any(line.startswith("DeepSpeed ") and "outside of what is accounted for" in line for line in run.lines)
+    assert any(line.startswith("DeepSpeed ") and "which the accounting does not include" in line for line in run.lines)
     assert [row["step"] for row in run.metrics()] == list(range(7))
     assert run.metrics()[-1]["val_loss"] < run.metrics()[0]["val_loss"]
     loaded = load_run(run.run_dir)

@@ -372,7 +372,7 @@ class TestDevice:
         assert capsys.readouterr().out == ""
         assert rendezvous.choose_device(env_of(1, 2, FAR_S)) == torch.device("cuda", 0)
         out = capsys.readouterr().out
-        assert out.startswith("rank 1 (local 1 of 2 on ") and "srun --gpus-per-task=1: it uses cuda:0" in out
+        assert out.startswith("rank 1 (local 1 of 2 on ") and "as with srun --gpus-per-task=1, and uses cuda:0" in out
 
     def test_a_machine_with_one_for_two(self, gpus: Callable[[int], None]) -> None:
         gpus(1)

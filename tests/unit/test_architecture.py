@@ -101,7 +101,7 @@ FINE = [
     ("dist_gpt/comm/a.py", "import torch.distributed as dist\nfrom dist_gpt.events import Counts"),
     ("dist_gpt/parallel.py", "from dist_gpt.plan import steps\nmodel.eval()\nsubprocess.run([x], shell=False)"),
     ("dist_gpt/integrations/deepspeed/engine.py", "import torch.distributed\ntorch.load(x, weights_only=True)"),
-    ("dist_gpt/data.py", "from dist_gpt.train.metrics import x\nfrom torch.utils.data import Dataset"),
+    ("dist_gpt/data.py", "from dist_gpt.checkpoint import x\nfrom torch.utils.data import Dataset"),
     (
         "dist_gpt/cli.py",
         "def f():\n    from dist_gpt.data import x\n    import importlib\n    importlib.import_module(n)",
@@ -126,9 +126,9 @@ def test_walker_finds(rule: Rule, path: str, text: str, message: str, tmp_path: 
 def test_walker_finds_circles(tmp_path: Path) -> None:
     plant(tmp_path, "dist_gpt/optim/a.py", "import dist_gpt.checkpoint")
     assert not list(has_circles(tmp_path))
-    plant(tmp_path, "dist_gpt/train/metrics.py", "import dist_gpt.optim.a")
-    plant(tmp_path, "dist_gpt/checkpoint.py", "def f():\n    import dist_gpt.train.metrics")
-    assert list(has_circles(tmp_path)) == ["these rooms import each other in a circle: checkpoint, optim, track"]
+    plant(tmp_path, "dist_gpt/data.py", "import dist_gpt.optim.a")
+    plant(tmp_path, "dist_gpt/checkpoint.py", "def f():\n    import dist_gpt.data")
+    assert list(has_circles(tmp_path)) == ["these rooms import each other in a circle: checkpoint, data, optim"]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

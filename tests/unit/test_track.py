@@ -14,8 +14,7 @@ import pytest
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.config.schema import Config
-from dist_gpt.protocol import record_failure
-from dist_gpt.train import metrics
+from dist_gpt.protocol import ERROR_FILE, record_failure
 from dist_gpt.train.metrics import ExitRecord, Tracker, clock, require_wandb, step_line
 from tests.patience import PATIENCE_S
 
@@ -135,14 +134,14 @@ class TestConsole:
 
 class TestFailureRecord:
     def test_the_first_call_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(metrics.ERROR_FILE, str(tmp_path / "error.json"))
+        monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
         record_failure(ValueError("cause"))
         record_failure(RuntimeError("consequence"))
         found = json.loads((tmp_path / "error.json").read_text())
         assert found["error"] == "ValueError: cause" and isinstance(found["time"], float)
 
     def test_without_a_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(metrics.ERROR_FILE, raising=False)
+        monkeypatch.delenv(ERROR_FILE, raising=False)
         record_failure(ValueError("nobody listens"))
 
 
