@@ -40,8 +40,9 @@ demo: install ## train a small GPT in 8 processes on this machine, and report wh
 	$(BIN)/dist-gpt launch demo --set run_dir=$(RUN) --set profile.steps=[101,120] $(ARGS)
 	$(BIN)/dist-gpt report $(RUN)
 
-lint: install ## run ruff and mypy
+lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 test: lint ## run lint, and the tests that cover every pair of options
