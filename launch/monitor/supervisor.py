@@ -1,7 +1,7 @@
 """Follow the ranks of a job from start to end, whichever launcher starts them.
 
 `supervise(spec, starter, host)` returns the job's exit code. It opens the watch, judges what every rank finds on its
-node (launch.preflight), lets the ranks start, follows their heartbeats, names the rank, link or collective that a
+node (monitor.preflight), lets the ranks start, follows their heartbeats, names the rank, link or collective that a
 failure came from, passes on requests to stop, restarts the job if launch.max_restarts allows, and leaves no process.
 """
 

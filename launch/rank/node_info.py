@@ -1,4 +1,4 @@
-"""Collect what a rank finds on its node before torch is imported: `facts(environ)`, JSON for launch.preflight."""
+"""Collect what a rank finds on its node before torch is imported: `facts(environ)`, JSON for monitor.preflight."""
 
 from __future__ import annotations
 

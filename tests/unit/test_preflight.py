@@ -294,7 +294,7 @@ class TestFacts:
         assert min(_seconds(environ) for _ in range(5)) < finding.RESOLVE_S, "it waits for a name service"
 
     def test_without_torch(self) -> None:
-        code = "import sys, launch.preflight as p; p.facts({}); sys.exit('torch' in sys.modules)"
+        code = "import sys, launch.monitor.preflight as p; p.facts({}); sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
     def test_names_that_do_not_resolve(self, monkeypatch: pytest.MonkeyPatch) -> None:
