@@ -118,9 +118,9 @@ def torch_version(p: Plant) -> None:
 
 
 def source(p: Plant) -> None:
-    path = ROOT / "launch" / "tied.py"
-    (p.folder / "tied.py").write_text(path.read_text() + "# another version\n")
-    p.on_node2(f'mount --bind "{p.folder}/tied.py" "{path}"')
+    path = ROOT / "launch" / "rank" / "lifeline.py"
+    (p.folder / "lifeline.py").write_text(path.read_text() + "# another version\n")
+    p.on_node2(f'mount --bind "{p.folder}/lifeline.py" "{path}"')
 
 
 def cores(p: Plant) -> None:
