@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from dist_gpt.protocol import ERROR_FILE, RUN_DIR, record_failure
+from dist_gpt.wording import counted
 
 if TYPE_CHECKING:
     from dist_gpt.config.schema import Config
@@ -127,7 +128,7 @@ def launch(
 
 
 def _ranks(config: Config) -> str:
-    return f"{config.world_size} rank{'' if config.world_size == 1 else 's'}"
+    return counted(config.world_size, "rank")
 
 
 def _leave_if_finished(config: Config, as_json: bool) -> None:

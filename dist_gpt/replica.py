@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_gpt.comm.global_groups import GlobalGroups
 from dist_gpt.comm.mesh import Backends, Mesh, build_mesh
 from dist_gpt.comm.rendezvous import RankEnv, Store, make_backends
 from dist_gpt.config.schema import Config
 from dist_gpt.events import EVAL
 from dist_gpt.integrations.deepspeed.engine import DeepSpeedEngine, DeepSpeedExecutor, DeepSpeedOptimizer
-from dist_gpt.integrations.deepspeed.process_groups import GlobalGroups
 from dist_gpt.model.gpt import Stage
 from dist_gpt.model.init import initial_weight, local_part
 from dist_gpt.optim.lr import learning_rate

@@ -21,11 +21,12 @@ from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.protocol import MASTER, PREEMPTED, STARTER
 from dist_gpt.rundir import CHECKPOINTS, branch_of, committed, step_of
+from dist_gpt.wording import counted
 from launch.monitor.supervisor import say, supervise
 from launch.net import free_port
 from launch.rank.node_info import address_towards
 from launch.run_files import go_on, to_change
-from launch.spec import JobSpec, counted
+from launch.spec import JobSpec
 from launch.starter import NotStartedError
 from launch.starters import mpi, slurm, slurm_submit, torchrun
 from launch.starters.command import CommandRanks

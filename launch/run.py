@@ -22,8 +22,9 @@ from dist_gpt.protocol import RUN_DIR
 from dist_gpt.rundir import CHECKPOINTS, EXIT, RESUME_FROM, Resume, branch_of, set_aside
 from dist_gpt.rundir import replace as replace_file
 from dist_gpt.skips import Skipped
+from dist_gpt.wording import counted
 from launch.env import Device, choose_device, count_gpus
-from launch.spec import WORKER, JobSpec, counted, train_argv
+from launch.spec import WORKER, JobSpec, train_argv
 from launch.starters import slurm
 
 QUICKLY_READ_BYTES = 100_000_000

@@ -23,11 +23,6 @@ def train_argv(config_path: str | Path, *more: str) -> tuple[str, ...]:
     return (sys.executable, *WORKER, "dist_gpt", "train", str(config_path), *more)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return `1 rank` or `2 ranks`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 @dataclass(frozen=True)
 class JobSpec:
     """Job as plain data."""

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def run(context: Context) -> None:
         for name in names:
             write_reference(layout_config(name), Path(folder) / f"{name}.safetensors")
         limit_s = context.left_s() if context.small else LAYOUT_S  # a stand-in may share its CPUs with much else
-        team = Team(context.device_kind, own, names, Path(folder), 2 if context.small else RANKS, limit_s)
+        order = Order(context.device_kind, own, names, folder, limit_s)
+        team = Team(order, 2 if context.small else RANKS)
         try:
             for name in names:
                 context.attempt(name, certificate, context, team, name)
@@ -92,14 +94,28 @@ def certificate(context: Context, team: Team, name: str) -> None:
     context.check(found["accounting"] == "exact", f"{name}: {'; '.join(found['differences'][:3])}")
 
 
+@dataclass(frozen=True)
+class Order:
+    """Work of every rank, passed to its process as JSON."""
+
+    device: str
+    own: bool
+    """True if every rank has its own GPU."""
+    names: list[str]
+    """Layouts, in order."""
+    folder: str
+    """Folder of the references and the answers."""
+    limit_s: float
+    """Seconds that a rank waits for the others."""
+
+
 class Team:
     """Processes of the ranks. They write their answers to `folder`, a file for each layout and rank."""
 
-    def __init__(self, device: str, own: bool, names: list[str], folder: Path, ranks: int, limit_s: float) -> None:
-        self.folder, self.processes, self.limit_s = folder, [], limit_s
+    def __init__(self, order: Order, ranks: int) -> None:
+        self.folder, self.processes, self.limit_s = Path(order.folder), [], order.limit_s
         with socket.create_server((LOOPBACK, 0), backlog=64) as server:
             for rank in range(ranks):
-                order = {"device": device, "own": own, "names": names, "folder": str(folder), "limit_s": limit_s}
                 fd = {STORE_FD: str(server.fileno())} if rank == 0 else {}
                 environment = {
                     **os.environ, **fd, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
@@ -108,7 +124,7 @@ class Team:
                 }  # fmt: skip
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "benchmarks.gpu_check.ranks", json.dumps(order)], cwd=ROOT,
+                        [sys.executable, "-m", "benchmarks.gpu_check.ranks", json.dumps(asdict(order))], cwd=ROOT,
                         env=environment, stdin=subprocess.DEVNULL, pass_fds=[server.fileno()] if rank == 0 else [],
                     )
                 )  # fmt: skip
@@ -147,12 +163,12 @@ def backends_for(store: Store, device: torch.device, own: bool, limit_s: float) 
     return StagedBackends(store, LOOPBACK, limit_s, stages_all=device.type == "cpu")
 
 
-def train_layout(name: str, rank: int, store: Store, device: torch.device, order: dict[str, Any]) -> dict[str, Any]:
+def train_layout(name: str, rank: int, store: Store, device: torch.device, order: Order) -> dict[str, Any]:
     """Return this rank's verdict on a layout, or its error."""
     started = time.monotonic()
     try:
-        backends = backends_for(scoped(store, name), device, order["own"], order["limit_s"])
-        reference = Path(order["folder"]) / f"{name}.safetensors"
+        backends = backends_for(scoped(store, name), device, order.own, order.limit_s)
+        reference = Path(order.folder) / f"{name}.safetensors"
         verdict = certify_rank(layout_config(name), rank, backends, reference, device)
     except Exception as error:
         traceback.print_exc()
@@ -160,16 +176,16 @@ def train_layout(name: str, rank: int, store: Store, device: torch.device, order
     return {"verdict": vars(verdict), "seconds": time.monotonic() - started}
 
 
-def main(order: dict[str, Any]) -> int:
+def main(order: Order) -> int:
     """Train the layouts that this rank is part of; write each answer to a file."""
     torch.set_num_threads(1)
-    env, folder = rank_env(order["limit_s"] + 60), Path(order["folder"])
+    env, folder = rank_env(order.limit_s + 60), Path(order.folder)
     device = torch.device("cpu")
-    if order["device"] == "cuda":
-        device = torch.device("cuda", env.local_rank if order["own"] else 0)
+    if order.device == "cuda":
+        device = torch.device("cuda", env.local_rank if order.own else 0)
         torch.cuda.set_device(device)
     store = connect_store(env)
-    for name in order["names"]:
+    for name in order.names:
         world = layout_config(name).world_size
         if env.rank < world:
             answer = train_layout(name, env.rank, store, device, order)
@@ -183,4 +199,4 @@ def main(order: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(main(Order(**json.loads(sys.argv[1]))))

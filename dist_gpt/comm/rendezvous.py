@@ -336,16 +336,16 @@ def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str
     The verdict is empty, or the sentence that every rank will raise.
     """
     answers: dict[int, dict[str, str]] = {}
-    everybody = set(range(env.world))
-    while missing := sorted(everybody - set(answers)):
+    all_ranks = set(range(env.world))
+    while missing := sorted(all_ranks - set(answers)):
         late = time.monotonic() > env.deadline  # read before the last look: a rank in time is not called missing
         for rank in missing:
             if store.check([f"roll/{rank}"]):
                 answers[rank] = json.loads(store.get(f"roll/{rank}"))
         for rank, theirs in sorted(answers.items()):
             if "error" in theirs:
-                return f"roll call: rank {rank} on {theirs['host']} {theirs['error']}", False, everybody
-        missing = sorted(everybody - set(answers))
+                return f"roll call: rank {rank} on {theirs['host']} {theirs['error']}", False, all_ranks
+        missing = sorted(all_ranks - set(answers))
         if missing and late:
             names = ", ".join(map(str, missing))
             verdict = f"{len(missing)} of {env.world} ranks did not appear in time: {names}. See their logs"
@@ -357,7 +357,7 @@ def _take_roll(store: Store, env: RankEnv, mine: Mapping[str, str]) -> tuple[str
         for key, value in mine.items():
             if theirs[key] != value:
                 problems.append(f"rank {rank} on {theirs['host']} has {key} {theirs[key]}, rank 0 has {value}")
-    return "roll call: " + "; ".join(problems) if problems else "", bool(problems), everybody
+    return "roll call: " + "; ".join(problems) if problems else "", bool(problems), all_ranks
 
 
 def scoped(store: Store, prefix: str) -> Store:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.wording import counted
 
 STDLIB_LIMIT = 16_000_000  # bytes; keeps the first preparation within seconds on every interpreter
 STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo"}
@@ -202,7 +203,7 @@ def _check_files(source: str, root: Path, files: list[Path], strict: set[str], l
             total += len(data)
     if not documents:
         raise DataError(
-            f"data.source: {root} holds no text ({len(files)} file{'' if len(files) == 1 else 's'}: {len(skipped)} "
+            f"data.source: {root} holds no text ({counted(len(files), 'file')}: {len(skipped)} "
             f"binary, {len(files) - len(skipped)} empty); allowed: {SOURCES}"
         )
     return Corpus(source, tuple(documents), digest.hexdigest(), tuple(skipped))

@@ -29,6 +29,7 @@ from dist_gpt.data.corpus import SOURCES, Corpus, DataError, Document, read_corp
 from dist_gpt.data.formats import AUTO
 from dist_gpt.data.reader import Span, Tokens
 from dist_gpt.data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, bpe_size
+from dist_gpt.wording import counted
 
 __all__ = ["Prepared", "cache_folder", "check_fits", "describe", "load_tokenizer", "open_prepared", "prepare"]
 
@@ -277,8 +278,7 @@ def _text(folder: Path, corpus: Corpus, config: Config, say: Say) -> Built:
         if trained.vocab_size < size:
             say(f"the text yields only {trained.vocab_size} tokens; the other {size - trained.vocab_size} stay unused")
         tokenizer = trained
-    count = len(corpus.documents)
-    say(f"tokenising {count} document{'' if count == 1 else 's'}, {corpus.size / 1e6:.1f} MB")
+    say(f"tokenising {counted(len(corpus.documents), 'document')}, {corpus.size / 1e6:.1f} MB")
     dtype = _dtype(tokenizer.vocab_size)
     parts = {name: write_part(folder / f"{name}.bin", dtype, _encode(tokenizer, documents[name])) for name in documents}
     meta = {"source": corpus.source, "tokenizer": config.data.tokenizer, "vocab_size": tokenizer.vocab_size}

@@ -49,6 +49,7 @@ from dist_gpt.train.heartbeat import Pulse
 from dist_gpt.train.metrics import ExitRecord, Tracker
 from dist_gpt.train.preemption import Stop
 from dist_gpt.train.startup import Folder, agree_on_attempt, meet, settle
+from dist_gpt.wording import counted
 
 
 class Trainer:
@@ -192,7 +193,7 @@ def gave_up(skips: Skips, loss: float, norm: float, scale: float | None) -> Dive
         else:
             change = f"{fp16}: the gradients themselves overflow. {CHANGE}, or train in bf16"
     return DivergedError(
-        f"{skips.in_a_row} step{'' if skips.in_a_row == 1 else 's'} in a row, up to step {skips.step}, changed no "
+        f"{counted(skips.in_a_row, 'step')} in a row, up to step {skips.step}, changed no "
         f"weight (train.max_skipped), as the loss ({loss}) or gradient norm ({norm}) was not finite; "
         f"{skips.so_far.text()}. {change}",
         change,

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_gpt.config.errors import ConfigError
+from dist_gpt.wording import counted
 from launch.monitor.diagnose import RankState
 from launch.nodelist import expand
 from launch.rank.node_info import facts, port_free
-from launch.spec import JobSpec, counted
+from launch.spec import JobSpec
 
 __all__ = ["Answer", "Expected", "Problem", "check_answers", "facts", "judge", "port_free", "text", "warnings"]
 
@@ -164,7 +165,7 @@ def _duplicates(answers: Mapping[int, Answer], extra: Sequence[Answer]) -> Itera
 
 def _shape(nodes: Nodes, expected: Expected) -> Iterator[Problem]:
     """Yield the differences between the mesh and the ranks that were started."""
-    everybody = [answer for group in nodes.values() for answer in group]
+    every_answer = [answer for group in nodes.values() for answer in group]
     mesh = expected.mesh if expected.mesh is not None else expected.ranks
     mesh_name = f"the layout {expected.layout} has {mesh}" if expected.layout else f"the layout has {mesh}"
     fix = "Change parallel.*, or --nodes and --ranks-per-node"
@@ -172,8 +173,8 @@ def _shape(nodes: Nodes, expected: Expected) -> Iterator[Problem]:
         yield Problem("all nodes", (), f"the job has {counted(expected.ranks, 'rank')} on "
                       f"{counted(expected.nodes, 'node')} ({expected.ranks / expected.nodes:g} per node), but "
                       f"{mesh_name}", fix)  # fmt: skip
-    for world in sorted({answer.world for answer in everybody} - {expected.ranks}):
-        group = [answer for answer in everybody if answer.world == world]
+    for world in sorted({answer.world for answer in every_answer} - {expected.ranks}):
+        group = [answer for answer in every_answer if answer.world == world]
         yield _at(group, f"was started as one of {counted(world, 'rank')}, but {mesh_name}", fix)
     if sum(map(len, nodes.values())) < expected.ranks:
         return  # missing ranks are reported already

@@ -20,13 +20,14 @@ from queue import Empty
 from dist_gpt.awake import Suspension
 from dist_gpt.protocol import ATTEMPT, BAD_INPUT, CONFIG_HASH, LOG_DIR, PREEMPTED, SILENCE, WATCH, WATCH_TOKEN
 from dist_gpt.rundir import EXIT
+from dist_gpt.wording import counted
 from launch.monitor import diagnose
 from launch.monitor.heartbeat_server import Watch
 from launch.monitor.preflight import check_answers, warnings
 from launch.monitor.tee import Follow
 from launch.rank.node_info import config_digest
 from launch.run_files import last_words, newest_checkpoint, note_failure, size, step_left, tail, to_change, why_left
-from launch.spec import JobSpec, counted
+from launch.spec import JobSpec
 from launch.starter import Failure, Starter
 
 GRACE_S = 1.0

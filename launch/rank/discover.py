@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.protocol import ERROR_FILE, LAUNCHER, MASTER, STARTER
+from dist_gpt.wording import counted
 from launch.net import port_of
 from launch.nodelist import counts, expand
-from launch.spec import counted
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Step numbers from here on are not steps but batch script, extern or interactive shell (slurm.h)."""

@@ -33,9 +33,10 @@ from dist_gpt.protocol import (
     WATCH,
     WATCH_TOKEN,
 )
+from dist_gpt.wording import counted
 from launch.net import free_port
 from launch.rank.discover import Place, split_address
-from launch.spec import JobSpec, counted
+from launch.spec import JobSpec
 from launch.starters.slurm import interface_address, resolve
 
 PASSED = (

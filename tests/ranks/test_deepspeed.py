@@ -17,12 +17,12 @@ import torch.distributed
 import yaml
 from torch import Tensor, zeros
 
+from dist_gpt.comm.global_groups import GlobalGroups
 from dist_gpt.comm.rendezvous import RankEnv
 from dist_gpt.config.deepspeed import require_deepspeed
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.load import load
 from dist_gpt.integrations.deepspeed import engine as deepspeed
-from dist_gpt.integrations.deepspeed.process_groups import GlobalGroups
 from dist_gpt.integrations.deepspeed.traffic import Traffic
 from dist_gpt.plan.api import plan_document
 from dist_gpt.plan.count import total_parameters

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from dist_gpt.comm.global_groups import GlobalGroups
 from dist_gpt.comm.mesh import Mesh
 from dist_gpt.config.errors import ConfigError
 from dist_gpt.config.schema import Config
 from dist_gpt.events import EVAL, TRAIN
-from dist_gpt.integrations.deepspeed.process_groups import GlobalGroups
 from dist_gpt.integrations.deepspeed.traffic import START, Traffic
 from dist_gpt.model.gpt import Stage
 from dist_gpt.parallel.executor import Batches, MicroBatch, Update
